@@ -1,0 +1,37 @@
+"""Federated fine-tuning of LoRA adapters with Hugging Face Trainer, in Fisher-guided messages (arXiv 2604.25421)."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "FedFSTQConfig",
+    "FedFSTQError",
+    "FedFSTQTrainer",
+    "__version__",
+]
+
+# Loaded on first use: importing the package must stay cheap, torch and transformers are not.
+_LAZY = {
+    "FedFSTQConfig": "fedfstq_hf.config",
+    "FedFSTQError": "fedfstq_hf.errors",
+    "FedFSTQTrainer": "fedfstq_hf.trainer",
+}
+
+if TYPE_CHECKING:
+    from fedfstq_hf.config import FedFSTQConfig
+    from fedfstq_hf.errors import FedFSTQError
+    from fedfstq_hf.trainer import FedFSTQTrainer
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,55 @@
+"""The YAML file of `fedfstq train`: one client's settings, read strictly. Everything shared comes from the mailbox."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fedfstq_hf.errors import ConfigError
+from fedfstq_hf.recipe import apply_overrides, build, parse_yaml
+
+
+@dataclass(frozen=True)
+class ClientFile:
+    """One client.
+
+    Attributes:
+        mailbox: address of the federation.
+        client_id: this client's name, unique in the federation.
+        data: changes to the federation's data section; at least `path`, this client's own data.
+        model: base model, where it lies elsewhere than the federation's spec says.
+        uplink_budget: most bytes per message; the federation's default when not given.
+        output_dir: of the trainer; the client's state goes to `OUTPUT_DIR/fedfstq`.
+        dtype: of the frozen base model.
+        training: `TrainingArguments` that are the client's own, such as `per_device_train_batch_size`.
+        poll_seconds, wait_seconds: see `FedFSTQConfig`.
+    """
+
+    mailbox: str
+    client_id: str
+    data: dict[str, Any]
+    model: str | None = None
+    uplink_budget: int | str | None = None
+    output_dir: str | None = None
+    dtype: str = "float32"
+    training: dict[str, Any] = field(default_factory=dict)
+    poll_seconds: float = 2.0
+    wait_seconds: float | None = None
+
+
+def load_client_file(path: str | Path, overrides: Mapping[str, object] | None = None) -> ClientFile:
+    """Read a client file and apply dotted overrides.
+
+    Raises:
+        ConfigError: the file is missing, or a key is unknown (the nearest valid one is named).
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise ConfigError(f"There is no client file {path}. Write one with the keys mailbox, client_id and data.path.")
+    where = f"client file {file.name}"
+    mapping = parse_yaml(file.read_text(encoding="utf-8"), where)
+    if not isinstance(mapping, dict):
+        raise ConfigError(f"{where} must be a mapping with the keys mailbox, client_id and data, not {mapping!r}.")
+    return build(ClientFile, apply_overrides(mapping, overrides or {}), where)

@@ -1,0 +1,118 @@
+"""Codecs are plugins: a name, `encode` and `decode`. This module holds the protocol and the table of names.
+
+`@register("name")` adds a codec; the package's own are imported when first asked for.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from importlib import import_module
+from typing import Any, Protocol, TypeVar
+
+from torch import Tensor
+
+from ..errors import ConfigError
+from .schema import Schema
+from .update import SparseUpdate
+
+JSONScalar = str | int | float | bool | None
+
+# name -> module that registers it, relative to this package
+_BUILTIN = {
+    "fp16": ".baselines.fp16",
+    "fp32": ".baselines.fp32",
+    "fstq": ".fstq",
+    "paper": ".baselines.paper",
+    "sparse32": ".sparse32",
+}
+_REGISTRY: dict[str, Callable[..., Codec]] = {}
+_C = TypeVar("_C", bound="Callable[..., Any]")
+
+
+@dataclass(frozen=True)
+class CodecContext:
+    """What both sides of a message hold anyway, and a codec may therefore predict from.
+
+    round: the round the update belongs to. history: published global updates, newest first (empty: predict nothing).
+    """
+
+    round: int = 0
+    history: tuple[SparseUpdate, ...] = ()
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """An encoded update: the payload, and exactly what `decode` will make of it.
+
+    params: what the message header has to say for the payload to be decodable. It may depend on the codec's options
+    only, never on the data, so that the container's size is known before encoding.
+    """
+
+    payload: bytes
+    reconstruction: SparseUpdate
+    params: dict[str, JSONScalar] = field(default_factory=dict)
+
+
+class Codec(Protocol):
+    """Lossy or lossless coding of one adapter update."""
+
+    name: str
+
+    def encode(
+        self,
+        delta: Mapping[str, Tensor],
+        fisher: Mapping[str, Tensor] | None = None,
+        *,
+        max_bytes: int | None = None,
+        context: CodecContext | None = None,
+    ) -> Encoded:
+        """Code `delta` into at most `max_bytes` payload bytes (None: the codec's own default).
+
+        `fisher` weighs the squared error per coordinate (None: all equal); it has delta's names and shapes.
+        Raises NonFiniteError on NaN or infinity, BudgetError if even an empty update does not fit.
+        """
+        ...
+
+    def decode(self, payload: bytes, schema: Schema, context: CodecContext | None = None) -> SparseUpdate:
+        """Inverse of `encode`; trusts nothing in `payload`. Raises MessageError, and nothing else, if malformed."""
+        ...
+
+
+def register(name: str) -> Callable[[_C], _C]:
+    """Class decorator: make `get_codec(name, **options)` construct this class."""
+
+    def add(factory: _C) -> _C:
+        if _REGISTRY.get(name, factory) is not factory:
+            raise ConfigError(f"codec {name!r} is already registered; choose another name")
+        _REGISTRY[name] = factory
+        return factory
+
+    return add
+
+
+def codec_names() -> list[str]:
+    """Sorted names that `get_codec` knows."""
+    return sorted({*_BUILTIN, *_REGISTRY})
+
+
+def get_codec(name: str, **options: Any) -> Codec:
+    """Construct a codec by name. Raises ConfigError, naming the nearest match, for an unknown name or option."""
+    if name not in _REGISTRY and name in _BUILTIN:
+        import_module(_BUILTIN[name], __package__)
+    if name not in _REGISTRY:
+        raise ConfigError(f"unknown codec {name!r}{_nearest(name, codec_names())}; known: {', '.join(codec_names())}")
+    factory = _REGISTRY[name]
+    known = [p for p in inspect.signature(factory).parameters if p != "self"]
+    for option in options:
+        if option not in known:
+            listed = ", ".join(known) or "none"
+            raise ConfigError(f"codec {name!r} has no option {option!r}{_nearest(option, known)}; options: {listed}")
+    return factory(**options)
+
+
+def _nearest(given: str, known: Iterable[str]) -> str:
+    matches = difflib.get_close_matches(str(given), list(known), n=1, cutoff=0.4)
+    return f", did you mean {matches[0]!r}?" if matches else ""

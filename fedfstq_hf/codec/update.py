@@ -1,0 +1,45 @@
+"""What a decoded message is: a sparse (or dense) vector of changes in the adapter's coordinate order."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class SparseUpdate:
+    """`values` at `indices` of a vector of `num_params` coordinates, zero elsewhere.
+
+    indices: int64 (nnz,), strictly increasing, or None if `values` is dense (num_params,). values: float32, CPU.
+    """
+
+    num_params: int
+    indices: Tensor | None
+    values: Tensor
+
+    @property
+    def nnz(self) -> int:
+        """Number of stored coordinates (all of them if dense)."""
+        return self.values.numel()
+
+    def add_to(self, acc: Tensor, weight: float) -> None:
+        """acc += weight * update, in place and in acc's own dtype; work is proportional to nnz. acc: (num_params,)."""
+        scaled = self.values.to(device=acc.device, dtype=acc.dtype) * weight
+        if self.indices is None:
+            acc += scaled
+        else:
+            acc[self.indices.to(acc.device)] += scaled
+
+    def to_dense(self) -> Tensor:
+        """A new float32 vector of shape (num_params,)."""
+        if self.indices is None:
+            return self.values.clone()
+        dense = torch.zeros(self.num_params, dtype=torch.float32)
+        dense[self.indices] = self.values
+        return dense
+
+    def norm(self) -> float:
+        """Euclidean norm, accumulated in float64."""
+        return float(self.values.double().norm())

@@ -1,0 +1,98 @@
+"""`FedFSTQConfig`: a client's own settings. What the whole federation shares lies in its mailbox and wins."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import os
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fedfstq_hf.errors import ConfigError
+
+CONFIG_FILE = "fedfstq_config.json"
+_CLIENT_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+
+@dataclass
+class FedFSTQConfig:
+    """Settings of a federated Trainer, passed beside `TrainingArguments`.
+
+    With a `mailbox`, `train()` takes part in the federation there, and what its spec says (rounds, local steps, codec,
+    learning rate, ...) wins over `local_steps`, `codec`, `codec_options`, `refresh_steps`, `rho` and `error_feedback` here.
+    Without one, `train()` trains locally and `FedFSTQTrainer.pack_update()` returns the message.
+    """
+
+    mailbox: str | None = field(default=None, metadata={"help": "Address of the federation: a folder path."})
+    client_id: str = field(
+        default="client",
+        metadata={"help": "Name of this client, unique in the federation: 1 to 64 letters, digits, '.', '_' or '-'."},
+    )
+    uplink_budget: str | int | None = field(
+        default=None,
+        metadata={"help": "Most bytes per message: '96kB', bits per parameter '0.3bpp', link time '5s@2Mbps'."},
+    )
+    state_dir: str | None = field(
+        default=None,
+        metadata={"help": "Folder of this client's residual and pending message; OUTPUT_DIR/fedfstq when not given."},
+    )
+    poll_seconds: float = field(default=2.0, metadata={"help": "Mean seconds between two looks at the mailbox."})
+    wait_seconds: float | None = field(
+        default=None, metadata={"help": "Give up after waiting that long for a round; for ever when not given."}
+    )
+    local_steps: int | None = field(
+        default=None, metadata={"help": "Local optimizer steps per round; a mailbox's spec wins."}
+    )
+    codec: str = field(default="fstq", metadata={"help": "How updates are packed; a mailbox's spec wins."})
+    codec_options: dict[str, Any] = field(default_factory=dict, metadata={"help": "Options of the codec."})
+    error_feedback: float = field(
+        default=1.0, metadata={"help": "Decay of the residual carried to the next update, 0 for none."}
+    )
+    refresh_steps: int = field(
+        default=10, metadata={"help": "Token sensitivity is read off every that many local steps (the paper's H)."}
+    )
+    rho: float = field(default=0.9, metadata={"help": "Decay of the token and adapter Fisher averages (the paper's rho)."})
+
+    def __post_init__(self) -> None:
+        if not _CLIENT_ID.fullmatch(self.client_id):
+            raise ConfigError(
+                f"client_id {self.client_id!r} is not 1 to 64 letters, digits, '.', '_' or '-' starting with a letter or digit."
+            )
+        if self.local_steps is not None and self.local_steps < 1:
+            raise ConfigError(f"local_steps must be at least 1, not {self.local_steps!r}.")
+        if self.refresh_steps < 1:
+            raise ConfigError(f"refresh_steps must be at least 1, not {self.refresh_steps!r}.")
+        if not 0 <= self.rho < 1:
+            raise ConfigError(f"rho must lie in [0, 1), not {self.rho!r}.")
+        if not 0 <= self.error_feedback <= 1:
+            raise ConfigError(f"error_feedback must lie in [0, 1], not {self.error_feedback!r}.")
+        if self.poll_seconds <= 0:
+            raise ConfigError(f"poll_seconds must be positive, not {self.poll_seconds!r}.")
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> Path:
+        """Write `fedfstq_config.json` into `folder`; returns its path."""
+        path = Path(folder) / CONFIG_FILE
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(dataclasses.asdict(self), indent=2, sort_keys=True) + "\n")
+        return path
+
+    @classmethod
+    def from_pretrained(cls, folder: str | os.PathLike[str]) -> FedFSTQConfig:
+        """Read `fedfstq_config.json` from `folder`."""
+        path = Path(folder) / CONFIG_FILE
+        if not path.is_file():
+            raise ConfigError(f"{path} does not exist. Write it with FedFSTQConfig(...).save_pretrained({str(folder)!r}).")
+        return cls.from_dict(json.loads(path.read_text()))
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> FedFSTQConfig:
+        """From a plain dict; an unknown key is refused with the nearest valid one."""
+        known = [f.name for f in dataclasses.fields(cls)]
+        for key in values:
+            if key not in known:
+                nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
+                raise ConfigError(f"Unknown setting {key!r}. Did you mean {nearest!r}? Known: {', '.join(sorted(known))}.")
+        return cls(**values)

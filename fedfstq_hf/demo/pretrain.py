@@ -1,0 +1,218 @@
+"""Make the demo's base model: tokenizer, then a small Llama trained to read notes and to write charts of them.
+
+Run `python -m fedfstq_hf.demo.pretrain --out DIR`. The model learns to look facts up, but never sees the
+question format of the federated task, nor a note of its train or test split.
+"""
+
+import argparse
+import json
+import logging
+import math
+import random
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from .notes import CHANGE_QUESTIONS, Note, make_examples, notes
+
+logger = logging.getLogger(__name__)
+
+PAD, BOS, EOS = "<pad>", "<s>", "</s>"
+
+# A chart line is lead + key + tail + sign + value: the words between key and value are what makes the look-up robust.
+LEADS = ("", "", "{kind} ", "entry for {kind} ", "on {kind} ")
+TAILS = ("", "", " on this visit", " in the file", ", as far as the team knows")
+SIGNS = (":", " =", " ->", " is")
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """Everything that decides the weights, besides the machine's own arithmetic."""
+
+    seed: int = 0
+    vocab_size: int = 1024
+    hidden_size: int = 128
+    layers: int = 3
+    heads: int = 4
+    intermediate_size: int = 320
+    steps: int = 2500
+    batch_size: int = 32
+    learning_rate: float = 3e-3
+    warmup: int = 100
+    weight_decay: float = 0.05
+    note_weight: float = 0.1  # loss weight of the note's own tokens, beside 1 for the chart's
+
+
+def chart(rng: random.Random, note: Note) -> str:
+    """Facts of a note in random order, as `key: value` lines in one of many styles (one per chart, or one per line)."""
+    facts = [("state", finding, status) for finding, status in note.findings.items()]
+    for p in note.drugs:
+        facts.append(("dose", p.drug, f"{p.dose} mg" if p.dose else "off"))
+        if p.change != "kept":
+            facts.append(("change", p.change, p.drug))
+    for measure, (today, earlier) in note.measures.items():
+        facts += [("latest", measure, str(today)), ("earlier", measure, str(earlier))]
+    rng.shuffle(facts)
+
+    def style() -> tuple[str, str, str]:
+        return rng.choice(LEADS), rng.choice(TAILS), rng.choice(SIGNS)
+
+    shared = style() if rng.random() < 0.5 else None
+    lines = []
+    for kind, key, value in facts:
+        lead, tail, sign = shared or style()
+        if kind == "earlier":  # the one kind that needs its name, to tell it from the latest value
+            lead = lead or "{kind} "
+        lines.append(f"{lead.format(kind=kind)}{key}{tail}{sign} {value}")
+    return "; ".join(lines) + "."
+
+
+def documents(seed: int | str) -> Iterator[tuple[str, str]]:
+    """Endless (note, chart) pairs from the notes reserved for pretraining."""
+    for note, rng in notes(seed, "pretrain"):
+        yield f"note: {note.text}", f"\nchart: {chart(rng, note)}"
+
+
+def train_tokenizer(config: PretrainConfig) -> PreTrainedTokenizerFast:
+    """Byte-level BPE, so no text has unknown tokens. Every text starts a new word: joined pieces tokenise cleanly."""
+    stream = documents("tokenizer")
+    texts = ["".join(next(stream)) for _ in range(4000)]
+    texts += [f"question: {e['prompt'].split('question: ')[1]} {e['answer']}" for e in make_examples(4000, 1, "train")]
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    tokenizer.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    trainer = trainers.BpeTrainer(
+        vocab_size=config.vocab_size,
+        special_tokens=[PAD, BOS, EOS],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=PAD,
+        bos_token=BOS,
+        eos_token=EOS,
+        model_max_length=512,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def batches(config: PretrainConfig, tokenizer: PreTrainedTokenizerFast) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Endless (ids, loss weights), both (B, T), drawn in pools of 16 batches sorted by length to save padding."""
+    stream, order = documents(config.seed), random.Random(config.seed)
+    while True:
+        rows = []
+        pairs = [next(stream) for _ in range(16 * config.batch_size)]
+        heads = tokenizer([note for note, _ in pairs], add_special_tokens=False)["input_ids"]
+        tails = tokenizer([tail + EOS for _, tail in pairs], add_special_tokens=False)["input_ids"]
+        for head, tail in zip(heads, tails, strict=True):
+            rows.append((head + tail, [config.note_weight] * len(head) + [1.0] * len(tail)))
+        rows.sort(key=lambda row: len(row[0]))
+        pool = [rows[i : i + config.batch_size] for i in range(0, len(rows), config.batch_size)]
+        order.shuffle(pool)
+        for batch in pool:
+            longest = max(len(ids) for ids, _ in batch)
+            ids = torch.tensor([ids + [tokenizer.pad_token_id] * (longest - len(ids)) for ids, _ in batch])
+            weights = torch.tensor([weight + [0.0] * (longest - len(weight)) for _, weight in batch])
+            yield ids, weights
+
+
+def weighted_loss(model: Any, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Mean next-token loss under `weights` (B, T). Padding lies on the right, so no attention mask is needed."""
+    logits = model(input_ids=ids).logits[:, :-1]
+    losses = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+    return (losses * weights[:, 1:].flatten()).sum() / weights[:, 1:].sum()
+
+
+def pretrain(config: PretrainConfig, out: Path) -> dict[str, object]:
+    """Train tokenizer and model and move them to `out` in one step; returns (and stores) a record of the run."""
+    start = time.perf_counter()
+    torch.manual_seed(config.seed)
+    tokenizer = train_tokenizer(config)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=config.hidden_size,
+            num_hidden_layers=config.layers,
+            num_attention_heads=config.heads,
+            num_key_value_heads=config.heads,
+            intermediate_size=config.intermediate_size,
+            max_position_embeddings=512,
+            tie_word_embeddings=True,
+            pad_token_id=tokenizer.pad_token_id,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+    )
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=config.learning_rate, betas=(0.9, 0.98), weight_decay=config.weight_decay
+    )
+
+    def rate(step: int) -> float:
+        if step < config.warmup:
+            return (step + 1) / config.warmup
+        done = (step - config.warmup) / max(1, config.steps - config.warmup)
+        return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done))
+
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
+    recent: list[float] = []
+    for step, (ids, weights) in zip(range(config.steps), batches(config, tokenizer), strict=False):
+        loss = weighted_loss(model, ids, weights)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        recent = [*recent[-99:], loss.item()]
+        if step % 100 == 99:
+            logger.info("step %d, loss %.4f, %.0f s", step + 1, sum(recent) / len(recent), time.perf_counter() - start)
+
+    record: dict[str, object] = {
+        "command": f"python -m fedfstq_hf.demo.pretrain --out {out.name}",
+        "config": asdict(config),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "final_loss": round(sum(recent) / len(recent), 4),
+        "minutes": round((time.perf_counter() - start) / 60, 1),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
+    _save(model, tokenizer, record, out)
+    return record
+
+
+def _save(model: Any, tokenizer: PreTrainedTokenizerFast, record: dict[str, object], out: Path) -> None:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent) as folder:
+        new = Path(folder) / "model"
+        model.to(torch.bfloat16).save_pretrained(new)
+        tokenizer.save_pretrained(new)
+        (new / "pretraining.json").write_text(json.dumps(record, indent=2) + "\n")
+        if out.exists():
+            shutil.move(out, Path(folder) / "old")
+        shutil.move(new, out)
+
+
+def main() -> None:
+    """Command line: `--out` and one option per field of `PretrainConfig`."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="folder to write; replaced when it exists")
+    for name, value in asdict(PretrainConfig()).items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
+    options = vars(parser.parse_args())
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    out = options.pop("out")
+    logger.info("%s", json.dumps(pretrain(PretrainConfig(**options), out), indent=2))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,235 @@
+"""Taking part: what a Trainer asks (`Participation`), and its answer from a real mailbox (`MailboxParticipation`)."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from fedfstq_hf.codec import CodecContext, Schema, get_codec, message
+from fedfstq_hf.errors import FedFSTQError, MailboxError
+from fedfstq_hf.federation import adapter_file
+from fedfstq_hf.federation.downlink import cheapest_download
+from fedfstq_hf.federation.mailbox import ADAPTER_FILE, RECORD_FILE, UPDATE_FILE, Mailbox
+from fedfstq_hf.federation.record import RoundRecord
+from fedfstq_hf.federation.session import ClientSession, Settlement
+
+logger = logging.getLogger(__name__)
+
+
+def local_seed(seed: int, client_id: str, round: int) -> int:
+    """The seed of one client's local training in one round: data order and dropout depend on nothing else."""
+    digest = hashlib.sha256(f"{seed}/{client_id}/{round}".encode()).digest()
+    return int.from_bytes(digest[:4], "big")
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """One client's local training of one round.
+
+    Attributes:
+        round: the published round that training starts from.
+        adapter: Θ_round, (num_params,) float32.
+        adapter_sha256: of its file; messages name it as their base.
+        seed: of data order and dropout.
+        dataset: what to train on; None for the trainer's own `train_dataset`.
+        global_step: where the trainer's step counter stands then; None leaves it alone.
+    """
+
+    round: int
+    session: ClientSession
+    adapter: Tensor
+    adapter_sha256: str
+    seed: int
+    dataset: Any = None
+    global_step: int | None = None
+
+
+@dataclass(frozen=True)
+class LocalResult:
+    """What local training gives back: adapter and Fisher are (num_params,) float32."""
+
+    adapter: Tensor
+    fisher: Tensor | None
+    num_examples: int
+    carried: dict[str, Tensor]
+
+
+class Participation(Protocol):
+    """Where a federated Trainer's work comes from and goes to."""
+
+    total_steps: int
+    """Optimizer steps until the end, for the progress bar."""
+
+    def next(self) -> Assignment | None:
+        """The next local training; blocks until there is one. None ends the training."""
+
+    def complete(self, assignment: Assignment, result: LocalResult) -> dict[str, float]:
+        """Take a finished local training; returns what to log."""
+
+    def final_adapter(self) -> Tensor | None:
+        """The global adapter after the end, (num_params,) float32."""
+
+
+class MailboxParticipation:
+    """One client in a real federation: waits for rounds, sends its message, settles its residual.
+
+    Args:
+        mailbox: where the federation lives.
+        session: this client's state.
+        max_bytes: its budget per message in bytes, None for no limit.
+        poll_seconds: mean time between two looks at the mailbox.
+        wait_seconds: give up after waiting that long for a round; None waits for ever.
+    """
+
+    def __init__(
+        self,
+        mailbox: Mailbox,
+        session: ClientSession,
+        *,
+        max_bytes: int | None,
+        poll_seconds: float = 2.0,
+        wait_seconds: float | None = None,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        self.mailbox = mailbox
+        self.session = session
+        self.total_steps = session.spec.rounds * session.spec.local_steps
+        self.settlements: list[Settlement] = []
+        self.downlink_bytes = 0
+        self._max_bytes = max_bytes
+        self._poll_seconds = poll_seconds
+        self._wait_seconds = wait_seconds
+        self._sleep = sleep
+        self._held: tuple[RoundRecord, Tensor] | None = None
+        self._posted_round = -1
+
+    def next(self) -> Assignment | None:
+        """Wait until a round is open that this client has not trained in."""
+        started, announced = time.monotonic(), False
+        while True:
+            record = self._newest_record()
+            if self._settled(record):
+                if record.finished:
+                    return None
+                if record.round > self.session.last_round:
+                    spec = self.session.spec
+                    return Assignment(
+                        round=record.round,
+                        session=self.session,
+                        adapter=self._fetch(record),
+                        adapter_sha256=record.adapter_sha256,
+                        seed=local_seed(spec.seed, self.session.client_id, record.round),
+                        global_step=record.round * spec.local_steps,
+                    )
+            if self._wait_seconds is not None and time.monotonic() - started > self._wait_seconds:
+                raise MailboxError(
+                    f"No new round in {self.mailbox.address} for {self._wait_seconds:g} s after round {record.round}. Is "
+                    f"`fedfstq serve {self.mailbox.address}` running? Start this client again at any time: nothing is lost."
+                )
+            if not announced:
+                logger.info("Waiting for round %d of %s.", record.round + 1, self.mailbox.address)
+                announced = True
+            self._sleep(self._poll_seconds * random.uniform(0.5, 1.5))
+
+    def complete(self, assignment: Assignment, result: LocalResult) -> dict[str, float]:
+        """Store the message, then post it."""
+        pending = self.session.finish(
+            assignment.round,
+            assignment.adapter_sha256,
+            result.adapter - assignment.adapter,
+            fisher=result.fisher,
+            num_examples=result.num_examples,
+            max_bytes=self._max_bytes,
+            carried=result.carried,
+        )
+        self._post()
+        return {"fed_round": assignment.round, "fed_uplink_bytes": len(pending.message)}
+
+    def final_adapter(self) -> Tensor | None:
+        """The newest published adapter."""
+        return self._fetch(self._newest_record())
+
+    def _newest_record(self) -> RoundRecord:
+        head = self.mailbox.head()
+        if head is None:
+            raise MailboxError(
+                f"{self.mailbox.address} holds no federation. Check the address, or make one with "
+                f"`fedfstq init {self.mailbox.address} ...`."
+            )
+        return self._record(head)
+
+    def _settled(self, newest: RoundRecord) -> bool:
+        """Settle the pending message if its round is over; post it (again) if it is not. True when nothing is pending."""
+        pending = self.session.pending
+        if pending is None:
+            return True
+        if newest.round <= pending.round:
+            self._post()  # after a restart it may not have arrived; the same bytes again change nothing
+            return False
+        settlement = self.session.settle(self._record(pending.round + 1))
+        self.settlements.append(settlement)
+        if settlement.outcome != "accepted":
+            logger.warning(
+                "The update of round %d was %s%s; all of it stays in the residual.",
+                settlement.round,
+                settlement.outcome,
+                f": {settlement.reason}" if settlement.reason else "",
+            )
+        return True
+
+    def _post(self) -> None:
+        pending = self.session.pending
+        if pending is not None and pending.round != self._posted_round:
+            self.mailbox.post_update(pending.round, self.session.client_id, pending.message)
+            self._posted_round = pending.round
+
+    def _record(self, round: int) -> RoundRecord:
+        return RoundRecord.from_json(self.mailbox.read(round, RECORD_FILE))
+
+    def _fetch(self, record: RoundRecord) -> Tensor:
+        """Θ of a round, by the cheaper way from what is at hand."""
+        held = self._held
+        way = cheapest_download(held[0].round if held else None, record.round, self._record)
+        adapter: Tensor | None = None
+        if held is not None and way.changes is not None:
+            with contextlib.suppress(FedFSTQError):  # a damaged change only costs the download of the whole
+                base, adapter = held
+                for round in way.changes:
+                    data = self.mailbox.read(round, UPDATE_FILE)
+                    self.downlink_bytes += len(data)
+                    following = self._record(round)
+                    adapter = apply_change(data, base, adapter, following, self.session.schema)
+                    base = following
+            if base.round != record.round:
+                adapter = None
+        if adapter is None:
+            data = self.mailbox.read(record.round, ADAPTER_FILE)
+            self.downlink_bytes += len(data)
+            state = adapter_file.load(data, expected_sha256=record.adapter_sha256)
+            adapter = self.session.schema.flatten(state)
+        self._held = (record, adapter)
+        return adapter
+
+
+def apply_change(data: bytes, base: RoundRecord, adapter: Tensor, record: RoundRecord, schema: Schema) -> Tensor:
+    """Θ_{t+1} from Θ_t and the packed global change; exact, which the record's sha256 proves.
+
+    Raises:
+        MailboxError: the change is damaged, or does not lead from `base` to `record`.
+    """
+    header, payload = message.unpack(data)
+    if header.base != base.adapter_sha256:
+        raise MailboxError(f"The packed change of round {record.round} starts from another adapter.")
+    update = get_codec(header.codec).decode(payload, schema, CodecContext(round=record.round))
+    changed = adapter + update.to_dense()
+    if hashlib.sha256(adapter_file.dump(schema.unflatten(changed))).hexdigest() != record.adapter_sha256:
+        raise MailboxError(f"The packed change of round {record.round} does not give the adapter that its record names.")
+    return changed

@@ -1,0 +1,257 @@
+"""What one client carries from round to round, and the transaction that keeps it whole.
+
+A client is idle (residual, carried state) or has one message pending: packed and stored, its fate not yet known. Both
+states are one file, replaced atomically: `finish` stores the message before anybody may push it, `settle` turns it into
+the next residual once a round record says what became of it. Killed anywhere, a client therefore neither sends twice nor
+loses a residual. The session knows no Trainer; a simulation drives many of them with one.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from fedfstq_hf.codec import CodecContext, ErrorFeedback, Schema, get_codec, message
+from fedfstq_hf.errors import AdapterMismatchError, MailboxError, NonFiniteError, SessionBusyError
+from fedfstq_hf.federation import storage
+from fedfstq_hf.federation.record import AcceptedUpdate, RoundRecord
+from fedfstq_hf.federation.spec import FederationSpec
+
+FORMAT = 1
+_FILE = "session.safetensors"
+
+
+@dataclass(frozen=True)
+class Pending:
+    """A stored message whose fate is unknown. `corrected` is Δ plus residual, (num_params,) float32."""
+
+    round: int
+    message: bytes
+    corrected: Tensor
+
+    @property
+    def sha256(self) -> str:
+        """Hex digest that the round record names it by."""
+        return hashlib.sha256(self.message).hexdigest()
+
+
+@dataclass(frozen=True)
+class Settlement:
+    """What became of a message: `"accepted"`, `"refused"` (with reason) or `"late"` (the record does not name it)."""
+
+    round: int
+    outcome: str
+    reason: str = ""
+
+
+class ClientSession:
+    """One client of one federation.
+
+    Args:
+        client_id: 1 to 64 letters, digits, '.', '_' or '-'.
+        spec: the federation's; names codec, schema and error feedback.
+        schema: of the adapter; its fingerprint must be the spec's.
+        folder: where the state lives, locked against a second process; None keeps it in memory.
+        durable: fsync what is stored.
+
+    Attributes:
+        last_round: the round whose local training this client finished last; -1 before the first.
+        residual: what error feedback still owes, (num_params,) float32; None stands for zeros.
+        carried: other tensors that travel from round to round (token sensitivity, optimizer moments).
+    """
+
+    def __init__(
+        self,
+        client_id: str,
+        spec: FederationSpec,
+        schema: Schema,
+        *,
+        folder: str | os.PathLike[str] | None = None,
+        durable: bool = True,
+    ) -> None:
+        if schema.fingerprint != spec.schema:
+            raise AdapterMismatchError(
+                f"Client {client_id!r}: this model's adapter has other tensor names or shapes than the federation's "
+                f"({schema.num_params} parameters here). Build it from the federation's adapter_config.json."
+            )
+        self.client_id = client_id
+        self.spec = spec
+        self.schema = schema
+        self.last_round = -1
+        self.residual: Tensor | None = None
+        self.carried: dict[str, Tensor] = {}
+        self.pending: Pending | None = None
+        self._codec = get_codec(spec.codec, **spec.codec_options)
+        self._feedback = ErrorFeedback(decay=spec.error_feedback)
+        self._durable = durable
+        self._folder = Path(folder) if folder is not None else None
+        self._lock: IO[str] | None = None
+        if self._folder is not None:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            self._lock = _lock(self._folder)
+            storage.remove_leftovers(self._folder)
+            self._load()
+
+    def finish(
+        self,
+        round: int,
+        base_sha256: str,
+        delta: Tensor,
+        *,
+        fisher: Tensor | None,
+        num_examples: int,
+        max_bytes: int | None,
+        carried: dict[str, Tensor] | None = None,
+    ) -> Pending:
+        """Pack and store this round's message. Nothing has been sent yet.
+
+        Args:
+            round: the round that Θ_t was published as; larger than `last_round`.
+            base_sha256: of Θ_t's adapter file.
+            delta: Θ_local - Θ_t, (num_params,) float32.
+            fisher: diagonal adapter Fisher in the same order, or None.
+            num_examples: N_k, the client's weight in the mean.
+            max_bytes: the whole message's budget in bytes, None for no limit.
+            carried: replaces `carried` once stored.
+
+        Raises:
+            NonFiniteError: delta or fisher is NaN or infinite; the session stays as it was.
+            BudgetError: the budget cannot hold even an empty message; the session stays as it was.
+        """
+        if self.pending is not None or round <= self.last_round:
+            raise MailboxError(f"Client {self.client_id!r} already finished round {max(round, self.last_round)}.")
+        for what, tensor in (("update", delta), ("Fisher information", fisher)):
+            if tensor is not None and not bool(tensor.isfinite().all()):
+                raise NonFiniteError(
+                    f"The {what} of client {self.client_id!r} in round {round} is NaN or infinite; nothing was sent and "
+                    "its residual is as before. Lower the learning rate or check the data."
+                )
+        corrected = self._feedback.corrected(delta, self.residual)
+        header = message.Header(
+            round=round,
+            client_id=self.client_id,
+            num_examples=num_examples,
+            base=base_sha256,
+            schema=self.schema.fingerprint,
+            codec=self._codec.name,
+            params={},
+        )
+        room = None if max_bytes is None else max_bytes - message.overhead(header, max_bytes)
+        encoded = self._codec.encode(
+            self.schema.unflatten(corrected),
+            None if fisher is None else self.schema.unflatten(fisher),
+            max_bytes=room,
+            context=CodecContext(round=round),
+        )
+        pending = Pending(round, message.pack(header, encoded.payload), corrected)
+        self._store(last_round=round, residual=None, carried=carried or {}, pending=pending)
+        return pending
+
+    def settle(self, record: RoundRecord) -> Settlement:
+        """Turn the pending message into the next residual.
+
+        Args:
+            record: of the round after the pending one: it names what was used.
+        """
+        pending = self.pending
+        if pending is None or record.round != pending.round + 1:
+            raise MailboxError(f"Client {self.client_id!r} has no message that the record of round {record.round} settles.")
+        fate = record.fate(self.client_id, pending.sha256)
+        if isinstance(fate, AcceptedUpdate):
+            _, payload = message.unpack(pending.message)
+            sent = self._codec.decode(payload, self.schema, CodecContext(round=pending.round))
+            settlement = Settlement(pending.round, "accepted")
+            residual = self._feedback.after(pending.corrected, sent)
+        else:
+            settlement = Settlement(pending.round, "late" if fate is None else "refused", fate.reason if fate else "")
+            residual = pending.corrected
+        keeps = self.spec.error_feedback > 0 and bool(residual.any())  # a lossless codec leaves nothing to keep
+        self._store(
+            last_round=self.last_round, residual=residual if keeps else None, carried=self.carried, pending=None
+        )
+        return settlement
+
+    def residual_norm(self) -> float:
+        """L2 norm of the residual."""
+        return 0.0 if self.residual is None else float(torch.linalg.vector_norm(self.residual))
+
+    def close(self) -> None:
+        """Release the state folder for another process."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def _store(
+        self, *, last_round: int, residual: Tensor | None, carried: dict[str, Tensor], pending: Pending | None
+    ) -> None:
+        if self._folder is not None:
+            tensors = {f"carried.{name}": tensor.detach().cpu().contiguous() for name, tensor in carried.items()}
+            if residual is not None:
+                tensors["residual"] = residual
+            fields: dict[str, Any] = {
+                "format": FORMAT,
+                "client_id": self.client_id,
+                "schema": self.schema.fingerprint,
+                "last_round": last_round,
+                "pending_round": None,
+            }
+            if pending is not None:
+                fields["pending_round"] = pending.round
+                tensors["pending.message"] = torch.frombuffer(bytearray(pending.message), dtype=torch.uint8)
+                tensors["pending.corrected"] = pending.corrected
+            data = save(tensors, metadata={"fedfstq": json.dumps(fields, sort_keys=True)})
+            storage.replace_file(self._folder / _FILE, data, durable=self._durable)
+        self.last_round, self.residual, self.carried, self.pending = last_round, residual, carried, pending
+
+    def _load(self) -> None:
+        assert self._folder is not None  # noqa: S101 - for the type checker; the caller looked
+        path = self._folder / _FILE
+        if not path.exists():
+            return
+        try:
+            with safe_open(path, framework="pt") as file:
+                fields = json.loads(file.metadata()["fedfstq"])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+        except (SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise MailboxError(
+                f"The client state {path} cannot be read ({error}). Restore it from a backup, or move it away to join "
+                "as a new client: its residual is then lost."
+            ) from error
+        mine = {"format": FORMAT, "client_id": self.client_id, "schema": self.schema.fingerprint}
+        for key, value in mine.items():
+            if fields.get(key) != value:
+                raise MailboxError(
+                    f"The client state {path} has {key} {fields.get(key)!r}, expected {value!r}: it belongs to another "
+                    "client, adapter or version. Give this client a state folder of its own (state_dir)."
+                )
+        self.last_round = fields["last_round"]
+        self.residual = tensors.get("residual")
+        self.carried = {
+            name.removeprefix("carried."): value for name, value in tensors.items() if name.startswith("carried.")
+        }
+        if fields["pending_round"] is not None:
+            self.pending = Pending(
+                fields["pending_round"], tensors["pending.message"].numpy().tobytes(), tensors["pending.corrected"]
+            )
+
+
+def _lock(folder: Path) -> IO[str]:
+    file = open(folder / "session.lock", "w")  # noqa: SIM115 - held open as long as the session lives
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.close()
+        raise SessionBusyError(
+            f"Another process uses the client state in {folder}. Stop it first, or give this client another state_dir."
+        ) from None
+    return file

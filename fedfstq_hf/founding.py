@@ -1,0 +1,144 @@
+"""From a recipe to what a federation is founded on: model, training arguments, spec and round 0."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments, set_seed
+
+from fedfstq_hf.adapter import AdapterView, base_fingerprint, config_json
+from fedfstq_hf.errors import ConfigError, MailboxError
+from fedfstq_hf.federation import adapter_file
+from fedfstq_hf.federation.mailbox import ADAPTER_CONFIG_FILE
+from fedfstq_hf.federation.spec import SHARED_TRAINING_ARGUMENTS, FederationSpec
+from fedfstq_hf.recipe import MethodSettings, Recipe
+
+EMBEDDED_MODEL = "demo"
+_ROOM_FOR_HEADERS = 4096
+
+
+@dataclass(frozen=True)
+class Founding:
+    """A base model with a fresh adapter, and its tokenizer."""
+
+    model: PeftModel
+    tokenizer: Any
+    view: AdapterView
+    adapter: bytes
+    adapter_config: bytes
+
+
+def resolve_model(name: str) -> str:
+    """The path of the embedded model for `demo`, any other name as it is."""
+    if name != EMBEDDED_MODEL:
+        return name
+    from fedfstq_hf.demo import model_path
+
+    return str(model_path())
+
+
+def load_base(name: str, dtype: str) -> tuple[Any, Any]:
+    """Base model and tokenizer.
+
+    Raises:
+        ConfigError: neither a folder with a model nor a Hub id that can be reached.
+    """
+    path = resolve_model(name)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype))
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"The base model {name!r} cannot be loaded: {error}\nGive a folder or a Hub id with --model."
+        ) from error
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return model, tokenizer
+
+
+def found(recipe: Recipe, seed: int) -> Founding:
+    """Load the recipe's base and give it a new adapter, which is a function of the seed."""
+    base, tokenizer = load_base(recipe.model, recipe.dtype)
+    set_seed(seed)
+    model = get_peft_model(base, LoraConfig(**recipe.lora.peft_kwargs()))
+    view = AdapterView(model)
+    model.peft_config[view.name].base_model_name_or_path = recipe.model
+    return Founding(model, tokenizer, view, adapter_file.dump(view.state()), config_json(model, view.name))
+
+
+def wrap_base(base: Any, adapter_config: bytes) -> PeftModel:
+    """The base with a trainable adapter of a published configuration; its numbers come from the mailbox later.
+
+    Raises:
+        MailboxError: not the configuration of a LoRA adapter.
+    """
+    try:
+        fields = json.loads(adapter_config)
+        config = LoraConfig(**{name: value for name, value in fields.items() if name in LoraConfig.__dataclass_fields__})
+    except (ValueError, TypeError, AttributeError) as error:
+        raise MailboxError(f"The mailbox's {ADAPTER_CONFIG_FILE} cannot be read: {error}") from error
+    config.inference_mode = False
+    return get_peft_model(base, config)
+
+
+def make_spec(recipe: Recipe, method: str, founding: Founding, *, seed: int, min_clients: int) -> FederationSpec:
+    """The spec of a federation that runs `method` of a recipe."""
+    settings: MethodSettings = recipe.methods[method]
+    training = recipe.training
+    return FederationSpec(
+        name=recipe.name,
+        model=recipe.model,
+        base_fingerprint=base_fingerprint(founding.model),
+        schema=founding.view.schema.fingerprint,
+        rounds=recipe.federation.rounds,
+        local_steps=training.local_steps,
+        max_message_bytes=4 * founding.view.schema.num_params + _ROOM_FOR_HEADERS,
+        min_clients=min_clients,
+        codec=settings.codec,
+        codec_options=settings.codec_options,
+        uplink_budget=settings.uplink_budget,
+        error_feedback=settings.feedback_decay,
+        server=settings.server.to_yaml(),
+        training={name: getattr(training, name) for name in SHARED_TRAINING_ARGUMENTS},
+        optimizer_state=training.optimizer_state,
+        refresh_steps=training.refresh_steps,
+        rho=training.rho,
+        seed=seed,
+        data=dataclasses.asdict(recipe.data),
+        client_defaults={
+            "per_device_train_batch_size": training.per_device_train_batch_size,
+            "gradient_accumulation_steps": training.gradient_accumulation_steps,
+        },
+    )
+
+
+def quiet_arguments(output_dir: str | Path, **overrides: Any) -> TrainingArguments:
+    """`TrainingArguments` without checkpoints and logs: client states and mailbox hold what there is to keep.
+
+    Raises:
+        ConfigError: transformers refuses a name or a value.
+    """
+    settings = {
+        "output_dir": str(output_dir),
+        "save_strategy": "no",
+        "logging_strategy": "no",
+        "disable_tqdm": True,
+        "report_to": "none",
+        "remove_unused_columns": False,
+        "dataloader_pin_memory": torch.cuda.is_available(),
+    }
+    try:
+        return TrainingArguments(**(settings | overrides))
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"transformers.TrainingArguments refuses the training settings: {error}") from error
+
+
+def training_arguments(recipe: Recipe, output_dir: str | Path, **overrides: Any) -> TrainingArguments:
+    """Quiet `TrainingArguments` for a recipe."""
+    return quiet_arguments(output_dir, **(recipe.training.trainer_kwargs() | overrides))

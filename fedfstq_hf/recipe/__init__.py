@@ -1,0 +1,37 @@
+"""Recipes: a whole comparison in one YAML file, read strictly, changed from the command line, found by name."""
+
+from fedfstq_hf.recipe.check import validate
+from fedfstq_hf.recipe.library import find_recipe, list_recipes, load_recipe, recipes_folder
+from fedfstq_hf.recipe.overrides import ALIASES, apply_overrides
+from fedfstq_hf.recipe.schema import (
+    EvaluationSettings,
+    FederationSettings,
+    LoraSettings,
+    MethodSettings,
+    Recipe,
+    ServerSettings,
+    TargetSettings,
+    TrainingSettings,
+)
+from fedfstq_hf.recipe.strict import build, parse_yaml, plain
+
+__all__ = [
+    "ALIASES",
+    "EvaluationSettings",
+    "FederationSettings",
+    "LoraSettings",
+    "MethodSettings",
+    "Recipe",
+    "ServerSettings",
+    "TargetSettings",
+    "TrainingSettings",
+    "apply_overrides",
+    "build",
+    "find_recipe",
+    "list_recipes",
+    "load_recipe",
+    "parse_yaml",
+    "plain",
+    "recipes_folder",
+    "validate",
+]

@@ -1,0 +1,86 @@
+"""Checks a recipe against the installed libraries: the slow part of `fedfstq recipes validate`."""
+
+import inspect
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+from fedfstq_hf.errors import ConfigError, FedFSTQError
+from fedfstq_hf.recipe.schema import MethodSettings, Recipe
+
+
+def validate(recipe: Recipe) -> list[str]:
+    """Raise `ConfigError` with all that is wrong with `recipe` beyond types and ranges; return what is only notable.
+
+    Asks the libraries themselves: each codec is built with its options, each budget is parsed, each server optimizer is
+    constructed, and the `lora` and `training` sections are handed to peft and transformers. Nothing is downloaded.
+    """
+    problems: list[str] = []
+
+    def attempt(where: str, action: Callable[[], object]) -> None:
+        try:
+            action()
+        except (FedFSTQError, TypeError, ValueError, ImportError) as error:
+            problems.append(f"{where}: {error}")
+
+    for name, method in recipe.methods.items():
+        attempt(f"methods.{name}.codec", partial(_check_codec, method))
+        attempt(f"methods.{name}.uplink_budget", partial(_check_budget, method))
+        attempt(f"methods.{name}.server", partial(_check_server, method))
+    attempt("lora", partial(_check_lora, recipe))
+    attempt("training", partial(_check_training, recipe))
+    attempt("data.path", partial(_check_path, recipe))
+    if problems:
+        raise ConfigError("\n".join([f"recipe {recipe.name} will not run:", *problems]))
+    return _notes(recipe)
+
+
+def _check_codec(method: MethodSettings) -> None:
+    from fedfstq_hf.codec import get_codec
+
+    get_codec(method.codec, **method.codec_options)
+
+
+def _check_budget(method: MethodSettings) -> None:
+    from fedfstq_hf.codec import parse_budget
+
+    if method.uplink_budget is not None:
+        parse_budget(method.uplink_budget, 1_000_000)
+
+
+def _check_server(method: MethodSettings) -> None:
+    import torch
+
+    known = sorted(name for name, item in vars(torch.optim).items() if inspect.isclass(item) and name != "Optimizer")
+    if method.server.optimizer not in known:
+        raise ValueError(f"torch.optim has no {method.server.optimizer!r}; it has {', '.join(known)}")
+    getattr(torch.optim, method.server.optimizer)([torch.zeros(1, requires_grad=True)], **method.server.keywords())
+
+
+def _check_lora(recipe: Recipe) -> None:
+    from peft import LoraConfig
+
+    LoraConfig(**recipe.lora.peft_kwargs())
+
+
+def _check_training(recipe: Recipe) -> None:
+    from transformers import TrainingArguments
+
+    keywords = recipe.training.trainer_kwargs()
+    # Whether this machine can do bf16 is not the recipe's fault.
+    TrainingArguments(output_dir="unused", report_to="none", **{**keywords, "bf16": False})
+
+
+def _check_path(recipe: Recipe) -> None:
+    if recipe.data.path.endswith((".jsonl", ".json")) and not Path(recipe.data.path).is_file():
+        raise ConfigError(f"there is no file {recipe.data.path}")
+
+
+def _notes(recipe: Recipe) -> list[str]:
+    """What runs, but may not be meant."""
+    if recipe.target.of in recipe.methods:
+        return []
+    return [
+        f"target.of: {recipe.target.of!r} is not among the methods ({', '.join(recipe.methods)}), "
+        "so there will be no target and no ratios"
+    ]

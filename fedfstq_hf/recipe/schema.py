@@ -1,0 +1,299 @@
+"""What a recipe may say: one dataclass per section, with its defaults, ranges and the reason for them.
+
+Pure data: nothing here imports torch, so that listing and checking recipes is instant.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from fedfstq_hf.errors import ConfigError
+from fedfstq_hf.recipe.strict import build, join, plain
+from fedfstq_hf.simulation.network import LinkProfile, get_link
+from fedfstq_hf.workloads.config import DataConfig
+
+Scalar = bool | int | float | str | None
+
+SAFE_LORA_INITS = (True, False, "gaussian", "orthogonal")
+"""Initialisations that leave the base model as it is; PiSSA, OLoRA, LoftQ, CorDA and their kin subtract from it."""
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """The adapter, as keywords of `peft.LoraConfig`. Every client must use the same."""
+
+    r: int = 16
+    """Rank: higher learns more and costs proportionally more bytes."""
+    lora_alpha: int = 32
+    lora_dropout: float = 0.0
+    target_modules: str | list[str] = "all-linear"
+    exclude_modules: str | list[str] | None = None
+    layers_to_transform: list[int] | None = None
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, int] = field(default_factory=dict)
+    use_rslora: bool = False
+    use_dora: bool = False
+    init_lora_weights: bool | str = True
+
+    def __post_init__(self) -> None:
+        _positive(self, "r", "lora_alpha")
+        _within(self, "lora_dropout", 0, 1, open_end=True)
+        if self.init_lora_weights not in SAFE_LORA_INITS:
+            raise ConfigError(
+                f"init_lora_weights must be one of {', '.join(map(str, SAFE_LORA_INITS))}, got "
+                f"{self.init_lora_weights!r}: others change the base model, and clients must share it unchanged"
+            )
+
+    def peft_kwargs(self) -> dict[str, Any]:
+        """Keyword arguments for `peft.LoraConfig`, for causal language models."""
+        return {"task_type": "CAUSAL_LM", "bias": "none", **plain(self)}
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """Local training. All but the first four are fields of `transformers.TrainingArguments` under the same name."""
+
+    local_steps: int = 10
+    """Optimizer steps of a client in a round."""
+    optimizer_state: Literal["fresh", "kept"] = "fresh"
+    """Whether a client begins a round with new optimizer moments or with those of its last round."""
+    refresh_steps: int = 10
+    """Token sensitivity is measured every so many local steps (H in the paper)."""
+    rho: float = 0.9
+    """Decay of the moving averages of token sensitivity and adapter Fisher."""
+    per_device_train_batch_size: int = 4
+    gradient_accumulation_steps: int = 1
+    learning_rate: float = 2e-4
+    lr_scheduler_type: str = "constant"
+    warmup_steps: int = 0
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    optim: str = "adamw_torch"
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    adam_epsilon: float = 1e-8
+    bf16: bool = False
+    activation_checkpointing: bool = False
+    """Saves memory, costs about a third more time per step."""
+
+    def __post_init__(self) -> None:
+        _positive(self, "local_steps", "refresh_steps", "per_device_train_batch_size", "gradient_accumulation_steps")
+        _positive(self, "learning_rate", "adam_epsilon")
+        _within(self, "rho", 0, 1, open_end=True)
+        _within(self, "adam_beta1", 0, 1, open_end=True)
+        _within(self, "adam_beta2", 0, 1, open_end=True)
+        _at_least_zero(self, "warmup_steps", "weight_decay", "max_grad_norm")
+
+    def trainer_kwargs(self) -> dict[str, Any]:
+        """Keyword arguments for `transformers.TrainingArguments`; steps, seed and output folder are the caller's."""
+        ours = ("local_steps", "optimizer_state", "refresh_steps", "rho")
+        return {name: value for name, value in plain(self).items() if name not in ours}
+
+
+@dataclass(frozen=True)
+class FederationSettings:
+    """How many clients there are, who takes part, and how the data fall to them."""
+
+    clients: int = 10
+    clients_per_round: int = 4
+    rounds: int = 10
+    dropout: float = 0.0
+    """Probability that a sampled client's update never arrives (paper: 0.1)."""
+    partition: Literal["dirichlet", "iid", "natural"] = "dirichlet"
+    alpha: float = 0.1
+    """Dirichlet concentration over topics; small is skewed."""
+    min_examples: int = 1
+    """No client holds fewer training examples than this."""
+
+    def __post_init__(self) -> None:
+        _positive(self, "clients", "clients_per_round", "rounds", "alpha", "min_examples")
+        _within(self, "dropout", 0, 1, open_end=True)
+        if self.clients_per_round > self.clients:
+            raise ConfigError(
+                f"clients_per_round must be at most clients = {self.clients}, got {self.clients_per_round}"
+            )
+
+
+@dataclass(frozen=True)
+class ServerSettings:
+    """The optimizer that the mean update is handed to as a pseudo-gradient: SGD at lr 1 is FedAvg, Adam is FedAdam.
+
+    In YAML one flat mapping, `{optimizer: SGD, lr: 1.0, momentum: 0.9}`: what is not `optimizer` or `lr` is passed on.
+    """
+
+    optimizer: str = "SGD"
+    """Class name in `torch.optim`."""
+    lr: float = 1.0
+    options: dict[str, Any] = field(default_factory=dict)
+    """Further keyword arguments of that class."""
+
+    def __post_init__(self) -> None:
+        _positive(self, "lr")
+        if not self.optimizer.isidentifier():
+            raise ConfigError(f"optimizer must be a class of torch.optim such as SGD or Adam, got {self.optimizer!r}")
+
+    @classmethod
+    def from_yaml(cls, value: object, where: str) -> "ServerSettings":
+        """Build from the flat form."""
+        if isinstance(value, cls):
+            return value
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"{where} must be a mapping such as {{optimizer: SGD, lr: 1.0}}, got {value!r}")
+        known = {key: value[key] for key in ("optimizer", "lr") if key in value}
+        return build(cls, {**known, "options": {key: value[key] for key in value if key not in known}}, where)
+
+    def to_yaml(self) -> dict[str, Any]:
+        """The flat form."""
+        return {"optimizer": self.optimizer, "lr": self.lr, **plain(self.options)}
+
+    def keywords(self) -> dict[str, Any]:
+        """Keyword arguments of the optimizer class, `lr` among them."""
+        return {"lr": self.lr, **self.options}
+
+
+@dataclass(frozen=True)
+class MethodSettings:
+    """One method of a comparison: a codec and the switches of client and server around it."""
+
+    codec: str = "fstq"
+    codec_options: dict[str, Any] = field(default_factory=dict)
+    uplink_budget: int | str | None = None
+    """Most a message may weigh: bytes (`96kB`), bits per parameter (`0.3bpp`) or time on a link (`5s@2Mbps`)."""
+    error_feedback: bool | float = True
+    """Whether a client keeps what its message left out and adds it to its next update; a number is the decay."""
+    server: ServerSettings = field(default_factory=ServerSettings)
+
+    def __post_init__(self) -> None:
+        if not 0 <= float(self.error_feedback) <= 1:
+            raise ConfigError(f"error_feedback must be true, false or a decay in (0, 1], got {self.error_feedback!r}")
+        if isinstance(self.uplink_budget, int) and self.uplink_budget < 1:
+            raise ConfigError(f"uplink_budget must be at least 1 byte, got {self.uplink_budget}")
+
+    @property
+    def feedback_decay(self) -> float:
+        """Decay of the residual: 1.0 for `true`, 0.0 without error feedback."""
+        return float(self.error_feedback)
+
+
+@dataclass(frozen=True)
+class EvaluationSettings:
+    """What quality is, measured on the held-out examples before round 1 and after every round."""
+
+    metric: Literal["eval_loss", "exact_match"] = "eval_loss"
+    batch_size: int = 16
+
+    def __post_init__(self) -> None:
+        _positive(self, "batch_size")
+
+    @property
+    def higher_is_better(self) -> bool:
+        """Direction of the metric."""
+        return self.metric != "eval_loss"
+
+
+@dataclass(frozen=True)
+class TargetSettings:
+    """The quality to which bytes and time are counted: a share of what one method improves over the whole run."""
+
+    of: str = "fedavg"
+    """The method whose improvement sets the target."""
+    fraction: float = 0.9
+    consecutive: int = 2
+    """In so many consecutive evaluations the metric must hold the target."""
+
+    def __post_init__(self) -> None:
+        _positive(self, "fraction", "consecutive")
+        _within(self, "fraction", 0, 1)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A whole comparison, ready to run."""
+
+    name: str
+    methods: dict[str, MethodSettings]
+    description: str = ""
+    model: str = "demo"
+    """A folder, a Hub model id, or `demo` for the embedded model."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the frozen base model; adapters are float32 in any case."""
+    data: DataConfig = field(default_factory=DataConfig)
+    lora: LoraSettings = field(default_factory=LoraSettings)
+    training: TrainingSettings = field(default_factory=TrainingSettings)
+    federation: FederationSettings = field(default_factory=FederationSettings)
+    links: tuple[LinkProfile, ...] = field(default_factory=lambda: (get_link("lte-20mbps"), get_link("straggler-tail")))
+    evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
+    target: TargetSettings = field(default_factory=TargetSettings)
+    seeds: tuple[int, ...] = (0,)
+
+    def __post_init__(self) -> None:
+        if not self.methods:
+            raise ConfigError("methods must name at least one method, such as fedavg: {codec: fp32}")
+        if not self.links:
+            raise ConfigError("links must name at least one link profile, such as [lte-20mbps]")
+        if not self.seeds or min(self.seeds) < 0:
+            raise ConfigError(f"seeds must be at least one whole number of at least 0, got {list(self.seeds)}")
+        for name, items in (("seeds", self.seeds), ("links", [link.name for link in self.links])):
+            if len(set(items)) != len(items):
+                raise ConfigError(f"{name} must be distinct, got {list(items)}")
+
+    @classmethod
+    def from_dict(cls, mapping: object, where: str = "recipe") -> "Recipe":
+        """Build from what `yaml` or `to_dict` gives. `seeds: 3` means 0, 1, 2; a link is a name or a mapping."""
+        if isinstance(mapping, Mapping):
+            mapping = {**mapping}
+            if "seeds" in mapping:
+                mapping["seeds"] = _seeds(mapping["seeds"], join(where, "seeds"))
+            if "links" in mapping:
+                mapping["links"] = _links(mapping["links"], join(where, "links"))
+        return build(cls, mapping, where)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data that `from_dict` turns into an equal recipe."""
+        result: dict[str, Any] = plain(self)
+        return result
+
+
+def _seeds(value: Any, where: str) -> list[int]:
+    if isinstance(value, int) and not isinstance(value, bool):
+        if value < 1:
+            raise ConfigError(f"{where} must be how many seeds to run (at least 1) or a list of seeds, got {value}")
+        return list(range(value))
+    if not isinstance(value, (list, tuple)):
+        raise ConfigError(f"{where} must be how many seeds to run or a list such as [0, 1, 2], got {value!r}")
+    return list(value)
+
+
+def _links(value: Any, where: str) -> list[LinkProfile]:
+    if not isinstance(value, (list, tuple)):
+        raise ConfigError(f"{where} must be a list of profile names or of mappings, got {value!r}")
+    links = []
+    for index, item in enumerate(value):
+        if isinstance(item, str):
+            try:
+                links.append(get_link(item))
+            except ConfigError as error:
+                raise ConfigError(f"{where}[{index}]: {error}") from None
+        else:
+            links.append(build(LinkProfile, item, f"{where}[{index}]"))
+    return links
+
+
+def _positive(settings: object, *names: str) -> None:
+    for name in names:
+        if not 0 < getattr(settings, name) < math.inf:
+            raise ConfigError(f"{name} must be above 0, got {getattr(settings, name)!r}")
+
+
+def _at_least_zero(settings: object, *names: str) -> None:
+    for name in names:
+        if not 0 <= getattr(settings, name) < math.inf:
+            raise ConfigError(f"{name} must be at least 0, got {getattr(settings, name)!r}")
+
+
+def _within(settings: object, name: str, low: float, high: float, *, open_end: bool = False) -> None:
+    value = getattr(settings, name)
+    if not (low <= value < high if open_end else low <= value <= high):
+        end = ")" if open_end else "]"
+        raise ConfigError(f"{name} must lie in [{low}, {high}{end}, got {value!r}")

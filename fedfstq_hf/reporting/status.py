@@ -1,0 +1,54 @@
+"""A federation in the terminal: one line per round, and what `fedfstq status` shows."""
+
+from __future__ import annotations
+
+from fedfstq_hf.errors import MailboxError
+from fedfstq_hf.federation.mailbox import RECORD_FILE, SPEC_FILE, Mailbox
+from fedfstq_hf.federation.record import RoundRecord
+from fedfstq_hf.federation.spec import FederationSpec
+from fedfstq_hf.reporting.units import format_bytes
+
+
+def describe_round(record: RoundRecord, spec: FederationSpec) -> str:
+    """One line about a published round, and one for each refused update."""
+    if record.round == 0:
+        line = f"round 0/{spec.rounds}: initial adapter, {format_bytes(record.adapter_bytes)}"
+    else:
+        line = (
+            f"round {record.round}/{spec.rounds}: {len(record.accepted)} updates, "
+            f"{format_bytes(record.uplink_bytes)} up, adapter {record.adapter_sha256[:12]}"
+        )
+    refused = [f"  refused {update.client_id}: {update.reason}" for update in record.refused]
+    return "\n".join([line, *refused])
+
+
+def render_status(mailbox: Mailbox) -> str:
+    """All rounds of a mailbox, what waits in it, and posted metrics.
+
+    Raises:
+        MailboxError: no federation lies there.
+    """
+    head = mailbox.head()
+    if head is None:
+        raise MailboxError(f"{mailbox.address} holds no federation. Make one with `fedfstq init {mailbox.address} ...`.")
+    spec = FederationSpec.from_json(mailbox.read(0, SPEC_FILE))
+    lines = [f"{spec.name}: {spec.model}, codec {spec.codec}, {spec.rounds} rounds of {spec.local_steps} local steps"]
+    uplink = 0
+    for round in range(head + 1):
+        record = RoundRecord.from_json(mailbox.read(round, RECORD_FILE))
+        uplink += record.uplink_bytes
+        posted = [
+            f"{source} {name} {value:.4f}"
+            for source, metrics in mailbox.read_metrics(round).items()
+            for name, value in metrics.items()
+            if isinstance(value, float)
+        ]
+        lines.append(describe_round(record, spec) + (f"  [{'; '.join(posted)}]" if posted else ""))
+    lines.append(f"uplink in total: {format_bytes(uplink)}")
+    if record.finished:
+        lines.append("finished")
+    else:
+        waiting = mailbox.list_updates(head)
+        names = ", ".join(ref.client_id for ref in waiting) or "none"
+        lines.append(f"waiting for {spec.min_clients} updates of round {head}; here are {len(waiting)}: {names}")
+    return "\n".join(lines)

@@ -1,0 +1,25 @@
+"""What matters: sensitivity of tokens and of adapter coordinates, from gradients that training computes anyway.
+
+Pure torch: knows no transformers, no codec and no federation.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .adapter import AdapterFisher
+    from .tokens import TokenSensitivity
+
+_HOME = {"AdapterFisher": "adapter", "TokenSensitivity": "tokens"}
+
+__all__ = ["AdapterFisher", "TokenSensitivity"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_HOME[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,171 @@
+"""Links as arithmetic: per-client rates drawn from a named profile, and what a round costs in seconds and joules.
+
+Nothing sleeps. Round time is straggler-limited (paper, section III): the server waits for its slowest survivor.
+"""
+
+import difflib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from fedfstq_hf.errors import ConfigError
+
+_RATE_STREAM = 0x11A7E  # keeps the rates' random stream apart from those of the plan and the partition
+
+
+@dataclass(frozen=True)
+class LinkProfile:
+    """A population of client links. Rates in Mbit/s (decimal), times in seconds, power in watts.
+
+    Every client draws one uplink rate for the whole run: log-normal around `uplink_mbps`, except for a share
+    `tail_fraction` of the clients, whose rate is log-uniform in `tail_mbps`. Default powers: 2 W while transmitting
+    (the paper's), 4 W while computing (what its 839.2 J for 5.00 s of compute and 133.8 J for 5.85 s imply).
+    """
+
+    name: str
+    uplink_mbps: float = 20.0
+    """Median uplink rate of the body of the clients."""
+    spread: float = 0.0
+    """Standard deviation of log(rate) in the body; 0 gives every client the same rate."""
+    tail_fraction: float = 0.0
+    """Share of the clients on the slow tail, rounded up to whole clients."""
+    tail_mbps: tuple[float, float] = (0.5, 2.0)
+    """Lowest and highest uplink rate on the slow tail."""
+    downlink_ratio: float = 5.0
+    """Downlink rate over uplink rate of the same client; public LTE networks are this asymmetric."""
+    server_seconds: float = 0.0
+    """T_srv: what the server adds to every round."""
+    compute_seconds: float | None = None
+    """Local compute per client and round; None takes the measured one."""
+    transmit_watts: float = 2.0
+    compute_watts: float = 4.0
+
+    def __post_init__(self) -> None:
+        for field in ("uplink_mbps", "downlink_ratio"):
+            if not 0 < getattr(self, field) < math.inf:
+                raise ConfigError(f"{field} must be a number above 0, got {getattr(self, field)!r}")
+        for field in ("spread", "server_seconds", "transmit_watts", "compute_watts"):
+            if not 0 <= getattr(self, field) < math.inf:
+                raise ConfigError(f"{field} must be a number of at least 0, got {getattr(self, field)!r}")
+        if not 0 <= self.tail_fraction <= 1:
+            raise ConfigError(f"tail_fraction must lie in [0, 1], got {self.tail_fraction!r}")
+        if len(self.tail_mbps) != 2 or not 0 < self.tail_mbps[0] <= self.tail_mbps[1] < math.inf:
+            raise ConfigError(f"tail_mbps must be [lowest, highest] with 0 < lowest <= highest, got {self.tail_mbps!r}")
+        if self.compute_seconds is not None and not 0 <= self.compute_seconds < math.inf:
+            raise ConfigError(f"compute_seconds must be a number of at least 0 or null, got {self.compute_seconds!r}")
+
+
+PROFILES: dict[str, LinkProfile] = {
+    profile.name: profile
+    for profile in (
+        # Every client alike: isolates what the payload alone costs.
+        LinkProfile("lte-20mbps"),
+        # A body around 10 Mbit/s and a fifth of the clients at the cell edge, 0.5-2 Mbit/s.
+        LinkProfile("straggler-tail", uplink_mbps=10.0, spread=0.5, tail_fraction=0.2),
+    )
+}
+
+
+@dataclass(frozen=True)
+class LinkRates:
+    """Rates of clients 0..K-1 in bit/s, each array of shape (K,)."""
+
+    uplink: np.ndarray
+    downlink: np.ndarray
+
+
+@dataclass(frozen=True)
+class RoundCost:
+    """What one round cost on one link: seconds of the round, joules as mean over its clients and of the straggler."""
+
+    seconds: float
+    straggler: int
+    energy_mean: float
+    energy_straggler: float
+
+
+def get_link(name: str) -> LinkProfile:
+    """Return the profile called `name`; an unknown name raises `ConfigError` with the nearest known one."""
+    if name in PROFILES:
+        return PROFILES[name]
+    near = difflib.get_close_matches(str(name), PROFILES, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise ConfigError(
+        f"unknown link profile {name!r}{hint} Known: {', '.join(PROFILES)}. "
+        "A profile of your own is written in place, e.g. {name: office, uplink_mbps: 5}."
+    )
+
+
+def draw_rates(profile: LinkProfile, num_clients: int, seed: int) -> LinkRates:
+    """Draw the rates of `num_clients` clients, fixed for a whole run and the same for every method.
+
+    Exactly `ceil(tail_fraction * num_clients)` clients are on the slow tail, so that no seed happens to be without one.
+    A body rate is kept above the tail's highest rate.
+    """
+    if num_clients < 1:
+        raise ConfigError(f"num_clients must be at least 1, got {num_clients}")
+    rng = np.random.default_rng([_RATE_STREAM, seed])
+    log_rates = math.log(profile.uplink_mbps) + profile.spread * rng.standard_normal(num_clients)
+    num_slow = math.ceil(profile.tail_fraction * num_clients - 1e-9)
+    low, high = profile.tail_mbps
+    if num_slow:
+        log_rates = np.maximum(log_rates, math.log(high))
+        slow = rng.permutation(num_clients)[:num_slow]
+        log_rates[slow] = rng.uniform(math.log(low), math.log(high), size=num_slow)
+    uplink = np.exp(log_rates) * 1e6
+    return LinkRates(uplink=uplink, downlink=uplink * profile.downlink_ratio)
+
+
+def round_cost(
+    profile: LinkProfile,
+    rates: LinkRates,
+    *,
+    uplink_bytes: Mapping[int, int],
+    downlink_bytes: Mapping[int, int],
+    compute_seconds: Mapping[int, float],
+) -> RoundCost:
+    """Cost of a round for the clients that are keys of `uplink_bytes`: those whose update arrived.
+
+    Args:
+        profile: the link; its `compute_seconds`, where set, replaces the measured one.
+        rates: of all clients, from `draw_rates`.
+        uplink_bytes: message bytes by client index.
+        downlink_bytes: bytes the client fetched before the round, by client index.
+        compute_seconds: measured local seconds by client index.
+
+    `T = T_srv + max_k(8 down_k / R_down,k + T_comp,k + 8 up_k / R_up,k)` and, per client,
+    `E_k = P_comp T_comp,k + P_tx 8 up_k / R_up,k` (energy of the receiver is not counted, as in the paper).
+    """
+    if not uplink_bytes:
+        raise ConfigError("a round needs at least one client whose update arrived, got none")
+    seconds: dict[int, float] = {}
+    energy: dict[int, float] = {}
+    for client, up in uplink_bytes.items():
+        compute = compute_seconds[client] if profile.compute_seconds is None else profile.compute_seconds
+        transmit = 8 * up / float(rates.uplink[client])
+        seconds[client] = 8 * downlink_bytes[client] / float(rates.downlink[client]) + compute + transmit
+        energy[client] = profile.compute_watts * compute + profile.transmit_watts * transmit
+    straggler = max(seconds, key=lambda client: (seconds[client], -client))
+    return RoundCost(
+        seconds=profile.server_seconds + seconds[straggler],
+        straggler=straggler,
+        energy_mean=sum(energy.values()) / len(energy),
+        energy_straggler=energy[straggler],
+    )
+
+
+def round_seconds(
+    profile: LinkProfile,
+    rates: LinkRates,
+    *,
+    uplink_bytes: Mapping[int, int],
+    downlink_bytes: Mapping[int, int],
+    compute_seconds: Mapping[int, float],
+) -> float:
+    """Seconds of one round; see `round_cost`."""
+    cost = round_cost(
+        profile, rates, uplink_bytes=uplink_bytes, downlink_bytes=downlink_bytes, compute_seconds=compute_seconds
+    )
+    return cost.seconds

@@ -1,0 +1,211 @@
+"""One method and seed of a simulated federation, as the work of one long `FedFSTQTrainer.take_part`.
+
+Real sessions, codec, mailbox and coordinator; the trainer is handed one client after the other. Everything is in the
+mailbox, the clients' state folders and the rows written so far, so a run that was killed goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from fedfstq_hf.codec import parse_budget
+from fedfstq_hf.errors import FedFSTQError
+from fedfstq_hf.federation.client import Assignment, LocalResult, local_seed
+from fedfstq_hf.federation.coordinator import Coordinator
+from fedfstq_hf.federation.downlink import cheapest_download
+from fedfstq_hf.federation.local import FolderMailbox
+from fedfstq_hf.federation.mailbox import RECORD_FILE
+from fedfstq_hf.federation.record import RoundRecord
+from fedfstq_hf.federation.session import ClientSession
+from fedfstq_hf.simulation.network import LinkProfile, LinkRates, round_cost
+from fedfstq_hf.simulation.plan import RoundPlan
+
+Row = dict[str, Any]
+
+
+def client_name(index: int) -> str:
+    """The client id of client `index`."""
+    return f"client-{index:04d}"
+
+
+class SimulatedParticipation:
+    """Hands out the clients of each round in turn, then closes the round, evaluates it and writes its row.
+
+    Args:
+        folder: of this method and seed; holds `mailbox/` and `clients/`.
+        label: `{"method": ..., "seed": ...}`, the first columns of each row.
+        plan: who takes part in which round; the same for all methods of a seed.
+        datasets: the clients' data.
+        links: profile and drawn rates per link.
+        evaluate: measures an adapter, (num_params,) -> metrics with `metric` among them.
+        rows: of this method and seed as written before an interruption.
+        emit: takes each new row.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        label: Mapping[str, Any],
+        plan: Sequence[RoundPlan],
+        datasets: Sequence[Any],
+        links: Sequence[tuple[LinkProfile, LinkRates]],
+        evaluate: Callable[[Tensor], Mapping[str, float]],
+        rows: Sequence[Row],
+        emit: Callable[[Row], None],
+    ) -> None:
+        self._folder = folder
+        self._label = dict(label)
+        self._plan = plan
+        self._datasets = datasets
+        self._links = links
+        self._evaluate = evaluate
+        self._emit = emit
+        self._last_row: Row | None = rows[-1] if rows else None
+        self.mailbox = FolderMailbox(folder / "mailbox", durable=False)
+        self.coordinator = Coordinator(self.mailbox)
+        self.spec = self.coordinator.spec
+        num_params = self.coordinator.schema.num_params
+        budget = self.spec.uplink_budget
+        self._max_bytes = None if budget is None else parse_budget(budget, num_params)
+        self._sessions: dict[int, ClientSession] = {}
+        self._compute: dict[int, float] = {}
+        self._started = 0.0
+        self._records: dict[int, RoundRecord] = {}
+        left = sum(len(round_plan.survivors) for round_plan in plan[self.coordinator.record.round :])
+        self.total_steps = left * self.spec.local_steps
+
+    def next(self) -> Assignment | None:
+        """The next client of the round; closes the round first where all have sent."""
+        while True:
+            record = self.coordinator.record
+            if self._last_row is None or self._last_row["round"] < record.round:
+                self._finish_row(record)
+            if record.finished:
+                self.close()
+                return None
+            for index in self._plan[record.round].survivors:
+                session = self._open(index)
+                if session.last_round < record.round:
+                    self._started = time.perf_counter()
+                    return Assignment(
+                        round=record.round,
+                        session=session,
+                        adapter=self.coordinator.adapter,
+                        adapter_sha256=record.adapter_sha256,
+                        seed=local_seed(self.spec.seed, session.client_id, record.round),
+                        dataset=self._datasets[index],
+                    )
+                if session.pending is not None:
+                    self.mailbox.post_update(record.round, session.client_id, session.pending.message)
+            if self.coordinator.close_round() is None:
+                raise FedFSTQError(
+                    f"{self._label}: round {record.round} could not be closed: the coordinator refused every update."
+                )
+
+    def complete(self, assignment: Assignment, result: LocalResult) -> dict[str, float]:
+        """Store and post the client's message."""
+        session = assignment.session
+        pending = session.finish(
+            assignment.round,
+            assignment.adapter_sha256,
+            result.adapter - assignment.adapter,
+            fisher=result.fisher,
+            num_examples=result.num_examples,
+            max_bytes=self._max_bytes,
+            carried=result.carried,
+        )
+        self.mailbox.post_update(assignment.round, session.client_id, pending.message)
+        index = next(i for i, opened in self._sessions.items() if opened is session)
+        self._compute[index] = time.perf_counter() - self._started
+        return {}
+
+    def final_adapter(self) -> Tensor | None:
+        """The global adapter."""
+        return self.coordinator.adapter
+
+    def close(self) -> None:
+        """Release the clients' state folders."""
+        for session in self._sessions.values():
+            session.close()
+        self._sessions.clear()
+
+    def _open(self, index: int) -> ClientSession:
+        if index not in self._sessions:
+            name = client_name(index)
+            folder = self._folder / "clients" / name
+            session = ClientSession(name, self.spec, self.coordinator.schema, folder=folder, durable=False)
+            if session.pending is not None and session.pending.round < self.coordinator.record.round:
+                session.settle(self._record(session.pending.round + 1))
+            self._sessions[index] = session
+        return self._sessions[index]
+
+    def _record(self, round: int) -> RoundRecord:
+        if round not in self._records:
+            self._records[round] = RoundRecord.from_json(self.mailbox.read(round, RECORD_FILE))
+        return self._records[round]
+
+    def _finish_row(self, record: RoundRecord) -> None:
+        """Settle the round's clients, measure the adapter and write the row."""
+        previous, round = self._last_row, record.round
+        row: Row = {**self._label, "round": round}
+        if round == 0 or previous is None:
+            row |= self._evaluate(self.coordinator.adapter)
+            row |= {
+                "uplink_bytes": 0,
+                "downlink_bytes": 0,
+                "cumulative_uplink_bytes": 0,
+                "cumulative_downlink_bytes": 0,
+            }
+            row |= {"seconds": {profile.name: 0.0 for profile, _ in self._links}, "num_updates": 0, "num_dropped": 0}
+        else:
+            plan = self._plan[round - 1]
+            norms = []
+            for index in plan.survivors:
+                session = self._open(index)
+                if session.pending is not None and session.pending.round == round - 1:
+                    session.settle(record)
+                norms.append(session.residual_norm())
+            self.close()
+            row |= self._evaluate(self.coordinator.adapter)
+            row |= self._costs(record, plan, previous)
+            row["residual_norm"] = sum(norms) / len(norms)
+        self._emit(row)
+        self._last_row = row
+        self._compute.clear()
+
+    def _costs(self, record: RoundRecord, plan: RoundPlan, previous: Row) -> Row:
+        sent = {update.client_id: update.num_bytes for update in (*record.accepted, *record.refused)}
+        uplink = {index: sent[client_name(index)] for index in plan.survivors}
+        downlink = {index: self._downlink(index, record.round - 1) for index in plan.sampled}
+        # After an interruption some clients' times are unknown; the mean of those that are known stands for them.
+        known = list(self._compute.values()) or [previous.get("compute_seconds", 0.0)]
+        typical = sum(known) / len(known)
+        compute = {index: self._compute.get(index, typical) for index in plan.survivors}
+        seconds, energy = {}, {}
+        for profile, rates in self._links:
+            cost = round_cost(profile, rates, uplink_bytes=uplink, downlink_bytes=downlink, compute_seconds=compute)
+            seconds[profile.name] = previous["seconds"][profile.name] + cost.seconds
+            energy[profile.name] = {"mean": cost.energy_mean, "straggler": cost.energy_straggler}
+        up, down = sum(uplink.values()), sum(downlink.values())
+        return {
+            "uplink_bytes": up,
+            "downlink_bytes": down,
+            "cumulative_uplink_bytes": previous["cumulative_uplink_bytes"] + up,
+            "cumulative_downlink_bytes": previous["cumulative_downlink_bytes"] + down,
+            "seconds": seconds,
+            "num_updates": len(record.accepted),
+            "num_dropped": plan.num_dropped,
+            "compute_seconds": sum(compute.values()) / len(compute),
+            "energy": energy,
+        }
+
+    def _downlink(self, index: int, round: int) -> int:
+        """Bytes that client `index` downloads to begin `round`, given when it was sampled before."""
+        before = [earlier for earlier in range(round) if index in self._plan[earlier].sampled]
+        return cheapest_download(before[-1] if before else None, round, self._record).num_bytes

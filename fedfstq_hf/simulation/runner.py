@@ -1,0 +1,215 @@
+"""`fedfstq simulate`: the methods of a recipe side by side, seed by seed, from one folder that can be resumed.
+
+```
+OUT/recipe.json metrics.jsonl summary.json report.md *.png adapter/      what one reads
+OUT/runs/METHOD/seed-S/mailbox, clients/                                 each run's federation, for resuming
+```
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import PrinterCallback
+
+from fedfstq_hf.errors import ConfigError
+from fedfstq_hf.evaluation import Evaluator
+from fedfstq_hf.federation.coordinator import found_federation
+from fedfstq_hf.federation.local import FolderMailbox
+from fedfstq_hf.federation.mailbox import ADAPTER_CONFIG_FILE, ADAPTER_FILE
+from fedfstq_hf.founding import Founding, found, make_spec, training_arguments
+from fedfstq_hf.recipe import Recipe, validate
+from fedfstq_hf.reporting.report import write_report
+from fedfstq_hf.reporting.summary import COMPARED, TargetRule, read_rows, summarize, write_summary
+from fedfstq_hf.simulation.network import draw_rates
+from fedfstq_hf.simulation.participation import Row, SimulatedParticipation
+from fedfstq_hf.simulation.partition import make_shards
+from fedfstq_hf.simulation.plan import make_plan
+from fedfstq_hf.trainer import FedFSTQTrainer
+from fedfstq_hf.workloads import Collator, load_workload
+
+ROWS_FILE = "metrics.jsonl"
+SUMMARY_FILE = "summary.json"
+RECIPE_FILE = "recipe.json"
+
+
+class Simulation:
+    """All methods and seeds of a recipe.
+
+    Args:
+        recipe: what to run.
+        folder: where everything goes.
+        resume: go on with what an interrupted run of the same recipe left in `folder`.
+        progress: show a progress bar.
+        command: what the user typed, for the report.
+
+    Raises:
+        ConfigError: `folder` is in use and `resume` is not set, or it holds another recipe's run.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        folder: str | Path,
+        *,
+        resume: bool = False,
+        progress: bool = True,
+        command: str = "",
+    ) -> None:
+        validate(recipe)
+        self.recipe = recipe
+        self._command = command or f"fedfstq simulate {recipe.name}"
+        self.folder = Path(folder)
+        self._progress = progress
+        self._prepare_folder(resume)
+        self._rows: list[Row] = self._read_rows()
+
+    def run(self) -> dict[str, Any]:
+        """Run what is missing; returns the summary, which also stands in `summary.json`."""
+        recipe = self.recipe
+        total = len(recipe.methods) * len(recipe.seeds) * recipe.federation.rounds
+        done = sum(row["round"] > 0 for row in self._rows)
+        with tqdm(total=total, initial=done, unit="round", disable=not self._progress, dynamic_ncols=True) as bar:
+            for seed in recipe.seeds:
+                missing = [name for name in recipe.methods if not self._complete(name, seed)]
+                if missing:
+                    self._run_seed(seed, missing, bar)
+        return self._finish()
+
+    def _run_seed(self, seed: int, methods: list[str], bar: Any) -> None:
+        recipe, federation = self.recipe, self.recipe.federation
+        founding = found(recipe, seed)
+        workload = load_workload(recipe.data, founding.tokenizer)
+        shards = make_shards(
+            workload.train,
+            federation.clients,
+            partition=federation.partition,
+            alpha=federation.alpha,
+            seed=seed,
+            min_size=federation.min_examples,
+        )
+        datasets = [[workload.train[i] for i in shard] for shard in shards]
+        collator = Collator(founding.tokenizer.pad_token_id)
+        evaluator = Evaluator(workload.test, collator.pad_id, recipe.evaluation.batch_size)
+        plan = make_plan(federation.clients, federation.clients_per_round, federation.rounds, federation.dropout, seed)
+        links = [(profile, draw_rates(profile, federation.clients, seed)) for profile in recipe.links]
+        evaluate = self._evaluate_with(founding, evaluator)
+        for method in methods:
+            folder = self._run_folder(method, seed)
+            spec = make_spec(recipe, method, founding, seed=seed, min_clients=1)
+            if not (folder / "mailbox" / "rounds" / "000000").exists():
+                mailbox = FolderMailbox(folder / "mailbox", durable=False)
+                found_federation(mailbox, spec, founding.adapter, founding.adapter_config)
+            participation = SimulatedParticipation(
+                folder,
+                label={"method": method, "seed": seed},
+                plan=plan,
+                datasets=datasets,
+                links=links,
+                evaluate=evaluate,
+                rows=[row for row in self._rows if (row["method"], row["seed"]) == (method, seed)],
+                emit=self._emit_to(bar, method, seed),
+            )
+            trainer = FedFSTQTrainer(
+                model=founding.model,
+                args=training_arguments(recipe, folder, seed=seed),
+                train_dataset=datasets[0],
+                data_collator=collator,
+            )
+            trainer.remove_callback(PrinterCallback)  # the progress bar says it all
+            try:
+                trainer.take_part(participation, spec)
+            finally:
+                participation.close()
+
+    def _evaluate_with(self, founding: Founding, evaluator: Evaluator) -> Callable[[Tensor], Mapping[str, float]]:
+        metric = self.recipe.evaluation.metric
+
+        def evaluate(adapter: Tensor) -> Mapping[str, float]:
+            founding.view.write(adapter)
+            started = time.perf_counter()
+            values = evaluator(founding.model)
+            return {"metric": values[metric], **values, "eval_seconds": time.perf_counter() - started}
+
+        return evaluate
+
+    def _emit_to(self, bar: Any, method: str, seed: int) -> Callable[[Row], None]:
+        metric = self.recipe.evaluation.metric
+
+        def emit(row: Row) -> None:
+            with open(self.folder / ROWS_FILE, "a", encoding="utf-8") as file:
+                file.write(json.dumps(row, sort_keys=True) + "\n")
+            self._rows.append(row)
+            if row["round"] > 0:
+                bar.update()
+            bar.set_description(
+                f"{method} seed {seed} round {row['round']}/{self.recipe.federation.rounds}", refresh=False
+            )
+            bar.set_postfix_str(f"{metric} {row['metric']:.4f}, uplink {row['cumulative_uplink_bytes'] / 1e6:.3f} MB")
+
+        return emit
+
+    def _finish(self) -> dict[str, Any]:
+        recipe = self.recipe
+        rule = TargetRule(recipe.target.of, recipe.target.fraction, recipe.target.consecutive)
+        summary = summarize(
+            self._rows, metric=recipe.evaluation.metric, higher_is_better=recipe.evaluation.higher_is_better, rule=rule
+        )
+        write_summary(self.folder / SUMMARY_FILE, summary)
+        write_report(self.folder, command=self._command)
+        self._copy_adapter()
+        return summary
+
+    def _copy_adapter(self) -> None:
+        """The first seed's final adapter of `fstq` (of the last method where there is none) as a PEFT folder."""
+        methods = list(self.recipe.methods)
+        method = COMPARED if COMPARED in methods else methods[-1]
+        mailbox = self._run_folder(method, self.recipe.seeds[0]) / "mailbox"
+        target = self.folder / "adapter"
+        target.mkdir(exist_ok=True)
+        for name in (ADAPTER_FILE, ADAPTER_CONFIG_FILE):
+            shutil.copyfile(mailbox / name, target / name)
+
+    def _run_folder(self, method: str, seed: int) -> Path:
+        return self.folder / "runs" / method / f"seed-{seed}"
+
+    def _complete(self, method: str, seed: int) -> bool:
+        last = max((row["round"] for row in self._rows if (row["method"], row["seed"]) == (method, seed)), default=-1)
+        return bool(last >= self.recipe.federation.rounds)
+
+    def _prepare_folder(self, resume: bool) -> None:
+        marker = self.folder / RECIPE_FILE
+        recipe = json.loads(json.dumps(self.recipe.to_dict()))
+        if marker.exists():
+            if not resume:
+                raise ConfigError(
+                    f"{self.folder} holds a run already. Go on with it by --resume, or give another --out."
+                )
+            if json.loads(marker.read_text()) != recipe:
+                raise ConfigError(
+                    f"{self.folder} holds a run of other settings ({marker}). Repeat its command, or give another --out."
+                )
+            return
+        if self.folder.exists() and any(self.folder.iterdir()):
+            raise ConfigError(f"{self.folder} is not empty and holds no run. Give a new folder with --out.")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        marker.write_text(json.dumps(recipe, indent=1) + "\n")
+
+    def _read_rows(self) -> list[Row]:
+        path = self.folder / ROWS_FILE
+        if not path.exists():
+            return []
+        rows = read_rows(path)
+        # A torn last line must go before anything is appended behind it.
+        whole = "".join(json.dumps(row, sort_keys=True) + "\n" for row in rows)
+        partial = path.with_suffix(".partial")
+        partial.write_text(whole, encoding="utf-8")
+        partial.replace(path)
+        return rows

@@ -1,0 +1,321 @@
+"""`FedFSTQTrainer`: a `transformers.Trainer` whose `train()` takes part in a federation.
+
+Rounds are cut by steps inside one long `train()`. At a round's start the mixin sets adapter, schedule, optimizer state
+and random numbers; during it, it reads Fisher information off the ordinary backward pass; at its end it hands the
+adapter to the participation, which packs and sends the change.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainerCallback, set_seed
+
+from fedfstq_hf.adapter import AdapterView, base_fingerprint, check_same_adapter, check_same_base
+from fedfstq_hf.codec import CodecContext, get_codec, message, parse_budget
+from fedfstq_hf.config import FedFSTQConfig
+from fedfstq_hf.errors import ConfigError, DataError, MailboxError
+from fedfstq_hf.federation import adapter_file
+from fedfstq_hf.federation.client import Assignment, LocalResult, MailboxParticipation, Participation
+from fedfstq_hf.federation.mailbox import ADAPTER_CONFIG_FILE, SPEC_FILE, open_mailbox
+from fedfstq_hf.federation.session import ClientSession, Settlement
+from fedfstq_hf.federation.spec import FederationSpec
+from fedfstq_hf.rounds import RoundSampler, dump_optimizer, load_optimizer, set_schedule
+from fedfstq_hf.sensitivity import AdapterFisher, TokenSensitivity
+
+logger = logging.getLogger(__name__)
+
+
+class FedFSTQMixin:
+    """Adds the federation to a Trainer class; put it before that class in the bases.
+
+    Args:
+        federation: this client's settings; `FedFSTQConfig()` trains locally and packs on request.
+        *args, **kwargs: those of the Trainer.
+    """
+
+    def __init__(self, *args: Any, federation: FedFSTQConfig | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.federation = federation or FedFSTQConfig()
+        self.adapter_view = AdapterView(self.model)
+        self.adapter_fisher = AdapterFisher(self.adapter_view.parameters, rho=self.federation.rho)
+        self.sensitivity = self._new_sensitivity()
+        self._participation: Participation | None = None
+        self._spec: FederationSpec | None = None
+        self._assignment: Assignment | None = None
+        self._batches: Iterator[Any] | None = None
+        self._local_step = 0
+        self._ended = False
+        self._start_adapter: Tensor | None = None
+        self._fed_metrics: dict[str, float] = {}
+        self.settlements: list[Settlement] = []
+        if getattr(self.args, "fp16", False):
+            raise ConfigError("fp16 scales gradients, which the Fisher information must not see. Use bf16=True or float32.")
+        self.add_callback(_RoundEnd(self))
+
+    # What a user calls
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+        """Take part in every round until the federation ends; without a mailbox, train locally.
+
+        Args:
+            resume_from_checkpoint: as in `Trainer` for local training. In a federation the client's state folder and
+                the mailbox hold all there is to resume from, at the granularity of a round: the argument changes nothing.
+            **kwargs: passed on to `Trainer.train`.
+
+        Raises:
+            AdapterMismatchError: another base model or LoRA configuration than the federation's.
+            MailboxError: no federation at the address, or nobody serves it.
+            NonFiniteError: the loss became NaN or infinite; nothing of this round was sent.
+        """
+        if self.federation.mailbox is None:
+            if resume_from_checkpoint is None or self._start_adapter is None:
+                self._start_adapter = self.adapter_view.read()
+            self.adapter_fisher.reset()
+            return super().train(resume_from_checkpoint, **kwargs)  # type: ignore[misc]
+        participation, spec = self._join(self.federation.mailbox)
+        self.settlements = participation.settlements
+        try:
+            return self.take_part(participation, spec, **kwargs)
+        finally:
+            participation.session.close()
+
+    def take_part(self, participation: Participation, spec: FederationSpec, **kwargs: Any) -> Any:
+        """Train whatever `participation` hands out until it ends, and load the final adapter.
+
+        Args:
+            participation: a mailbox's, or a simulation's.
+            spec: what the federation shares; its training arguments overwrite this trainer's.
+            **kwargs: passed on to `Trainer.train`.
+        """
+        for name, value in spec.training.items():
+            if getattr(self.args, name) != value:
+                logger.info("The federation sets %s=%r (was %r).", name, value, getattr(self.args, name))
+                setattr(self.args, name, value)
+        if self.args.world_size > 1:
+            raise ConfigError(f"A federated client runs in one process, not {self.args.world_size}. Start it without a launcher.")
+        max_steps = self.args.max_steps
+        self._participation, self._spec, self._ended = participation, spec, False
+        self.adapter_fisher = AdapterFisher(self.adapter_view.parameters, rho=spec.rho)
+        self.args.max_steps = max(participation.total_steps, 1)
+        try:
+            output = super().train(None, **kwargs)  # type: ignore[misc]
+            reached_end = self.state.global_step >= self.args.max_steps  # a user's callback may have stopped it before
+            if reached_end and not self._ended and self._next_round():
+                raise MailboxError("The federation handed out a round after its last step.")
+        finally:
+            self.args.max_steps = max_steps
+            self._participation, self._assignment, self._batches = None, None, None
+        return output
+
+    def pack_update(self) -> bytes:
+        """The message that carries what local training changed, from where `train()` started.
+
+        Returns:
+            A packed message of round 0, within `uplink_budget`.
+        """
+        if self._start_adapter is None:
+            raise ConfigError("There is nothing to pack yet: call train() first.")
+        view, config = self.adapter_view, self.federation
+        codec = get_codec(config.codec, **config.codec_options)
+        header = message.Header(
+            round=0,
+            client_id=config.client_id,
+            num_examples=len(self.train_dataset),
+            base=hashlib.sha256(adapter_file.dump(view.schema.unflatten(self._start_adapter))).hexdigest(),
+            schema=view.schema.fingerprint,
+            codec=codec.name,
+            params={},
+        )
+        budget = config.uplink_budget
+        max_bytes = None if budget is None else parse_budget(budget, view.schema.num_params)
+        encoded = codec.encode(
+            view.schema.unflatten(view.read() - self._start_adapter),
+            view.schema.unflatten(self.adapter_fisher.vector()),
+            max_bytes=None if max_bytes is None else max_bytes - message.overhead(header, max_bytes),
+            context=CodecContext(round=0),
+        )
+        return message.pack(header, encoded.payload)
+
+    # Joining
+
+    def _join(self, address: str) -> tuple[MailboxParticipation, FederationSpec]:
+        mailbox, config = open_mailbox(address), self.federation
+        if mailbox.head() is None:
+            raise MailboxError(f"{address} holds no federation. Check the address, or make one with `fedfstq init {address} ...`.")
+        spec = FederationSpec.from_json(mailbox.read(0, SPEC_FILE))
+        theirs = json.loads(mailbox.read(0, ADAPTER_CONFIG_FILE))
+        check_same_base(base_fingerprint(self.model), spec.base_fingerprint, spec.model)
+        check_same_adapter(self.model.peft_config[self.adapter_view.name].to_dict(), theirs)
+        self._check_dataset(self.train_dataset)
+        budget = config.uplink_budget if config.uplink_budget is not None else spec.uplink_budget
+        session = ClientSession(
+            config.client_id,
+            spec,
+            self.adapter_view.schema,
+            folder=config.state_dir or Path(self.args.output_dir) / "fedfstq",
+        )
+        participation = MailboxParticipation(
+            mailbox,
+            session,
+            max_bytes=None if budget is None else parse_budget(budget, self.adapter_view.schema.num_params),
+            poll_seconds=config.poll_seconds,
+            wait_seconds=config.wait_seconds,
+        )
+        return participation, spec
+
+    def _check_dataset(self, dataset: Any) -> None:
+        if dataset is None or not hasattr(dataset, "__len__"):
+            raise DataError("A federated client needs a train_dataset of known length; materialise a streaming one first.")
+        if len(dataset) == 0:
+            raise DataError(f"The training data of client {self.federation.client_id!r} is empty: it cannot take part.")
+
+    # Rounds inside one train()
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """In a federation a placeholder of the right length: each round brings its own loader."""
+        if self._participation is None:
+            return super().get_train_dataloader()  # type: ignore[misc, no-any-return]
+        return DataLoader(range(self.args.max_steps * self.args.gradient_accumulation_steps))  # type: ignore[arg-type]
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
+        """The micro-batches of the next optimizer step, from the round at hand; begins a round where none is."""
+        if self._participation is None:
+            return super().get_batch_samples(epoch_iterator, num_batches, device)  # type: ignore[misc, no-any-return]
+        if self._assignment is None and not self._next_round():
+            self.control.should_training_stop = True
+            return [], None
+        batches, num_items = super().get_batch_samples(self._batches, num_batches, device)  # type: ignore[misc]
+        if num_items is not None and int(num_items.sum()) == 0:
+            raise DataError(
+                f"All labels of a batch of {len(batches)} micro-batches are masked (-100): there is nothing to learn from. "
+                "Check that truncation keeps the answers, or raise max_length."
+            )
+        return batches, num_items
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        if self._assignment is None or self._spec is None:
+            return super()._get_train_sampler(train_dataset)  # type: ignore[misc]
+        args = self.args
+        batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        return RoundSampler(len(dataset), self._spec.local_steps * batch, self._assignment.seed)
+
+    def _next_round(self) -> bool:
+        participation, spec, view = self._participation, self._spec, self.adapter_view
+        if participation is None or spec is None:
+            return False
+        assignment = participation.next()
+        if assignment is None:
+            final = participation.final_adapter()
+            if final is not None:
+                view.write(final)
+            self._ended = True
+            return False
+        if assignment.dataset is not None:
+            self.train_dataset = assignment.dataset
+        self._check_dataset(self.train_dataset)
+        self._assignment, self._local_step = assignment, 0
+        carried = assignment.session.carried
+        view.write(assignment.adapter)
+        load_optimizer(self.optimizer, view.parameters, carried if spec.optimizer_state == "kept" else {})
+        set_schedule(self.lr_scheduler, assignment.round * spec.local_steps)
+        if assignment.global_step is not None:
+            self.state.global_step = assignment.global_step
+        self.adapter_fisher.reset()
+        self.sensitivity = self._new_sensitivity()
+        table = {name.removeprefix("tokens."): value for name, value in carried.items() if name.startswith("tokens.")}
+        if table:
+            self.sensitivity.load_state_dict(table)
+        set_seed(assignment.seed)
+        self._batches = iter(super().get_train_dataloader())  # type: ignore[misc]
+        return True
+
+    def _end_step(self) -> None:
+        """After an optimizer step: close the round when its local steps are done."""
+        self._local_step += 1
+        assignment, spec, participation = self._assignment, self._spec, self._participation
+        if assignment is None or spec is None or participation is None or self._local_step < spec.local_steps:
+            return
+        if self._batches is not None:
+            next(self._batches, None)  # lets Accelerate close the exhausted loader
+        carried = {f"tokens.{name}": value for name, value in self.sensitivity.state_dict().items()}
+        if spec.optimizer_state == "kept":
+            carried |= dump_optimizer(self.optimizer, self.adapter_view.parameters)
+        result = LocalResult(
+            adapter=self.adapter_view.read(),
+            fisher=self.adapter_fisher.vector(),
+            num_examples=len(self.train_dataset),
+            carried=carried,
+        )
+        self._fed_metrics = participation.complete(assignment, result)
+        self._assignment, self._batches = None, None
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """A schedule over the whole federation, also for a client that skips rounds."""
+        if self._spec is not None and self._participation is not None:
+            num_training_steps = self._spec.rounds * self._spec.local_steps
+        return super().create_scheduler(num_training_steps, optimizer)  # type: ignore[misc]
+
+    # What a step gives away for free
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        """An ordinary step; then Fisher information from its gradients, before they are clipped."""
+        refresh = self._spec.refresh_steps if self._spec is not None else self.federation.refresh_steps
+        with self._token_probe(inputs) if self._local_step % refresh == 0 else contextlib.nullcontext():
+            loss: Tensor = super().training_step(model, inputs, num_items_in_batch)  # type: ignore[misc]
+        if self.accelerator.sync_gradients:
+            self.adapter_fisher.update(self.adapter_view.gradients())
+        return loss
+
+    @contextlib.contextmanager
+    def _token_probe(self, inputs: dict[str, Any]) -> Iterator[None]:
+        """Within it, the backward pass leaves g(i) = ||dL/de_i||^2 of each input token in the table (METHOD section 2)."""
+        mask = inputs.get("attention_mask")
+
+        def watch(module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> None:
+            ids = arguments[0]
+            if not output.requires_grad:
+                output.requires_grad_()  # a frozen embedding gets no gradient by itself
+
+            def collect(gradient: Tensor) -> None:
+                squared = gradient.detach().float().square().sum(dim=-1)
+                self.sensitivity.update(ids, squared, None if mask is None else mask.to(ids.device).bool())
+
+            if output.requires_grad and torch.is_grad_enabled():
+                output.register_hook(collect)
+
+        handle = self.model.get_input_embeddings().register_forward_hook(watch)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def _new_sensitivity(self) -> TokenSensitivity:
+        vocab_size = self.model.get_input_embeddings().weight.shape[0]
+        return TokenSensitivity(vocab_size, rho=self.federation.rho)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the federation's figures, so that they reach `log_history` and every reporter."""
+        super().log({**logs, **self._fed_metrics}, start_time)  # type: ignore[misc]
+
+
+class _RoundEnd(TrainerCallback):  # type: ignore[misc]
+    def __init__(self, trainer: FedFSTQMixin) -> None:
+        self._trainer = trainer
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._trainer._end_step()
+
+
+class FedFSTQTrainer(FedFSTQMixin, Trainer):  # type: ignore[misc]
+    """`transformers.Trainer` with one argument more, `federation`."""

@@ -1,0 +1,63 @@
+"""Train and test: the data's own split where there is one, else one by group; a group is never on both sides."""
+
+import hashlib
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from fedfstq_hf.errors import DataError
+from fedfstq_hf.workloads.config import DataConfig
+from fedfstq_hf.workloads.formats import Text
+
+_TEST_NAMES = ("test",)
+_UNUSED_NAMES = ("validation", "valid", "val", "dev")
+
+
+def split_texts(texts: Sequence[Text], config: DataConfig) -> tuple[list[Text], list[Text]]:
+    """Return (train, test), each within its limit and in the order of the file; neither is ever empty."""
+    if any(text.split is not None for text in texts):
+        train, test = _by_column(texts)
+    else:
+        train, test = _by_group(texts, config.test_fraction)
+    for name, part in (("train", train), ("test", test)):
+        if not part:
+            raise DataError(f"{config.path} has no {name} rows; a split column must say train and test")
+    return _limit(train, config.train_limit), _limit(test, config.test_limit)
+
+
+def _by_column(texts: Sequence[Text]) -> tuple[list[Text], list[Text]]:
+    train = [text for text in texts if text.split == "train"]
+    test = [text for text in texts if text.split in _TEST_NAMES]
+    for text in texts:
+        if text.split is None or text.split not in ("train", *_TEST_NAMES, *_UNUSED_NAMES):
+            raise DataError(f"{text.place}: split must be train or test, got {text.split!r}")
+    homes = {text.group: text.place for text in train if text.group is not None}
+    for text in test:
+        if text.group in homes:
+            raise DataError(
+                f"{text.place}: group {text.group!r} is in test and also in train ({homes[text.group]}), so the test "
+                "would see what was trained on; give the whole group one split, or remove the split column"
+            )
+    return train, test
+
+
+def _by_group(texts: Sequence[Text], fraction: float) -> tuple[list[Text], list[Text]]:
+    """Hold out `fraction` of the groups, chosen by hash; a row without a group goes with rows of the same prompt."""
+    keys = [text.group if text.group is not None else f"prompt:{text.prompt}" for text in texts]
+    groups = sorted(set(keys), key=lambda key: hashlib.sha256(key.encode()).digest())
+    if len(groups) < 2:
+        raise DataError(
+            f"{texts[0].place}: all {len(texts)} rows are of one group, which cannot be split into train and test; "
+            "add a split column or more groups"
+        )
+    held_out = set(groups[: min(math.ceil(fraction * len(groups)), len(groups) - 1)])
+    train = [text for text, key in zip(texts, keys, strict=True) if key not in held_out]
+    return train, [text for text, key in zip(texts, keys, strict=True) if key in held_out]
+
+
+def _limit(texts: list[Text], limit: int | None) -> list[Text]:
+    if limit is None or len(texts) <= limit:
+        return texts
+    chosen = np.random.default_rng(0).permutation(len(texts))[:limit]
+    return [texts[index] for index in sorted(chosen)]
