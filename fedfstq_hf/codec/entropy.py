@@ -1,7 +1,7 @@
 """Entropy coding on top of constriction's ANS coder: symbols in, bytes out, with no framing at all.
 
-Every probability is an integer weight derived by exactly rounded arithmetic, so that both sides build the same tables on
-any machine. A stream carries no length: the reader asks for as many symbols as the schema and earlier symbols imply,
+Every probability is an integer weight derived by exactly rounded arithmetic, so that both sides build the same tables
+on any machine. A stream carries no length: the reader asks for as many symbols as the schema and earlier symbols imply,
 and the coder must come out empty.
 """
 
@@ -20,12 +20,12 @@ from ..errors import MessageError
 
 IntArray = npt.NDArray[np.int32]
 _TOTAL = 1 << 22  # sum of a table's weights: below constriction's 24 bits of precision, and exact in float64
-# weight that a coded symbol lends to itself and its neighbours in `Adaptive`, times size / 64; every symbol starts at 1
+# weight that a coded symbol lends to itself and its neighbours, times size / 64; every symbol starts at 1
 _KERNEL = np.array([4, 12, 24, 48, 24, 12, 4])
 
 
 def table(weights: Sequence[float]) -> Any:
-    """Categorical model over `len(weights)` symbols, P proportional to the weights (>= 0, not all 0), floored at 2^-22."""
+    """Categorical model over `len(weights)` symbols, P proportional to the weights (not all 0), floored at 2^-22."""
     total = math.fsum(weights)
     scaled = [max(1.0, math.floor(w / total * _TOTAL)) for w in weights]
     return constriction.stream.model.Categorical(np.array(scaled, dtype=np.float64), perfect=False)
@@ -47,7 +47,8 @@ class Adaptive:
     """Adaptive model of slowly varying integers 0 .. size - 1: each symbol makes itself and its neighbours likelier."""
 
     def __init__(self, size: int) -> None:
-        self._weights = np.ones(size + len(_KERNEL) - 1)  # margin on both sides, so that the kernel never leaves the array
+        # a margin on both sides, so that the kernel never leaves the array
+        self._weights = np.ones(size + len(_KERNEL) - 1)
         self._margin = len(_KERNEL) // 2
         self._size = size
         self._gain = _KERNEL * max(1, size // 64)
@@ -74,22 +75,19 @@ class Writer:
         if array.size:
             self._segments.append((array, model))
 
-    def put_bits(self, bits: npt.ArrayLike) -> None:
-        """Append equally likely bits, at exactly one bit each."""
-        flat = np.asarray(bits, dtype=np.uint8).reshape(-1)
-        whole = flat.size - flat.size % 8
-        self.put(np.packbits(flat[:whole]), uniform(256))
-        self.put(flat[whole:], uniform(2))
-
     def put_adaptive(self, symbols: Sequence[int], model: Adaptive) -> None:
         """Append symbols under an adaptive model."""
         for symbol in symbols:
             self.put([symbol], model.model())
             model.see(symbol)
 
-    def finish(self) -> bytes:
-        """The coded bytes, without trailing zeros (the reader supplies them)."""
-        coder = constriction.stream.stack.AnsCoder()
+    def finish(self, tail: npt.ArrayLike = ()) -> bytes:
+        """The coded bytes, without trailing zeros (the reader supplies them).
+
+        tail: equally likely bits, read last, at exactly one bit each. They become the coder's first state, which would
+        otherwise waste up to 3 bytes; a 1 after the last of them marks their end.
+        """
+        coder = constriction.stream.stack.AnsCoder(_words(_packed_tail(np.asarray(tail, dtype=np.uint8))))
         for symbols, model in reversed(self._segments):
             coder.encode_reverse(symbols, model)
         words: npt.NDArray[np.uint32] = coder.get_compressed()
@@ -100,10 +98,9 @@ class Reader:
     """Reads what a Writer wrote. Any bytes decode to some symbols; `finish` tells whether they were well formed."""
 
     def __init__(self, data: bytes) -> None:
-        if data.endswith(b"\0"):
-            raise MessageError("entropy-coded stream ends in a zero byte; a well-formed stream never does")
-        words = np.frombuffer(data + bytes(-len(data) % 4), dtype="<u4").astype(np.uint32)
-        self._coder = constriction.stream.stack.AnsCoder(words)
+        if not data or data.endswith(b"\0"):
+            raise MessageError("entropy-coded stream is empty or ends in a zero byte; a well-formed stream never does")
+        self._coder = constriction.stream.stack.AnsCoder(_words(data))
 
     def get(self, count: int, model: Any) -> IntArray:
         """The next `count` symbols, int32 (count,)."""
@@ -111,12 +108,6 @@ class Reader:
             return np.zeros(0, dtype=np.int32)
         symbols: IntArray = self._coder.decode(model, count)
         return symbols
-
-    def get_bits(self, count: int) -> npt.NDArray[np.uint8]:
-        """The next `count` equally likely bits."""
-        packed = self.get(count // 8, uniform(256)).astype(np.uint8)
-        rest = self.get(count % 8, uniform(2)).astype(np.uint8)
-        return np.concatenate([np.unpackbits(packed), rest])
 
     def get_adaptive(self, count: int, model: Adaptive) -> list[int]:
         """The next `count` symbols of an adaptive model."""
@@ -127,7 +118,18 @@ class Reader:
             symbols.append(symbol)
         return symbols
 
-    def finish(self) -> None:
-        """Raises MessageError unless exactly everything was read."""
-        if not self._coder.is_empty():
+    def finish(self, tail: int = 0) -> npt.NDArray[np.uint8]:
+        """The `tail` bits that end the stream. Raises MessageError unless exactly they are left."""
+        left = self._coder.get_compressed().astype("<u4").tobytes().rstrip(b"\0")
+        bits = np.unpackbits(np.frombuffer(left, dtype=np.uint8), bitorder="little")
+        if left != _packed_tail(bits[:tail]):
             raise MessageError("entropy-coded stream does not end where its symbols do; the payload is malformed")
+        return bits[:tail]
+
+
+def _packed_tail(bits: npt.NDArray[np.uint8]) -> bytes:
+    return np.packbits(np.append(bits, np.uint8(1)), bitorder="little").tobytes()
+
+
+def _words(data: bytes) -> npt.NDArray[np.uint32]:
+    return np.frombuffer(data + bytes(-len(data) % 4), dtype="<u4").astype(np.uint32)

@@ -25,7 +25,8 @@ def grid(levels: int) -> npt.NDArray[np.float32]:
     steps = steps_per_octave(levels)
     mantissa = np.array([1.0905077, 1.1892071, 1.2968396, 1.4142135, 1.5422108, 1.6817929, 1.8340081], dtype=np.float32)
     octave = np.concatenate([np.ones(1, dtype=np.float32), mantissa[8 // steps - 1 :: 8 // steps]])
-    return np.ldexp(octave[None], np.arange(_LOWEST, _LOWEST + OCTAVES)[:, None]).astype(np.float32).reshape(-1)
+    points: npt.NDArray[np.float32] = np.ldexp(octave, np.arange(_LOWEST, _LOWEST + OCTAVES)[:, None]).reshape(-1)
+    return points
 
 
 def nearest(magnitudes: Float64, levels: int) -> Int64:

@@ -1,7 +1,7 @@
 """Which coordinates a message carries: a model of the support of LoRA updates, at cost linear in columns and non-zeros.
 
-A LoRA factor has r rows (the rank) and many columns (features). Updates cluster in few matrices and few columns, so each
-column's number of non-zeros is coded under a beta-binomial whose density belongs to the matrix and whose
+A LoRA factor has r rows (the rank) and many columns (features). Updates cluster in few matrices and few columns, so
+each column's number of non-zeros is coded under a beta-binomial whose density belongs to the matrix and whose
 concentration to the message; which of the r rows they are is coded as equally likely.
 """
 
@@ -19,12 +19,16 @@ from .entropy import Adaptive, Reader, Writer, coin, table, uniform
 from .schema import Schema
 
 Int64 = npt.NDArray[np.int64]
+Float64 = npt.NDArray[np.float64]
 _MAX_HEIGHT = 32
 # densities 0.9 * 2^(-i/2); the last class stands for an empty matrix
 _ROOT_HALF = 0.7071067811865476
 DENSITIES = tuple(math.ldexp(0.9 * _ROOT_HALF if i % 2 else 0.9, -(i // 2)) for i in range(48))
 # beta-binomial concentration a + b: low is clumpy, high is binomial
 CONCENTRATIONS = (1.0, 1.5, 2.25, 3.5, 5.0, 7.5, 11.0, 16.0, 24.0, 36.0, 56.0, 90.0, 160.0, 400.0, 2000.0, 1e6)
+# what a coordinate is taken to cost at least, and in a matrix that has none yet
+_LEAST_BITS = 0.5
+_SPARSEST = 26  # density 1e-4
 _COST_UNIT = 1 << 10  # code lengths are compared as integers, in 1/1024 bit
 
 
@@ -73,13 +77,24 @@ class Layout:
         return len(self.heights)
 
     @cached_property
+    def tensor_of_column(self) -> Int64:
+        """Tensor number of each column."""
+        return np.repeat(np.arange(self.num_tensors), np.diff(self.columns))
+
+    @cached_property
+    def height_of_column(self) -> Int64:
+        """Height of each column."""
+        return np.repeat(self.heights, np.diff(self.columns))
+
+    @cached_property
     def groups(self) -> list[int]:
         """The distinct column heights, ascending."""
         return sorted({int(h) for h in self.heights})
 
     def tensor_of(self, indices: Int64) -> Int64:
         """Tensor number of each coordinate."""
-        return np.searchsorted(self.offsets, indices, side="right") - 1
+        tensor: Int64 = np.searchsorted(self.offsets, indices, side="right") - 1
+        return tensor
 
     def columns_of(self, indices: Int64) -> tuple[Int64, Int64]:
         """(column, row within the column) of each coordinate."""
@@ -87,18 +102,21 @@ class Layout:
         local = indices - self.offsets[tensor]
         feature, height = self.features[tensor], self.heights[tensor]
         # a tensor is blocks of height * feature coordinates; strided blocks are row-major, contiguous ones column-major
-        block, inner = np.divmod(local, feature * height)
+        block, inner = local // (feature * height), local % (feature * height)
         strided = feature > 1
-        row = np.where(strided, inner // feature, inner)
+        row: Int64 = np.where(strided, inner // feature, inner)
         column = np.where(strided, inner % feature, 0)
-        return self.columns[tensor] + block * feature + column, row
+        number: Int64 = self.columns[tensor] + block * feature + column
+        return number, row
 
     def indices_of(self, columns: Int64, rows: Int64) -> Int64:
         """Inverse of `columns_of`."""
-        tensor = np.searchsorted(self.columns, columns, side="right") - 1
-        block, column = np.divmod(columns - self.columns[tensor], self.features[tensor])
+        tensor = self.tensor_of_column[columns]
+        local = columns - self.columns[tensor]
+        block, column = local // self.features[tensor], local % self.features[tensor]
         start = self.offsets[tensor] + block * self.features[tensor] * self.heights[tensor] + column
-        return start + rows * self.strides[tensor]
+        indices: Int64 = start + rows * self.strides[tensor]
+        return indices
 
 
 def _divisor(rank: int) -> int:
@@ -107,7 +125,7 @@ def _divisor(rank: int) -> int:
 
 @dataclass(frozen=True)
 class SupportPlan:
-    """Model parameters chosen for one support: concentration index, density class per tensor, and the bits it will take."""
+    """Model parameters chosen for one support: concentration index, density class per tensor; and the bits it takes."""
 
     concentration: int
     classes: Int64
@@ -117,19 +135,30 @@ class SupportPlan:
 def plan(layout: Layout, columns: Int64) -> SupportPlan:
     """Best model parameters for a support given by the column of each non-zero, and its estimated code length."""
     counts = np.bincount(columns, minlength=int(layout.columns[-1]))
-    costs = np.zeros((len(CONCENTRATIONS), layout.num_tensors, len(DENSITIES)), dtype=np.int64)
+    costs = np.zeros((layout.num_tensors, len(CONCENTRATIONS), len(DENSITIES)))
     for height in layout.groups:
         members = np.flatnonzero(layout.heights == height)
-        histogram = np.stack(
-            [np.bincount(counts[layout.columns[m] : layout.columns[m + 1]], minlength=height + 1) for m in members]
-        )  # (members, height + 1) columns by their number of non-zeros
-        costs[:, members] = np.einsum("mc,sdc->smd", histogram, _code_lengths(height))
-    classes = costs.argmin(axis=2)
-    totals = costs.min(axis=2).sum(axis=1)
+        # columns by (tensor, number of non-zeros); whole numbers below 2^53, so that the product is exact
+        key = layout.tensor_of_column * (height + 1) + counts
+        histogram = np.bincount(key[layout.height_of_column == height], minlength=layout.num_tensors * (height + 1))
+        histogram = histogram.reshape(-1, height + 1)[members]
+        costs[members] = (histogram.astype(np.float64) @ _code_lengths(height)).reshape(len(members), *costs.shape[1:])
+    classes = costs.argmin(axis=2).T
+    totals = costs.min(axis=2).sum(axis=0)
     best = int(totals.argmin())
     # the adaptive class coder learns as it goes: about 2 bits per matrix, less where neighbours agree
     side = 4 + 6 + 1.8 * np.count_nonzero(np.diff(classes[best])) + 0.2 * layout.num_tensors
     return SupportPlan(best, classes[best].astype(np.int64), float(totals[best]) / _COST_UNIT + side)
+
+
+def marginal_bits(layout: Layout, chosen: SupportPlan) -> Float64:
+    """Bits of one more non-zero, by tensor and by how many others its column has: (tensors, tallest column)."""
+    concentration = CONCENTRATIONS[chosen.concentration]
+    density = np.array(DENSITIES)[np.minimum(chosen.classes, _SPARSEST)][:, None]
+    others = np.arange(layout.heights.max())[None]
+    rest = concentration + layout.heights[:, None] - 1
+    share: Float64 = (density * concentration + others) / rest
+    return np.maximum(-np.log2(np.minimum(share, 1.0)), _LEAST_BITS)
 
 
 def write(writer: Writer, layout: Layout, indices: Int64, chosen: SupportPlan) -> None:
@@ -183,9 +212,8 @@ def read(reader: Reader, layout: Layout) -> Int64:
 
 
 def _used_columns(layout: Layout, counts: Int64, height: int) -> Int64:
-    used = np.flatnonzero(counts)
-    tensor = np.searchsorted(layout.columns, used, side="right") - 1
-    return used[layout.heights[tensor] == height]
+    used: Int64 = np.flatnonzero((counts > 0) & (layout.height_of_column == height))
+    return used
 
 
 def _weights(height: int, density: float, concentration: float) -> list[float]:
@@ -203,14 +231,14 @@ def _column_model(height: int, density_class: int, concentration: int) -> Any:
 
 
 @lru_cache(maxsize=32)
-def _code_lengths(height: int) -> Int64:
-    """Bits * 1024 of a column by (concentration, density class, count), its rows included."""
-    lengths = np.empty((len(CONCENTRATIONS), len(DENSITIES), height + 1), dtype=np.int64)
+def _code_lengths(height: int) -> Float64:
+    """Bits * 1024 of a column, its rows included: (count, concentration * density class), whole numbers."""
+    lengths = np.empty((height + 1, len(CONCENTRATIONS), len(DENSITIES)))
     for s, concentration in enumerate(CONCENTRATIONS):
         for d, density in enumerate(DENSITIES):
             weights = _weights(height, density, concentration)
             total = math.fsum(weights)
             for c, w in enumerate(weights):
                 bits = -math.log2(max(w / total, 2.0**-22)) + math.log2(math.comb(height, c))
-                lengths[s, d, c] = round(bits * _COST_UNIT)
-    return lengths
+                lengths[c, s, d] = round(bits * _COST_UNIT)
+    return lengths.reshape(height + 1, -1)

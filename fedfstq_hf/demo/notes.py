@@ -5,6 +5,7 @@ comes from `random.Random` alone. A note's own hash decides its split, so that n
 """
 
 import hashlib
+import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -63,8 +64,11 @@ class Question:
     answer: str
 
 
-def write_note(rng: random.Random, specialty: str) -> Note:
-    """Draw the facts, then one sentence for each (or one for two absent findings), then shuffle and add fillers."""
+def write_note(rng: random.Random, specialty: str, richness: float = 1.0) -> Note:
+    """Draw the facts, then one sentence for each (or one for two absent findings), then shuffle and add fillers.
+
+    `richness` in (0, 1] is the share of facts and fillers to keep, for shorter notes with less to tell apart.
+    """
     terms = SPECIALTIES[specialty]
     fill = {"n": str(rng.randint(2, 9)), "t": rng.choice(MONTHS), "r": rng.choice(RELATIVES)}
 
@@ -76,6 +80,12 @@ def write_note(rng: random.Random, specialty: str) -> Note:
     for measure in rng.sample(terms.measures, rng.randint(1, 3)):
         today, earlier = rng.sample(range(10, 100), 2)
         measures[measure] = (today, earlier)
+    fillers = rng.sample(FILLERS, rng.randint(3, 8))
+    if richness < 1:
+        findings = {f: findings[f] for f in rng.sample(list(findings), math.ceil(richness * len(findings)))}
+        drugs = tuple(rng.sample(drugs, math.ceil(richness * len(drugs))))
+        measures = {m: measures[m] for m in rng.sample(list(measures), math.ceil(richness * len(measures)))}
+        fillers = fillers[: math.floor(richness * len(fillers))]
 
     absent = [finding for finding, status in findings.items() if status == "absent"]
     sentences = []
@@ -86,7 +96,7 @@ def write_note(rng: random.Random, specialty: str) -> Note:
     sentences += [say(FINDING_TEMPLATES[s], f=finding) for finding, s in findings.items() if s != "absent"]
     sentences += [say(DRUG_TEMPLATES[p.change], d=p.drug, a=p.dose, b=p.before) for p in drugs]
     sentences += [say(MEASURE_TEMPLATES, m=measure, v=now, w=then) for measure, (now, then) in measures.items()]
-    sentences += [say((filler,)) for filler in rng.sample(FILLERS, rng.randint(3, 8))]
+    sentences += [say((filler,)) for filler in fillers]
     rng.shuffle(sentences)
     opening = f"a {rng.randint(20, 89)} year old {rng.choice(('man', 'woman'))} in the {specialty} clinic."
     return Note(specialty, " ".join([opening, *sentences]), findings, drugs, measures)
@@ -104,8 +114,13 @@ def notes(seed: int | str, split: str, specialties: Sequence[str] | None = None)
     rng = random.Random(f"{split}/{seed}")
     while True:
         note = write_note(rng, rng.choice(names))
-        if hashlib.sha256(note.text.encode()).digest()[0] % _BUCKETS in SPLITS[split]:
+        if belongs(note, split):
             yield note, rng
+
+
+def belongs(note: Note, split: str) -> bool:
+    """Whether the note's hash puts it into `split`: true of one split only, whatever seed it was drawn with."""
+    return hashlib.sha256(note.text.encode()).digest()[0] % _BUCKETS in SPLITS[split]
 
 
 def ask(rng: random.Random, note: Note) -> Question:

@@ -12,7 +12,7 @@ import random
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,15 +22,16 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from .notes import CHANGE_QUESTIONS, Note, make_examples, notes
+from .notes import Note, belongs, make_examples, write_note
+from .vocabulary import SPECIALTIES
 
 logger = logging.getLogger(__name__)
 
 PAD, BOS, EOS = "<pad>", "<s>", "</s>"
 
 # A chart line is lead + key + tail + sign + value: the words between key and value are what makes the look-up robust.
-LEADS = ("", "", "{kind} ", "entry for {kind} ", "on {kind} ")
-TAILS = ("", "", " on this visit", " in the file", ", as far as the team knows")
+LEADS = ("", "", "{kind} ", "{kind} of ")
+TAILS = ("", "", " on file", " on this visit")
 SIGNS = (":", " =", " ->", " is")
 
 
@@ -49,11 +50,16 @@ class PretrainConfig:
     learning_rate: float = 3e-3
     warmup: int = 100
     weight_decay: float = 0.05
-    note_weight: float = 0.1  # loss weight of the note's own tokens, beside 1 for the chart's
+    short_steps: int = 600  # notes grow over so many steps: look-up is learned on short ones first
+    context_weight: float = 0.1  # loss weight of all tokens but the chart's values
+    init: float = 0.06
 
 
-def chart(rng: random.Random, note: Note) -> str:
-    """Facts of a note in random order, as `key: value` lines in one of many styles (one per chart, or one per line)."""
+def chart(rng: random.Random, note: Note) -> tuple[str, list[tuple[int, int]]]:
+    """Facts of a note in random order, as `key: value` lines in one of many styles (one per chart, or one per line).
+
+    Returns the text and the character spans of its values: the part that only a reader of the note can know.
+    """
     facts = [("state", finding, status) for finding, status in note.findings.items()]
     for p in note.drugs:
         facts.append(("dose", p.drug, f"{p.dose} mg" if p.dose else "off"))
@@ -67,25 +73,33 @@ def chart(rng: random.Random, note: Note) -> str:
         return rng.choice(LEADS), rng.choice(TAILS), rng.choice(SIGNS)
 
     shared = style() if rng.random() < 0.5 else None
-    lines = []
+    text, spans = "chart:", []
     for kind, key, value in facts:
         lead, tail, sign = shared or style()
         if kind == "earlier":  # the one kind that needs its name, to tell it from the latest value
             lead = lead or "{kind} "
-        lines.append(f"{lead.format(kind=kind)}{key}{tail}{sign} {value}")
-    return "; ".join(lines) + "."
+        text += f" {lead.format(kind=kind)}{key}{tail}{sign}"
+        spans.append((len(text), len(text) + 1 + len(value)))
+        text += f" {value};"
+    return text, spans
 
 
-def documents(seed: int | str) -> Iterator[tuple[str, str]]:
-    """Endless (note, chart) pairs from the notes reserved for pretraining."""
-    for note, rng in notes(seed, "pretrain"):
-        yield f"note: {note.text}", f"\nchart: {chart(rng, note)}"
+def documents(seed: int | str, richness: Callable[[int], float] = lambda _: 1.0) -> Iterator[tuple[str, list[tuple[int, int]]]]:
+    """Endless (text, spans of the looked-up values) from notes reserved for pretraining; `richness` by their count."""
+    rng, names, count = random.Random(f"pretrain/{seed}"), tuple(SPECIALTIES), 0
+    while True:
+        note = write_note(rng, rng.choice(names), richness(count))
+        if belongs(note, "pretrain"):
+            table, spans = chart(rng, note)
+            head = f"note: {note.text}\n"
+            yield head + table, [(start + len(head), end + len(head)) for start, end in spans]
+            count += 1
 
 
 def train_tokenizer(config: PretrainConfig) -> PreTrainedTokenizerFast:
     """Byte-level BPE, so no text has unknown tokens. Every text starts a new word: joined pieces tokenise cleanly."""
     stream = documents("tokenizer")
-    texts = ["".join(next(stream)) for _ in range(4000)]
+    texts = [next(stream)[0] for _ in range(4000)]
     texts += [f"question: {e['prompt'].split('question: ')[1]} {e['answer']}" for e in make_examples(4000, 1, "train")]
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
@@ -108,15 +122,17 @@ def train_tokenizer(config: PretrainConfig) -> PreTrainedTokenizerFast:
 
 
 def batches(config: PretrainConfig, tokenizer: PreTrainedTokenizerFast) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Endless (ids, loss weights), both (B, T), drawn in pools of 16 batches sorted by length to save padding."""
-    stream, order = documents(config.seed), random.Random(config.seed)
+    """Endless (ids, loss weights), both (B, T), drawn in pools of 8 batches sorted by length to save padding."""
+    short = config.short_steps * config.batch_size
+    stream = documents(config.seed, lambda count: min(1.0, 0.15 + 0.85 * count / max(1, short)))
+    order = random.Random(config.seed)
     while True:
+        texts, spans = zip(*(next(stream) for _ in range(8 * config.batch_size)), strict=True)
+        encoded = tokenizer(list(texts), return_offsets_mapping=True)
         rows = []
-        pairs = [next(stream) for _ in range(16 * config.batch_size)]
-        heads = tokenizer([note for note, _ in pairs], add_special_tokens=False)["input_ids"]
-        tails = tokenizer([tail + EOS for _, tail in pairs], add_special_tokens=False)["input_ids"]
-        for head, tail in zip(heads, tails, strict=True):
-            rows.append((head + tail, [config.note_weight] * len(head) + [1.0] * len(tail)))
+        for ids, offsets, values in zip(encoded["input_ids"], encoded["offset_mapping"], spans, strict=True):
+            inside = {position for start, end in values for position in range(start + 1, end + 1)}
+            rows.append((ids, [1.0 if end in inside else config.context_weight for _, end in offsets]))
         rows.sort(key=lambda row: len(row[0]))
         pool = [rows[i : i + config.batch_size] for i in range(0, len(rows), config.batch_size)]
         order.shuffle(pool)
@@ -131,7 +147,8 @@ def weighted_loss(model: Any, ids: torch.Tensor, weights: torch.Tensor) -> torch
     """Mean next-token loss under `weights` (B, T). Padding lies on the right, so no attention mask is needed."""
     logits = model(input_ids=ids).logits[:, :-1]
     losses = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
-    return (losses * weights[:, 1:].flatten()).sum() / weights[:, 1:].sum()
+    weights = weights[:, 1:].flatten()
+    return (losses * weights).sum() / weights.sum()
 
 
 def pretrain(config: PretrainConfig, out: Path) -> dict[str, object]:
@@ -148,6 +165,7 @@ def pretrain(config: PretrainConfig, out: Path) -> dict[str, object]:
             num_key_value_heads=config.heads,
             intermediate_size=config.intermediate_size,
             max_position_embeddings=512,
+            initializer_range=config.init,
             tie_word_embeddings=True,
             pad_token_id=tokenizer.pad_token_id,
             bos_token_id=tokenizer.bos_token_id,

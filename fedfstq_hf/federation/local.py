@@ -15,6 +15,7 @@ import json
 import os
 import re
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from fedfstq_hf.errors import MailboxError, RoundConflictError, UpdateConflictEr
 from fedfstq_hf.federation import storage
 from fedfstq_hf.federation.mailbox import ADAPTER_CONFIG_FILE, ADAPTER_FILE, UpdateRef
 
+_ROUND = re.compile(r"[0-9]{6,}")
 _SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
@@ -41,9 +43,11 @@ class FolderMailbox:
     def head(self) -> int | None:
         """The newest published round, None before round 0 was published."""
         try:
-            rounds = [int(name) for name in os.listdir(self.path / "rounds") if name.isdigit()]
+            rounds = [int(name) for name in os.listdir(self.path / "rounds") if _ROUND.fullmatch(name)]
         except FileNotFoundError:
             return None
+        except OSError as error:
+            raise MailboxError(f"{self.address} cannot be read as a mailbox: {error.strerror or error}.") from error
         return max(rounds, default=None)
 
     def read(self, round: int, name: str) -> bytes:
@@ -55,34 +59,37 @@ class FolderMailbox:
                 f"{self.address} has no file {name} in round {round}. Expected a federation's folder made by "
                 f"`fedfstq init {self.address} ...`."
             ) from None
+        except OSError as error:
+            raise MailboxError(f"Could not read {self._round(round) / name}: {error.strerror or error}.") from error
 
     def publish(self, round: int, files: Mapping[str, bytes]) -> None:
         """Publish a round by renaming its finished folder into place."""
         rounds = self.path / "rounds"
-        try:
-            rounds.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise MailboxError(f"Could not create {rounds}: {error.strerror}.") from error
-        storage.remove_leftovers(rounds)
-        if not storage.create_folder(self._round(round), files, durable=self.durable):
-            raise RoundConflictError(f"Round {round} of {self.address} is published already.")
+        storage.make_folder(rounds, durable=self.durable)
+        with self._publishing():
+            storage.remove_leftovers(rounds)
+            if not storage.create_folder(self._round(round), files, durable=self.durable):
+                raise RoundConflictError(f"Round {round} of {self.address} is published already.")
 
     def refresh_root(self) -> None:
         """Copy the newest adapter to the root, where `PeftModel.from_pretrained` looks for it."""
         head = self.head()
         if head is None:
             return
-        storage.remove_leftovers(self.path)
-        for name in (ADAPTER_CONFIG_FILE, ADAPTER_FILE):
-            data, target = self.read(head, name), self.path / name
-            if not target.is_file() or target.read_bytes() != data:
-                storage.replace_file(target, data, durable=self.durable)
+        with self._publishing():
+            newest = self.head() or head  # another coordinator may have gone on while we waited
+            storage.remove_leftovers(self.path)
+            for name in (ADAPTER_CONFIG_FILE, ADAPTER_FILE):
+                data, target = self.read(newest, name), self.path / name
+                if not target.is_file() or target.read_bytes() != data:
+                    storage.replace_file(target, data, durable=self.durable)
 
     def post_update(self, round: int, client_id: str, message: bytes) -> None:
         """Post a message under the client's id; the same bytes again are accepted silently."""
         folder = self._updates(round)
-        folder.mkdir(parents=True, exist_ok=True)
         target = folder / f"{_checked(client_id)}.safetensors"
+        storage.make_folder(folder, durable=self.durable)
+        storage.remove_leftovers(folder, target.name)
         if not storage.create_file(target, message, durable=self.durable) and target.read_bytes() != message:
             raise UpdateConflictError(
                 f"Client {client_id!r} already posted another message for round {round} of {self.address}. Is a second "
@@ -103,12 +110,16 @@ class FolderMailbox:
 
     def read_update(self, ref: UpdateRef) -> bytes:
         """One message, whole."""
-        return (self._updates(ref.round) / f"{_checked(ref.client_id)}.safetensors").read_bytes()
+        path = self._updates(ref.round) / f"{_checked(ref.client_id)}.safetensors"
+        try:
+            return path.read_bytes()
+        except OSError as error:
+            raise MailboxError(f"Could not read {path}: {error.strerror or error}.") from error
 
     def post_metric(self, round: int, source: str, metrics: Mapping[str, Any]) -> None:
         """Write `metrics/ROUND/SOURCE.json`."""
         folder = self.path / "metrics" / f"{round:06d}"
-        folder.mkdir(parents=True, exist_ok=True)
+        storage.make_folder(folder, durable=self.durable)
         data = json.dumps(dict(metrics), sort_keys=True).encode()
         storage.replace_file(folder / f"{_checked(source)}.json", data, durable=self.durable)
 
@@ -116,6 +127,10 @@ class FolderMailbox:
         """All posted metrics of a round by source."""
         folder = self.path / "metrics" / f"{round:06d}"
         return {path.stem: json.loads(path.read_bytes()) for path in sorted(folder.glob("[!.]*.json"))}
+
+    def _publishing(self) -> AbstractContextManager[None]:
+        """Keeps a second coordinator from cleaning up, or refreshing the root, in the middle of ours."""
+        return storage.locked(self.path / "rounds" / ".lock")
 
     def _round(self, round: int) -> Path:
         return self.path / "rounds" / f"{round:06d}"

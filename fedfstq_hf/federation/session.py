@@ -93,14 +93,24 @@ class ClientSession:
         self.pending: Pending | None = None
         self._codec = get_codec(spec.codec, **spec.codec_options)
         self._feedback = ErrorFeedback(decay=spec.error_feedback)
+        self._identity = {
+            "format": FORMAT,
+            "client_id": client_id,
+            "federation": spec.id,
+            "schema": schema.fingerprint,
+        }
         self._durable = durable
         self._folder = Path(folder) if folder is not None else None
         self._lock: IO[str] | None = None
         if self._folder is not None:
-            self._folder.mkdir(parents=True, exist_ok=True)
+            storage.make_folder(self._folder, durable=durable)
             self._lock = _lock(self._folder)
             storage.remove_leftovers(self._folder)
-            self._load()
+            try:
+                self._load(self._folder)
+            except MailboxError:
+                self.close()
+                raise
 
     def finish(
         self,
@@ -199,9 +209,7 @@ class ClientSession:
             if residual is not None:
                 tensors["residual"] = residual
             fields: dict[str, Any] = {
-                "format": FORMAT,
-                "client_id": self.client_id,
-                "schema": self.schema.fingerprint,
+                **self._identity,
                 "last_round": last_round,
                 "pending_round": None,
             }
@@ -213,9 +221,8 @@ class ClientSession:
             storage.replace_file(self._folder / _FILE, data, durable=self._durable)
         self.last_round, self.residual, self.carried, self.pending = last_round, residual, carried, pending
 
-    def _load(self) -> None:
-        assert self._folder is not None  # noqa: S101 - for the type checker; the caller looked
-        path = self._folder / _FILE
+    def _load(self, folder: Path) -> None:
+        path = folder / _FILE
         if not path.exists():
             return
         try:
@@ -227,12 +234,12 @@ class ClientSession:
                 f"The client state {path} cannot be read ({error}). Restore it from a backup, or move it away to join "
                 "as a new client: its residual is then lost."
             ) from error
-        mine = {"format": FORMAT, "client_id": self.client_id, "schema": self.schema.fingerprint}
-        for key, value in mine.items():
+        for key, value in self._identity.items():
             if fields.get(key) != value:
                 raise MailboxError(
                     f"The client state {path} has {key} {fields.get(key)!r}, expected {value!r}: it belongs to another "
-                    "client, adapter or version. Give this client a state folder of its own (state_dir)."
+                    "client, federation, adapter or version. Give this client a state folder of its own (state_dir, or "
+                    "another output_dir)."
                 )
         self.last_round = fields["last_round"]
         self.residual = tensors.get("residual")
@@ -246,12 +253,19 @@ class ClientSession:
 
 
 def _lock(folder: Path) -> IO[str]:
-    file = open(folder / "session.lock", "w")  # noqa: SIM115 - held open as long as the session lives
+    file = None
     try:
+        file = open(folder / "session.lock", "w")  # noqa: SIM115 - held open as long as the session lives
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        file.close()
-        raise SessionBusyError(
-            f"Another process uses the client state in {folder}. Stop it first, or give this client another state_dir."
-        ) from None
+    except OSError as error:
+        if file is not None:
+            file.close()
+        if isinstance(error, BlockingIOError):
+            raise SessionBusyError(
+                f"Another process uses the client state in {folder}. Stop it first, or give this client another "
+                "state_dir."
+            ) from None
+        raise MailboxError(
+            f"The client state in {folder} cannot be locked: {error.strerror or error}. Put it on a local disk (state_dir)."
+        ) from error
     return file

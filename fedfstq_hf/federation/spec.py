@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -52,6 +53,7 @@ class FederationSpec:
         seed: of data order and dropout, together with client id and round.
         data: how clients format their examples (the data section of the recipe), for `fedfstq train`.
         client_defaults: `TrainingArguments` that `fedfstq train` starts from; each client may choose others.
+        id: drawn when the federation is founded, so that no client brings the state of another one of the same shape.
     """
 
     name: str
@@ -75,6 +77,7 @@ class FederationSpec:
     seed: int = 0
     data: Mapping[str, Any] = field(default_factory=dict)
     client_defaults: Mapping[str, Any] = field(default_factory=dict)
+    id: str = field(default_factory=lambda: uuid.uuid4().hex)
     format: int = FORMAT
 
     def __post_init__(self) -> None:

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterator, Mapping
@@ -24,13 +26,29 @@ def temporary_name(target: str) -> str:
     return f"{TEMPORARY_PREFIX}{target}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
 
 
+def make_folder(path: Path, *, durable: bool = True) -> None:
+    """Create `path` and its parents where they are missing."""
+    missing = [folder for folder in (path, *path.parents) if not folder.is_dir()]
+    if not missing:
+        return
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise MailboxError(f"Could not create {path}: {error.strerror or error}.{_hint(error)}") from error
+    if durable:
+        for folder in missing:
+            sync_folder(folder.parent)
+
+
 def sync_folder(folder: Path) -> None:
     """Make the folder's entries (a rename, a link) survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        _sync(folder)
+    except OSError as error:
+        raise MailboxError(
+            f"{folder} was written, but could not be made safe against a power cut: {error.strerror or error}."
+            f"{_hint(error)}"
+        ) from error
 
 
 def write_file(path: Path, data: bytes, *, durable: bool = True) -> None:
@@ -76,7 +94,7 @@ def create_folder(path: Path, files: Mapping[str, bytes], *, durable: bool = Tru
         for name, data in files.items():
             write_file(temporary / name, data, durable=durable)
         if durable:
-            sync_folder(temporary)
+            _sync(temporary)
         try:
             os.rename(temporary, path)  # fails on a non-empty target: that is the compare-and-swap
         except OSError as error:
@@ -89,13 +107,25 @@ def create_folder(path: Path, files: Mapping[str, bytes], *, durable: bool = Tru
     return True
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Delete what interrupted writers left in `folder`. Only for the folder's single writer."""
+def remove_leftovers(folder: Path, target: str | None = None) -> None:
+    """Delete what interrupted writers left in `folder` (of `target` alone, where given). Only for its single writer."""
+    pattern = re.compile(f"{re.escape(TEMPORARY_PREFIX)}{re.escape(target) if target else '.+'}-[0-9]+-[0-9a-f]{{8}}")
     for entry in folder.glob(f"{TEMPORARY_PREFIX}*"):
-        if entry.is_dir():
-            shutil.rmtree(entry, ignore_errors=True)
-        else:
-            entry.unlink(missing_ok=True)
+        if pattern.fullmatch(entry.name):
+            _remove(entry)
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Within it, no other process is within it for the same `path`. Waits; a killed holder lets go."""
+    try:
+        file = open(path, "ab")  # noqa: SIM115 - closed by the `with` below, which must not catch what is done within
+    except OSError as error:
+        raise MailboxError(f"Could not open {path}: {error.strerror or error}.{_hint(error)}") from error
+    with file:
+        with contextlib.suppress(OSError):  # where locks are not served, the atomic steps alone must do
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 @contextlib.contextmanager
@@ -103,10 +133,28 @@ def _cleaned_up(temporary: Path, target: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if temporary.is_dir():
-            shutil.rmtree(temporary, ignore_errors=True)
-        else:
-            with contextlib.suppress(OSError):
-                temporary.unlink(missing_ok=True)
-        hint = " Free some space and start again: nothing was lost." if error.errno == errno.ENOSPC else ""
-        raise MailboxError(f"Could not write {target}: {error.strerror or error}. Nothing was published.{hint}") from error
+        _remove(temporary)
+        raise MailboxError(
+            f"Could not write {target}: {error.strerror or error}. Nothing was published.{_hint(error)}"
+        ) from error
+
+
+def _remove(entry: Path) -> None:
+    if entry.is_dir():
+        shutil.rmtree(entry, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            entry.unlink(missing_ok=True)
+
+
+def _sync(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _hint(error: OSError) -> str:
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return " Free some space and start again: nothing was lost." if full else ""

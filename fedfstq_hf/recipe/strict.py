@@ -80,7 +80,7 @@ def build(cls: type[T], mapping: object, where: str) -> T:
 
 
 def join(where: str, key: str) -> str:
-    """`where` extended by `key`: `recipe fed_med.yaml` and `data` make `recipe fed_med.yaml: data`, then dots follow."""
+    """`where` extended by `key`: `recipe x.yaml` and `data` make `recipe x.yaml: data`, further keys follow by dots."""
     return f"{where}: {key}" if " " in where and ": " not in where else f"{where}.{key}"
 
 

@@ -64,24 +64,6 @@ def render_report(
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def render_console(summary: Mapping[str, Any]) -> str:
-    """The findings as plain text for a terminal: an aligned table, then the sentences."""
-    lines = [("method", f"final {summary['metric']}", "uplink", "uplink to target", "fewer bytes")]
-    for name, figures in summary["methods"].items():
-        lines.append(
-            (
-                name,
-                format_figure(figures["final_metric"], summary["spread"]["methods"][name]["final_metric"], digits=4),
-                format_bytes(figures["uplink_bytes"]),
-                format_bytes(figures["uplink_bytes_to_target"]),
-                format_ratio(_mean_ratio(summary, name, ("uplink_bytes_to_target",))),
-            )
-        )
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    table = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
-    return "\n".join([*table, "", _findings(summary).replace("**", "")])
-
-
 def _findings(summary: Mapping[str, Any]) -> str:
     """The comparison in sentences: ratios where both methods reached the target, who missed it, where it ended."""
     methods, spread = summary["methods"], summary["spread"]

@@ -30,7 +30,9 @@ def render_status(mailbox: Mailbox) -> str:
     """
     head = mailbox.head()
     if head is None:
-        raise MailboxError(f"{mailbox.address} holds no federation. Make one with `fedfstq init {mailbox.address} ...`.")
+        raise MailboxError(
+            f"{mailbox.address} holds no federation. Make one with `fedfstq init {mailbox.address} ...`."
+        )
     spec = FederationSpec.from_json(mailbox.read(0, SPEC_FILE))
     lines = [f"{spec.name}: {spec.model}, codec {spec.codec}, {spec.rounds} rounds of {spec.local_steps} local steps"]
     uplink = 0

@@ -1,7 +1,5 @@
 """Numbers as people read them: decimal byte units, seconds to hours, a figure with its spread."""
 
-import math
-
 
 def format_bytes(value: float | None) -> str:
     """`86.1 MB`; decimal units (1 kB = 1000 bytes), three significant digits, a dash for None."""
@@ -42,4 +40,5 @@ def _digits(value: float) -> str:
     """Three significant digits, never in exponent form."""
     if value == 0:
         return "0"
-    return f"{value:.{max(2 - math.floor(math.log10(abs(value))), 0)}f}" if value < 1000 else f"{value:.0f}"
+    exponent = int(f"{value:.2e}".partition("e")[2])  # of the rounded value: 9.996 has the digits of 10.0
+    return f"{value:.{max(2 - exponent, 0)}f}"

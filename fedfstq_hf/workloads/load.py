@@ -27,9 +27,13 @@ class Workload:
         return f"Workload(train={len(self.train)} ({tokens} tokens; {shares}), test={len(self.test)})"
 
 
-def load_texts(config: DataConfig) -> tuple[list[Text], list[Text]]:
-    """Return (train, test) as text, each with its topic; raises `DataError` naming row and column for what is wrong."""
-    train, test = split_texts([read_text(row, config) for row in read_rows(config)], config)
+def load_texts(config: DataConfig, *, need_test: bool = True) -> tuple[list[Text], list[Text]]:
+    """Return (train, test) as text, each with its topic; raises `DataError` naming row and column for what is wrong.
+
+    With `need_test=False`, for one client's own data, rows without a split are all for training and test may be empty.
+    """
+    texts = [read_text(row, config) for row in read_rows(config)]
+    train, test = split_texts(texts, config, need_test=need_test)
     texts = [*train, *test]
     if any(text.topic is None for text in texts):
         topics: Sequence[str] = cluster_topics([text.terms for text in texts], config.topics, num_fit=len(train))
@@ -37,13 +41,15 @@ def load_texts(config: DataConfig) -> tuple[list[Text], list[Text]]:
     return texts[: len(train)], texts[len(train) :]
 
 
-def load_workload(config: DataConfig, tokenizer: Any) -> Workload:
-    """Load, split, and tokenise a data set with a transformers tokenizer."""
-    train, test = (_tokenize(texts, tokenizer, config.max_length) for texts in load_texts(config))
-    return Workload(train, test)
+def load_workload(config: DataConfig, tokenizer: Any, *, need_test: bool = True) -> Workload:
+    """Load, split, and tokenise a data set with a transformers tokenizer; for `need_test` see `load_texts`."""
+    train, test = load_texts(config, need_test=need_test)
+    return Workload(_tokenize(train, tokenizer, config.max_length), _tokenize(test, tokenizer, config.max_length))
 
 
 def _tokenize(texts: Sequence[Text], tokenizer: Any, max_length: int) -> list[Example]:
+    if not texts:
+        return []
     pairs = tokenize_pairs(
         tokenizer,
         [text.prompt for text in texts],

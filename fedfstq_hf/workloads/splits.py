@@ -14,14 +14,16 @@ _TEST_NAMES = ("test",)
 _UNUSED_NAMES = ("validation", "valid", "val", "dev")
 
 
-def split_texts(texts: Sequence[Text], config: DataConfig) -> tuple[list[Text], list[Text]]:
-    """Return (train, test), each within its limit and in the order of the file; neither is ever empty."""
+def split_texts(texts: Sequence[Text], config: DataConfig, *, need_test: bool) -> tuple[list[Text], list[Text]]:
+    """Return (train, test), each within its limit and in the order of the file; test may be empty if not needed."""
     if any(text.split is not None for text in texts):
         train, test = _by_column(texts)
-    else:
+    elif need_test:
         train, test = _by_group(texts, config.test_fraction)
+    else:
+        train, test = list(texts), []
     for name, part in (("train", train), ("test", test)):
-        if not part:
+        if not part and (name == "train" or need_test):
             raise DataError(f"{config.path} has no {name} rows; a split column must say train and test")
     return _limit(train, config.train_limit), _limit(test, config.test_limit)
 

@@ -1,0 +1,167 @@
+"""What every codec promises: decode gives the reconstruction, budgets hold to the byte, bytes depend on values alone."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedfstq_hf.codec import Schema, get_codec
+from fedfstq_hf.errors import BudgetError
+from tests.codec.conftest import make_update
+
+CODECS = [
+    ("fp32", {}), ("fp16", {}), ("sparse32", {}), ("paper", {}),
+    ("fstq", {}), ("fstq", {"levels": 1}), ("fstq", {"levels": 2}), ("fstq", {"levels": 4}),
+]  # fmt: skip
+BUDGETED = [c for c in CODECS if c[0] in ("paper", "fstq")]
+
+
+def same(one, two):
+    if (one.indices is None) != (two.indices is None):
+        return False
+    indices = one.indices is None or torch.equal(one.indices, two.indices)
+    return indices and torch.equal(one.values, two.values) and one.num_params == two.num_params
+
+
+def distortion(delta, fisher, update):
+    schema = Schema.from_state_dict(delta)
+    error = schema.flatten(delta) - update.to_dense()
+    return float((schema.flatten(fisher) * error.square()).sum())
+
+
+@pytest.mark.parametrize(("name", "options"), CODECS)
+def test_decode_is_the_reconstruction(name, options, update):
+    delta, fisher = update
+    codec, schema = get_codec(name, **options), Schema.from_state_dict(delta)
+    for weights in (fisher, None):
+        encoded = codec.encode(delta, weights)
+        decoded = codec.decode(encoded.payload, schema)
+        assert same(decoded, encoded.reconstruction)
+        assert decoded.values.dtype == torch.float32
+        assert encoded.params == {}
+        if decoded.indices is not None:
+            assert (decoded.indices.diff() > 0).all()
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_any_shape_value_and_budget(data):
+    name, options = data.draw(st.sampled_from(BUDGETED))
+    shapes = data.draw(st.lists(st.lists(st.integers(1, 40), min_size=1, max_size=3), min_size=1, max_size=4))
+    rng = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1)))
+    scale = data.draw(st.sampled_from([1e-30, 1e-4, 1.0, 1e30]))
+    kind = data.draw(st.sampled_from(["normal", "equal", "sparse", "heavy"]))
+
+    def draw(shape):
+        normal = rng.standard_normal(shape)
+        if kind == "equal":
+            return np.sign(normal)
+        return normal * (rng.random(shape) < 0.1) if kind == "sparse" else normal**5 if kind == "heavy" else normal
+
+    delta = {str(i): torch.tensor(scale * draw(s), dtype=torch.float32) for i, s in enumerate(shapes)}
+    fisher = {k: torch.rand_like(v) for k, v in delta.items()} if data.draw(st.booleans()) else None
+    budget = data.draw(st.integers(0, 400))
+    codec, schema = get_codec(name, **options), Schema.from_state_dict(delta)
+    encoded = codec.encode(delta, fisher, max_bytes=budget)
+    assert len(encoded.payload) <= budget
+    decoded = codec.decode(encoded.payload, schema)
+    assert same(decoded, encoded.reconstruction)
+    assert torch.isfinite(decoded.values).all()
+
+
+@pytest.mark.parametrize(("name", "options"), BUDGETED)
+def test_budgets_are_used(name, options):
+    delta, fisher = make_update({f"{i}.lora_{s}": (8, 256) if s == "A" else (256, 8) for i in range(6) for s in "AB"})
+    for budget in (100, 333, 1000, 2500):
+        size = len(get_codec(name, **options).encode(delta, fisher, max_bytes=budget).payload)
+        assert 0.97 * budget <= size <= budget
+
+
+@pytest.mark.parametrize(("name", "options"), CODECS)
+def test_bytes_depend_on_values_alone(name, options, update):
+    delta, fisher = update
+    base = get_codec(name, **options).encode(delta, fisher).payload
+    reordered = dict(reversed([(k, v.clone()) for k, v in delta.items()]))
+    transposed = {k: v.t().contiguous().t() if v.dim() == 2 else v for k, v in delta.items()}
+    doubles = {k: v.double() for k, v in delta.items()}
+    for other in (reordered, transposed, doubles):
+        assert get_codec(name, **options).encode(other, fisher).payload == base
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize(("name", "options"), CODECS)
+def test_cuda_tensors_give_the_same_bytes(name, options, update):
+    delta, fisher = update
+    on_device = [{k: v.cuda() for k, v in state.items()} for state in (delta, fisher)]
+    assert get_codec(name, **options).encode(*on_device).payload == get_codec(name, **options).encode(*update).payload
+
+
+@pytest.mark.parametrize("levels", ["auto", 1])
+def test_equal_importance_is_broken_by_index(levels):
+    delta = {"a": torch.ones(4, 64)}
+    update = get_codec("fstq", levels=levels, density=0.1).encode(delta).reconstruction
+    assert update.nnz == 26
+    again = get_codec("fstq", levels=levels, density=0.1).encode({"a": torch.ones(4, 64)}).reconstruction
+    assert same(update, again)
+
+
+@pytest.mark.parametrize(("name", "options"), BUDGETED)
+def test_nothing_to_send(name, options):
+    delta = {"a": torch.zeros(8, 32)}
+    encoded = get_codec(name, **options).encode(delta, max_bytes=10)
+    assert (encoded.payload, encoded.reconstruction.nnz) == (b"", 0)
+    assert get_codec(name, **options).encode(delta).payload == b""
+    assert get_codec(name, **options).decode(b"", Schema.from_state_dict(delta)).nnz == 0
+
+
+@pytest.mark.parametrize(("name", "options"), BUDGETED)
+def test_impossible_budget(name, options, update):
+    with pytest.raises(BudgetError, match=r"0 bytes.*-7.*raise the uplink budget by at least 7 bytes"):
+        get_codec(name, **options).encode(*update, max_bytes=-7)
+
+
+def test_fstq_prefers_what_the_fisher_marks():
+    delta = {"a": torch.ones(4, 100), "b": torch.ones(4, 100)}
+    fisher = {"a": torch.full((4, 100), 1e-3), "b": torch.ones(4, 100)}
+    update = get_codec("fstq", density=0.25).encode(delta, fisher).reconstruction
+    assert (update.indices >= 400).all()
+    assert update.values.unique().tolist() == [1.0]
+
+
+def test_fstq_sends_signs_at_the_weighted_mean():
+    # Fisher-weighted mean magnitude of {1, 5} with weights 3 and 1 is 2
+    delta, fisher = {"a": torch.tensor([1.0, -5.0])}, {"a": torch.tensor([3.0, 1.0])}
+    update = get_codec("fstq", levels=1, density=1.0).encode(delta, fisher).reconstruction
+    assert update.values.tolist() == [2.0, -2.0]
+
+
+def test_auto_picks_no_worse_than_each_number_of_levels():
+    delta, fisher = make_update({f"{i}.lora_A": (8, 256) for i in range(6)})
+    for budget in (300, 3000, 9000):
+        best = distortion(delta, fisher, get_codec("fstq").encode(delta, fisher, max_bytes=budget).reconstruction)
+        for levels in (1, 2, 4):
+            other = get_codec("fstq", levels=levels).encode(delta, fisher, max_bytes=budget).reconstruction
+            assert best <= 1.03 * distortion(delta, fisher, other)
+
+
+def test_fstq_needs_far_fewer_bytes_than_paper_at_equal_distortion():
+    delta, fisher = make_update({f"{i}.lora_{s}": (8, 256) if s == "A" else (256, 8) for i in range(6) for s in "AB"})
+    paper = get_codec("paper").encode(delta, fisher, max_bytes=3000)
+    fstq = get_codec("fstq").encode(delta, fisher, max_bytes=int(0.55 * len(paper.payload)))
+    assert distortion(delta, fisher, fstq.reconstruction) < distortion(delta, fisher, paper.reconstruction)
+
+
+def test_sparse32_is_lossless_and_compact(update):
+    delta, fisher = update
+    codec, schema = get_codec("sparse32"), Schema.from_state_dict(delta)
+    sparse = get_codec("fstq", density=0.03).encode(delta, fisher).reconstruction
+    encoded = codec.encode(schema.unflatten(sparse.to_dense()))
+    assert torch.equal(codec.decode(encoded.payload, schema).to_dense(), sparse.to_dense())
+    assert len(encoded.payload) < 4 * sparse.nnz + schema.num_params / 8
+    dense = codec.encode(delta)
+    assert dense.reconstruction.indices is None
+    assert torch.equal(codec.decode(dense.payload, schema).values, schema.flatten(delta))
+    assert len(dense.payload) <= 4 * schema.num_params + 1
+    with pytest.raises(BudgetError, match="losslessly"):
+        codec.encode(delta, max_bytes=10)

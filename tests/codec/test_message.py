@@ -1,0 +1,187 @@
+"""Container: one byte string per (header, payload), and every other byte string refused."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+from safetensors import deserialize
+from safetensors.numpy import save
+
+from fedfstq_hf.codec import Schema, get_codec, message
+from fedfstq_hf.errors import MessageError
+
+HEADER = message.Header(3, "hospital-a", 100, "ab" * 32, "cd" * 32, "fstq", {})
+
+
+def test_round_trip_and_determinism():
+    data = message.pack(HEADER, b"payload")
+    assert message.unpack(data) == (HEADER, b"payload")
+    assert message.pack(dataclasses.replace(HEADER), b"payload") == data
+
+
+def test_any_safetensors_reader_opens_it():
+    [(name, tensor)] = deserialize(message.pack(HEADER, b"\x01\x02\x03"))
+    assert (name, tensor["dtype"], tensor["shape"], bytes(tensor["data"])) == ("payload", "U8", [3], b"\x01\x02\x03")
+
+
+@pytest.mark.parametrize("size", [0, 1, 9, 10, 99, 100, 12345])
+def test_overhead_is_exact_for_its_size_and_a_bound_below(size):
+    overhead = message.overhead(HEADER, size)
+    assert len(message.pack(HEADER, bytes(size))) == overhead + size
+    assert len(message.pack(HEADER, bytes(size // 2))) <= overhead + size // 2
+
+
+def test_container_is_small():
+    assert message.overhead(HEADER, 4000) <= 270
+
+
+def test_params_round_trip_in_any_order():
+    params = {"z": 1, "a": 0.25, "b": None, "c": True, "d": 'quote " and \\ and é'}
+    one = message.pack(dataclasses.replace(HEADER, params=params), b"x")
+    two = message.pack(dataclasses.replace(HEADER, params=dict(reversed(params.items()))), b"x")
+    assert one == two
+    assert message.unpack(one)[0].params == params
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"round": -1},
+        {"round": True},
+        {"round": 1.0},
+        {"num_examples": 2**60},
+        {"client_id": ""},
+        {"client_id": "-x"},
+        {"client_id": "a" * 65},
+        {"client_id": "../up"},
+        {"client_id": "a\n"},
+        {"base": "AB" * 32},
+        {"schema": "ab"},
+        {"codec": "no spaces"},
+        {"params": {"a": float("nan")}},
+        {"params": {"a": [1]}},
+        {"params": {1: 2}},
+        {"params": None},
+    ],
+)
+def test_bad_header_fields_are_refused(change):
+    with pytest.raises(MessageError):
+        dataclasses.replace(HEADER, **change)
+
+
+def test_too_much_metadata_is_refused():
+    with pytest.raises(MessageError, match="512"):
+        message.pack(dataclasses.replace(HEADER, params={"a": "x" * 400}), b"")
+
+
+def test_max_bytes_is_checked_before_anything_else():
+    data = message.pack(HEADER, bytes(100))
+    assert message.unpack(data, max_bytes=len(data))[1] == bytes(100)
+    with pytest.raises(MessageError, match=f"at most {len(data) - 1}"):
+        message.unpack(data, max_bytes=len(data) - 1)
+
+
+def test_every_flipped_bit_and_every_truncation_is_refused():
+    data = message.pack(HEADER, b"some payload")
+    for position in range(len(data)):
+        for bit in range(8):
+            bad = bytearray(data)
+            bad[position] ^= 1 << bit
+            with pytest.raises(MessageError):
+                message.unpack(bytes(bad))
+        with pytest.raises(MessageError):
+            message.unpack(data[:position])
+    with pytest.raises(MessageError):
+        message.unpack(data + b"\0")
+
+
+def _frame(text: str, payload: bytes) -> bytes:
+    return len(text).to_bytes(8, "little") + text.encode() + payload
+
+
+def _text(data: bytes) -> str:
+    return data[8 : 8 + int.from_bytes(data[:8], "little")].decode()
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ('{"__metadata__"', '{ "__metadata__"'),
+        ('"__metadata__":{"fstq"', '"__metadata__":{"other":"x","fstq"'),
+        ('"payload":', '"payloaf":'),
+        ('"U8"', '"I8"'),
+        ('"shape":[4]', '"shape":[2,2]'),
+        ('"shape":[4]', '"shape":[5]'),
+        ('"data_offsets":[0,4]', '"data_offsets":[0,3]'),
+        ('"data_offsets":[0,4]', '"data_offsets":[1,4]'),
+        ("[1,3,100,", "[2,3,100,"),
+        ("[1,3,100,", "[1,3.0,100,"),
+        ("[1,3,100,", "[1,3,1e2,"),
+        ("[1,3,100,", "[1, 3,100,"),
+        ("[1,3,100,", "[true,3,100,"),
+        ("[1,3,100,", "[1,100,"),
+        ("[1,3,100,", "[1,NaN,100,"),
+        ("{},", '{\\"a\\":1,\\"a\\":2},'),
+        ("{},", "[],"),
+        ("{},", "{" * 60),
+    ],
+)
+def test_deviating_headers_are_refused(old, new):
+    data = message.pack(HEADER, b"abcd")
+    text = _text(data)
+    assert old in text
+    with pytest.raises(MessageError):
+        message.unpack(_frame(text.replace(old, new, 1), b"abcd"))
+
+
+def test_a_foreign_safetensors_file_is_refused():
+    for data in (save({"payload": np.zeros(4, np.uint8)}), save({"x": np.zeros(4)}, {"fstq": "[]"}), b"", b"\xff" * 40):
+        with pytest.raises(MessageError):
+            message.unpack(data)
+
+
+def test_an_oversized_header_length_is_refused_without_reading_on():
+    with pytest.raises(MessageError, match="announces"):
+        message.unpack((2**63).to_bytes(8, "little") + b"{}")
+
+
+def test_swapped_payloads_are_refused():
+    one, two = message.pack(HEADER, b"abcd"), message.pack(HEADER, b"efgh")
+    with pytest.raises(MessageError, match="digest"):
+        message.unpack(one[:-4] + two[-4:])
+
+
+def test_the_digest_covers_the_header():
+    data = message.pack(HEADER, b"abcd")
+    forged = _frame(_text(data).replace("[1,3,100,", "[1,4,100,"), b"abcd")
+    with pytest.raises(MessageError, match="digest"):
+        message.unpack(forged)
+
+
+def test_inspect_counts_per_matrix():
+    delta = {"a": torch.tensor([[1.0, 0.0], [0.0, 0.0]]), "b": torch.tensor([2.0, -2.0])}
+    schema = Schema.from_state_dict(delta)
+    header = dataclasses.replace(HEADER, codec="sparse32", schema=schema.fingerprint)
+    data = message.pack(header, get_codec("sparse32").encode(delta).payload)
+    info = message.inspect(data, schema)
+    assert [(m.name, m.size, m.sent, m.rms) for m in info.matrices] == [("a", 4, 1, 1.0), ("b", 2, 2, 2.0)]
+    assert info.total_bytes == len(data)
+    assert "3 of 6 coordinates" in str(info)
+    assert message.inspect(data).matrices == ()
+    assert "hospital-a" in str(message.inspect(data))
+
+
+def test_inspect_refuses_another_schema():
+    with pytest.raises(MessageError, match="schema"):
+        message.inspect(message.pack(HEADER, b""), Schema.from_state_dict({"a": torch.zeros(1)}))
+
+
+def test_metadata_is_one_key_of_canonical_json():
+    header = json.loads(_text(message.pack(HEADER, b"abcd")))
+    assert list(header) == ["__metadata__", "payload"]
+    assert list(header["__metadata__"]) == ["fstq"]
+    fields = json.loads(header["__metadata__"]["fstq"])
+    assert fields[:6] == [1, 3, 100, "hospital-a", "fstq", {}]
+    assert json.dumps(fields, separators=(",", ":")) == header["__metadata__"]["fstq"]

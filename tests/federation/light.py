@@ -1,0 +1,105 @@
+"""A federation without a model: real mailbox, sessions, codec and coordinator; local training is a pure function."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fedfstq_hf.codec import Schema
+from fedfstq_hf.federation import adapter_file
+from fedfstq_hf.federation.client import LocalResult, MailboxParticipation
+from fedfstq_hf.federation.coordinator import Coordinator, found_federation
+from fedfstq_hf.federation.local import FolderMailbox
+from fedfstq_hf.federation.session import ClientSession
+from fedfstq_hf.federation.spec import FederationSpec
+
+SHAPES = {"layer.lora_A.weight": (4, 24), "layer.lora_B.weight": (24, 4)}
+
+
+def initial_state(seed: int = 0) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {name: torch.randn(shape, generator=generator) for name, shape in SHAPES.items()}
+
+
+SCHEMA = Schema.from_state_dict(initial_state())
+
+
+def make_spec(**changes: object) -> FederationSpec:
+    settings: dict[str, object] = {
+        "name": "light",
+        "model": "none",
+        "base_fingerprint": {},
+        "schema": SCHEMA.fingerprint,
+        "rounds": 2,
+        "local_steps": 1,
+        "max_message_bytes": 4096,
+        "min_clients": 2,
+        "codec": "fp32",
+    }
+    return FederationSpec(**(settings | changes))
+
+
+def found(path: Path, *, durable: bool = False, **changes: object) -> FolderMailbox:
+    mailbox = FolderMailbox(path, durable=durable)
+    found_federation(mailbox, make_spec(**changes), adapter_file.dump(initial_state()), b"{}\n", now=0.0)
+    return mailbox
+
+
+def fake_training(adapter: Tensor, seed: int, carried: dict[str, Tensor]) -> LocalResult:
+    """A change that depends on the adapter, the seed and what is carried, with a Fisher to weigh it."""
+    generator = torch.Generator().manual_seed(seed)
+    momentum = 0.5 * carried.get("momentum", torch.zeros(len(adapter))) + torch.randn(len(adapter), generator=generator)
+    fisher = torch.rand(len(adapter), generator=generator)
+    return LocalResult(adapter + 0.1 * (momentum - adapter), fisher, 1 + seed % 7, {"momentum": momentum})
+
+
+class NothingToDo(Exception):
+    """Raised instead of sleeping."""
+
+
+def pause(seconds: float) -> None:
+    raise NothingToDo
+
+
+class LightClient:
+    """One client with a real session; `step` does what can be done now, and never waits."""
+
+    def __init__(
+        self, mailbox: FolderMailbox, client_id: str, folder: Path | None, *, max_bytes: int | None = None
+    ) -> None:
+        spec = FederationSpec.from_json(mailbox.read(0, "spec.json"))
+        self.session = ClientSession(client_id, spec, SCHEMA, folder=folder, durable=mailbox.durable)
+        self.participation = MailboxParticipation(mailbox, self.session, max_bytes=max_bytes, sleep=pause)
+        self.done = False
+
+    def step(self) -> bool:
+        """Returns whether anything happened."""
+        try:
+            assignment = self.participation.next()
+        except NothingToDo:
+            return False
+        if assignment is None:
+            changed, self.done = not self.done, True
+            return changed
+        result = fake_training(assignment.adapter, assignment.seed, assignment.session.carried)
+        self.participation.complete(assignment, result)
+        return True
+
+
+def run_rounds(coordinator: Coordinator, clients: list[LightClient], rounds: int | None = None) -> None:
+    """Run until the federation is finished, or for that many rounds."""
+    until = coordinator.spec.rounds if rounds is None else coordinator.record.round + rounds
+    while coordinator.record.round < until:
+        for client in clients:
+            client.step()
+        assert coordinator.ready()
+        assert coordinator.close_round() is not None
+    for client in clients:
+        client.step()
+
+
+def adapter_sha256(path: Path) -> str:
+    return hashlib.sha256((path / "adapter_model.safetensors").read_bytes()).hexdigest()

@@ -1,0 +1,284 @@
+"""A client's transaction: one message per round, and a residual that nothing loses."""
+
+import multiprocessing
+import os
+
+import pytest
+import torch
+from light import SCHEMA, make_spec
+from test_storage import fail_at
+
+from fedfstq_hf.codec import Schema, get_codec, message
+from fedfstq_hf.errors import AdapterMismatchError, BudgetError, MailboxError, NonFiniteError, SessionBusyError
+from fedfstq_hf.federation.record import AcceptedUpdate, RefusedUpdate, RoundRecord
+from fedfstq_hf.federation.session import ClientSession
+
+BASE = "ab" * 32
+SIZE = SCHEMA.num_params
+DELTA = torch.linspace(-1, 2, SIZE)
+FISHER = torch.linspace(0, 1, SIZE)
+
+
+def make_session(folder=None, *, client_id="a", spec=None, schema=SCHEMA):
+    return ClientSession(client_id, spec or SPEC, schema, folder=folder, durable=False)
+
+
+SPEC = make_spec(codec="fstq", rounds=9)
+
+
+def finish(session, round=0, *, delta=DELTA, fisher=FISHER, max_bytes=300, carried=None):
+    return session.finish(
+        round, BASE, delta, fisher=fisher, num_examples=5, max_bytes=max_bytes, carried=carried or {}
+    )
+
+
+def record(round, *, accepted=(), refused=()):
+    return RoundRecord(
+        round=round,
+        adapter_sha256=BASE,
+        adapter_bytes=1,
+        schema=SCHEMA.fingerprint,
+        opened_at=0.0,
+        deadline=None,
+        finished=False,
+        accepted=tuple(AcceptedUpdate("a", pending.sha256, len(pending.message), 5, 1.0, 1.0) for pending in accepted),
+        refused=tuple(RefusedUpdate("a", pending.sha256, len(pending.message), "why not") for pending in refused),
+    )
+
+
+def decoded(pending):
+    _, payload = message.unpack(pending.message)
+    return get_codec("fstq").decode(payload, SCHEMA).to_dense()
+
+
+def test_the_message_says_who_what_and_relative_to_what():
+    pending = finish(make_session(), 3)
+    header, _ = message.unpack(pending.message)
+    assert (header.round, header.client_id, header.num_examples) == (3, "a", 5)
+    assert (header.base, header.schema, header.codec) == (BASE, SCHEMA.fingerprint, "fstq")
+    assert len(pending.message) <= 300
+
+
+def test_accepted_keeps_what_was_not_sent():
+    session = make_session()
+    pending = finish(session)
+    settlement = session.settle(record(1, accepted=[pending]))
+    assert settlement.outcome == "accepted"
+    assert torch.equal(session.residual, DELTA - decoded(pending))
+    assert 0 < session.residual_norm() < float(DELTA.norm())
+    assert session.pending is None
+
+
+@pytest.mark.parametrize("outcome", ["refused", "late"])
+def test_otherwise_the_whole_update_stays(outcome):
+    session = make_session()
+    pending = finish(session)
+    settlement = session.settle(record(1, refused=[pending] if outcome == "refused" else []))
+    assert (settlement.outcome, settlement.reason) == (outcome, "why not" if outcome == "refused" else "")
+    assert torch.equal(session.residual, DELTA)
+
+
+def test_a_record_that_names_other_bytes_of_this_client_is_late():
+    session, other = make_session(), make_session()
+    finish(session)
+    assert session.settle(record(1, accepted=[finish(other, delta=2 * DELTA)])).outcome == "late"
+
+
+def test_the_residual_is_part_of_the_next_update():
+    session = make_session()
+    first = finish(session)
+    session.settle(record(1, accepted=[first]))
+    second = finish(session, 1, delta=torch.zeros(SIZE))
+    assert torch.equal(second.corrected, DELTA - decoded(first))
+    session.settle(record(2, accepted=[second]))
+    assert torch.allclose(session.residual, DELTA - decoded(first) - decoded(second), atol=1e-6)
+
+
+def test_without_error_feedback_nothing_is_kept():
+    session = make_session(spec=make_spec(codec="fstq", error_feedback=0.0))
+    for round, accepted in ((0, True), (1, False)):
+        pending = finish(session, round)
+        session.settle(record(round + 1, accepted=[pending] if accepted else []))
+        assert session.residual is None
+        assert torch.equal(pending.corrected, DELTA)
+
+
+def test_a_residual_decays():
+    session = make_session(spec=make_spec(codec="fstq", error_feedback=0.5))
+    finish(session)
+    session.settle(record(1))
+    assert torch.equal(finish(session, 1, delta=torch.zeros(SIZE)).corrected, 0.5 * DELTA)
+
+
+def test_a_lossless_codec_leaves_no_residual():
+    session = make_session(spec=make_spec(codec="fp32"))
+    session.settle(record(1, accepted=[finish(session, max_bytes=None)]))
+    assert session.residual is None
+
+
+def test_a_round_is_finished_once():
+    session = make_session()
+    pending = finish(session, 2)
+    with pytest.raises(MailboxError, match="'a' already finished round 2"):
+        finish(session, 2)
+    with pytest.raises(MailboxError, match="already finished"):
+        finish(session, 3)  # the fate of round 2 is not known yet
+    session.settle(record(3, accepted=[pending]))
+    with pytest.raises(MailboxError, match="already finished"):
+        finish(session, 2)
+    finish(session, 3)
+
+
+def test_only_the_record_of_the_next_round_settles():
+    session = make_session()
+    with pytest.raises(MailboxError, match="has no message that the record of round 1 settles"):
+        session.settle(record(1))
+    finish(session, 1)
+    for round in (1, 3):
+        with pytest.raises(MailboxError, match="has no message that"):
+            session.settle(record(round))
+    session.settle(record(2))
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("what", ["update", "Fisher information"])
+def test_non_finite_numbers_are_refused_and_change_nothing(tmp_path, value, what):
+    session = make_session(tmp_path)
+    finish(session)
+    session.settle(record(1))
+    before, bytes_before = session.residual.clone(), (tmp_path / "session.safetensors").read_bytes()
+    bad = DELTA.clone()
+    bad[7] = value
+    arguments = {"delta": bad} if what == "update" else {"fisher": bad}
+    with pytest.raises(NonFiniteError, match=f"The {what} of client 'a' in round 1 is NaN or infinite; nothing was sent"):
+        finish(session, 1, **arguments)
+    assert session.pending is None
+    assert session.last_round == 0
+    assert torch.equal(session.residual, before)
+    assert (tmp_path / "session.safetensors").read_bytes() == bytes_before
+    finish(session, 1)
+
+
+def test_an_impossible_budget_is_refused_and_changes_nothing(tmp_path):
+    session = make_session(tmp_path)
+    with pytest.raises(BudgetError, match=r"\d+ bytes"):
+        finish(session, max_bytes=40)
+    assert (session.pending, session.last_round) == (None, -1)
+    assert not (tmp_path / "session.safetensors").exists()
+    finish(session)
+
+
+def test_every_state_survives_a_restart(tmp_path):
+    def restart(session):
+        session.close()
+        again = make_session(tmp_path)
+        assert again.last_round == session.last_round
+        assert again.carried.keys() == session.carried.keys()
+        assert all(torch.equal(again.carried[name], session.carried[name]) for name in session.carried)
+        assert (again.residual is None) == (session.residual is None)
+        assert again.residual is None or torch.equal(again.residual, session.residual)
+        assert (again.pending is None) == (session.pending is None)
+        if session.pending is not None:
+            assert again.pending.message == session.pending.message
+            assert again.pending.round == session.pending.round
+            assert torch.equal(again.pending.corrected, session.pending.corrected)
+        return again
+
+    session = restart(make_session(tmp_path))  # new
+    finish(session, carried={"tokens.ema": torch.ones(3, dtype=torch.float64), "step": torch.tensor(4)})
+    session = restart(session)  # pending
+    session.settle(record(1, accepted=[session.pending]))
+    assert session.residual is not None
+    session = restart(session)  # idle, with a residual
+    finish(session, 1, carried={"step": torch.tensor(5)})
+    session = restart(session)  # pending, the residual in it
+    session.settle(record(2))
+    restart(session)
+
+
+def test_a_restarted_session_packs_the_same_bytes(tmp_path):
+    one, two = make_session(tmp_path / "one"), make_session(tmp_path / "two")
+    for session in (one, two):
+        session.settle(record(1, accepted=[finish(session)]))
+    two.close()
+    again = make_session(tmp_path / "two")
+    assert finish(again, 1).message == finish(one, 1).message
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+def test_a_full_disk_loses_nothing(tmp_path, monkeypatch, call):
+    session = ClientSession("a", SPEC, SCHEMA, folder=tmp_path)
+    first = finish(session)
+    with monkeypatch.context() as patch:
+        fail_at(patch, call, 0)
+        with pytest.raises(MailboxError, match=r"Could not write .*session\.safetensors: No space left.*nothing was lost"):
+            session.settle(record(1, accepted=[first]))
+    assert session.pending is first
+    session.settle(record(1, accepted=[first]))
+    residual = session.residual.clone()
+    with monkeypatch.context() as patch:
+        fail_at(patch, call, 0)
+        with pytest.raises(MailboxError, match="nothing was lost"):
+            finish(session, 1)
+    assert (session.pending, session.last_round) == (None, 0)
+    assert torch.equal(session.residual, residual)
+    finish(session, 1)
+    assert sorted(os.listdir(tmp_path)) == ["session.lock", "session.safetensors"]
+
+
+def test_state_of_another_client_federation_or_adapter_is_refused(tmp_path):
+    session = make_session(tmp_path)
+    finish(session)
+    session.close()
+    with pytest.raises(MailboxError, match=r"has client_id 'a', expected 'b': .* a state folder of its own"):
+        make_session(tmp_path, client_id="b")
+    with pytest.raises(MailboxError, match="has federation .*: it belongs to another client, federation"):
+        make_session(tmp_path, spec=make_spec(codec="fstq", rounds=9))
+    other = Schema.from_state_dict({"x": torch.zeros(3)})
+    with pytest.raises(MailboxError, match="has schema"):
+        make_session(tmp_path, schema=other, spec=make_spec(codec="fstq", id=SPEC.id, schema=other.fingerprint))
+    make_session(tmp_path).close()  # none of them kept the lock
+
+
+def test_another_adapter_than_the_federation_s_is_refused():
+    with pytest.raises(AdapterMismatchError, match=r"\(3 parameters here\)\. Build it from the federation's adapter_config"):
+        make_session(schema=Schema.from_state_dict({"x": torch.zeros(3)}))
+
+
+@pytest.mark.parametrize("content", [b"", b"garbage", b"\x10\0\0\0\0\0\0\0{}              "])
+def test_a_damaged_state_says_what_to_do(tmp_path, content):
+    (tmp_path / "session.safetensors").write_bytes(content)
+    with pytest.raises(MailboxError, match="cannot be read .* Restore it from a backup, or move it away to join"):
+        make_session(tmp_path)
+
+
+def test_leftovers_of_a_killed_client_are_cleaned(tmp_path):
+    (tmp_path / ".tmp-session.safetensors-123-0123abcd").write_bytes(b"half")
+    make_session(tmp_path)
+    assert os.listdir(tmp_path) == ["session.lock"]
+
+
+def _hold(folder, ready, leave):
+    make_session(folder)
+    ready.set()
+    leave.wait()
+
+
+def test_two_processes_cannot_share_a_folder(tmp_path):
+    context = multiprocessing.get_context("fork")
+    ready, leave = context.Event(), context.Event()
+    process = context.Process(target=_hold, args=(tmp_path, ready, leave))
+    process.start()
+    ready.wait()
+    with pytest.raises(SessionBusyError, match=r"Another process uses .* Stop it first, or give this client another"):
+        make_session(tmp_path)
+    process.kill()  # a killed holder lets go
+    process.join()
+    make_session(tmp_path).close()
+    make_session(tmp_path).close()
+
+
+def test_in_memory_it_needs_no_folder():
+    session = make_session()
+    session.settle(record(1, accepted=[finish(session)]))
+    assert session.residual is not None

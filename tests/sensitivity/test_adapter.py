@@ -1,0 +1,75 @@
+"""AdapterFisher: moving averages of squared gradients against values worked out by hand."""
+
+import pytest
+import torch
+
+from fedfstq_hf.errors import AdapterMismatchError, ConfigError, NonFiniteError
+from fedfstq_hf.sensitivity import AdapterFisher
+
+
+def make(rho=0.9):
+    return AdapterFisher([torch.zeros(2), torch.zeros(1, 1)], rho)
+
+
+def test_bias_corrected_average_in_the_order_of_params():
+    fisher = make()
+    assert fisher.vector().tolist() == [0.0, 0.0, 0.0]
+    fisher.update([torch.tensor([1.0, -2.0]), torch.tensor([[3.0]])])
+    assert fisher.vector().tolist() == pytest.approx([1.0, 4.0, 9.0])
+    fisher.update([torch.tensor([2.0, 0.0]), torch.tensor([[1.0]])])
+    # (0.9 * 0.1 * g1^2 + 0.1 * g2^2) / (1 - 0.81)
+    assert fisher.vector().tolist() == pytest.approx([0.49 / 0.19, 0.36 / 0.19, 0.91 / 0.19])
+
+
+def test_constant_gradients_give_their_square_at_any_step():
+    fisher = make(rho=0.99)
+    for _ in range(7):
+        fisher.update([torch.tensor([0.5, 3.0]), torch.tensor([[2.0]])])
+        assert fisher.vector().tolist() == pytest.approx([0.25, 9.0, 4.0], rel=1e-5)
+
+
+def test_missing_gradients_count_as_zero():
+    fisher = make()
+    fisher.update([torch.tensor([1.0, 1.0]), torch.tensor([[1.0]])])
+    fisher.update([None, torch.tensor([[1.0]])])
+    assert fisher.vector().tolist() == pytest.approx([0.09 / 0.19, 0.09 / 0.19, 1.0])
+
+
+def test_low_precision_gradients_are_squared_in_float32():
+    fisher = make()
+    fisher.update([torch.tensor([1e-5, 1e-5], dtype=torch.float16), torch.zeros(1, 1, dtype=torch.bfloat16)])
+    assert fisher.vector()[0] == pytest.approx(1e-10, rel=0.02)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e30])
+def test_a_non_finite_gradient_changes_nothing(bad):
+    fisher = make()
+    fisher.update([torch.ones(2), torch.ones(1, 1)])
+    before = fisher.state_dict()
+    with pytest.raises(NonFiniteError):
+        fisher.update([torch.tensor([1.0, bad]), torch.ones(1, 1)])
+    assert torch.equal(fisher.state_dict()["ema"], before["ema"])
+    assert fisher.state_dict()["steps"] == before["steps"] == 1
+
+
+def test_reset_and_state():
+    fisher, other = make(), make()
+    fisher.update([torch.ones(2), torch.ones(1, 1)])
+    other.load_state_dict(fisher.state_dict())
+    fisher.update([torch.zeros(2), torch.ones(1, 1)])
+    other.update([torch.zeros(2), torch.ones(1, 1)])
+    assert torch.equal(fisher.vector(), other.vector())
+    fisher.reset()
+    assert fisher.vector().tolist() == [0.0, 0.0, 0.0]
+    fisher.update([torch.tensor([1.0, 2.0]), torch.ones(1, 1)])
+    assert fisher.vector().tolist() == pytest.approx([1.0, 4.0, 1.0])
+
+
+def test_bad_input():
+    with pytest.raises(AdapterMismatchError, match="got 1"):
+        make().update([torch.ones(2)])
+    with pytest.raises(AdapterMismatchError, match=r"\(3,\)"):
+        make().load_state_dict({"ema": torch.zeros(4), "steps": torch.tensor(1)})
+    with pytest.raises(ConfigError, match="rho"):
+        make(rho=-0.1)
+    assert AdapterFisher([]).vector().tolist() == []
