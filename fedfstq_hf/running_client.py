@@ -37,7 +37,7 @@ def _trainer(settings: ClientFile, mailbox: Mailbox, spec: FederationSpec) -> Fe
     base, tokenizer = load_base(settings.model or spec.model, settings.dtype)
     model = wrap_base(base, mailbox.read(0, ADAPTER_CONFIG_FILE))
     data = build(DataConfig, {**spec.data, **settings.data}, f"data of client {settings.client_id}")
-    examples = load_workload(data, tokenizer).train
+    examples = load_workload(data, tokenizer, need_test=False).train
     if not examples:
         raise DataError(f"{data.path} holds no training examples for client {settings.client_id!r}.")
     output_dir = settings.output_dir or str(Path("runs") / "clients" / settings.client_id)
