@@ -63,15 +63,21 @@ def init(
     mailbox: Annotated[str, typer.Argument(help="Address of the new federation: a folder.")],
     recipe: Annotated[str, typer.Option(help="Recipe that says model, adapter, training and rounds.")],
     method: Annotated[str, typer.Option(help="Which of the recipe's methods to run.")] = "fstq",
-    min_clients: Annotated[int | None, typer.Option(help="Updates that close a round; clients_per_round when not given.")] = None,
-    round_seconds: Annotated[float | None, typer.Option(help="Close a round after this time even with fewer updates.")] = None,
+    min_clients: Annotated[
+        int | None, typer.Option(help="Updates that close a round; clients_per_round when not given.")
+    ] = None,
+    round_seconds: Annotated[
+        float | None, typer.Option(help="Close a round after this time even with fewer updates.")
+    ] = None,
 ) -> None:
     """Found a federation: publish round 0 (adapter and spec) into a mailbox."""
     from fedfstq_hf.recipe import load_recipe
 
     loaded = load_recipe(recipe, parse_overrides(context.args))
     if method not in loaded.methods:
-        raise ConfigError(f"The recipe has no method {method!r}; it has {', '.join(loaded.methods)}. Type --method NAME.")
+        raise ConfigError(
+            f"The recipe has no method {method!r}; it has {', '.join(loaded.methods)}. Type --method NAME."
+        )
     quieten()
     import dataclasses
 
@@ -94,7 +100,9 @@ def init(
 @app.command()
 def serve(
     mailbox: Annotated[str, typer.Argument(help="Address of a federation.")],
-    once: Annotated[bool, typer.Option("--once", help="Close the rounds that are ready, then exit (for cron).")] = False,
+    once: Annotated[
+        bool, typer.Option("--once", help="Close the rounds that are ready, then exit (for cron).")
+    ] = False,
     poll_seconds: Annotated[float, typer.Option(help="Seconds between two looks at the mailbox.")] = 2.0,
 ) -> None:
     """Coordinate a federation until it ends. Needs neither GPU nor base model; stop and restart it at any time."""
@@ -207,7 +215,9 @@ def parse_overrides(arguments: list[str]) -> dict[str, str]:
     while rest:
         key = rest.pop(0)
         if not key.startswith("--") or len(key) == 2:
-            raise ConfigError(f"Cannot make sense of {key!r}; expected --KEY VALUE, such as --training.learning_rate 1e-3.")
+            raise ConfigError(
+                f"Cannot make sense of {key!r}; expected --KEY VALUE, such as --training.learning_rate 1e-3."
+            )
         name, equals, value = key[2:].partition("=")
         if not equals:
             if not rest or rest[0].startswith("--"):
@@ -227,7 +237,9 @@ def quieten() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     for noisy in ("httpx", "httpx2", "filelock", "matplotlib"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)  # peft's business
+    warnings.filterwarnings(
+        "ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning
+    )  # peft's business
     import transformers
 
     transformers.utils.logging.set_verbosity_error()

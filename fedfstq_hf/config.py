@@ -54,7 +54,9 @@ class FedFSTQConfig:
     refresh_steps: int = field(
         default=10, metadata={"help": "Token sensitivity is read off every that many local steps (the paper's H)."}
     )
-    rho: float = field(default=0.9, metadata={"help": "Decay of the token and adapter Fisher averages (the paper's rho)."})
+    rho: float = field(
+        default=0.9, metadata={"help": "Decay of the token and adapter Fisher averages (the paper's rho)."}
+    )
 
     def __post_init__(self) -> None:
         if not _CLIENT_ID.fullmatch(self.client_id):
@@ -84,7 +86,9 @@ class FedFSTQConfig:
         """Read `fedfstq_config.json` from `folder`."""
         path = Path(folder) / CONFIG_FILE
         if not path.is_file():
-            raise ConfigError(f"{path} does not exist. Write it with FedFSTQConfig(...).save_pretrained({str(folder)!r}).")
+            raise ConfigError(
+                f"{path} does not exist. Write it with FedFSTQConfig(...).save_pretrained({str(folder)!r})."
+            )
         return cls.from_dict(json.loads(path.read_text()))
 
     @classmethod
@@ -94,5 +98,7 @@ class FedFSTQConfig:
         for key in values:
             if key not in known:
                 nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
-                raise ConfigError(f"Unknown setting {key!r}. Did you mean {nearest!r}? Known: {', '.join(sorted(known))}.")
+                raise ConfigError(
+                    f"Unknown setting {key!r}. Did you mean {nearest!r}? Known: {', '.join(sorted(known))}."
+                )
         return cls(**values)

@@ -24,7 +24,9 @@ class Evaluator:
 
     def __init__(self, examples: Sequence[Mapping[str, Any]], pad_id: int, batch_size: int) -> None:
         if not examples:
-            raise DataError("There are no held-out examples to evaluate on; give the data a test split or a test_fraction.")
+            raise DataError(
+                "There are no held-out examples to evaluate on; give the data a test split or a test_fraction."
+            )
         ordered = sorted(examples, key=lambda example: len(example["input_ids"]))
         self._batches = [collate(ordered[i : i + batch_size], pad_id) for i in range(0, len(ordered), batch_size)]
 

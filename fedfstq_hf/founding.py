@@ -80,7 +80,9 @@ def wrap_base(base: Any, adapter_config: bytes) -> PeftModel:
     """
     try:
         fields = json.loads(adapter_config)
-        config = LoraConfig(**{name: value for name, value in fields.items() if name in LoraConfig.__dataclass_fields__})
+        config = LoraConfig(
+            **{name: value for name, value in fields.items() if name in LoraConfig.__dataclass_fields__}
+        )
     except (ValueError, TypeError, AttributeError) as error:
         raise MailboxError(f"The mailbox's {ADAPTER_CONFIG_FILE} cannot be read: {error}") from error
     config.inference_mode = False

@@ -13,7 +13,7 @@ import json
 import logging
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -34,8 +34,10 @@ from fedfstq_hf.sensitivity import AdapterFisher, TokenSensitivity
 
 logger = logging.getLogger(__name__)
 
+_TrainerLike: Any = Trainer if TYPE_CHECKING else object  # the mixin stands before any Trainer class, TRL's included
 
-class FedFSTQMixin:
+
+class FedFSTQMixin(_TrainerLike):  # type: ignore[misc]
     """Adds the federation to a Trainer class; put it before that class in the bases.
 
     Args:
@@ -59,7 +61,9 @@ class FedFSTQMixin:
         self._fed_metrics: dict[str, float] = {}
         self.settlements: list[Settlement] = []
         if getattr(self.args, "fp16", False):
-            raise ConfigError("fp16 scales gradients, which the Fisher information must not see. Use bf16=True or float32.")
+            raise ConfigError(
+                "fp16 scales gradients, which the Fisher information must not see. Use bf16=True or float32."
+            )
         self.add_callback(_RoundEnd(self))
 
     # What a user calls
@@ -81,7 +85,7 @@ class FedFSTQMixin:
             if resume_from_checkpoint is None or self._start_adapter is None:
                 self._start_adapter = self.adapter_view.read()
             self.adapter_fisher.reset()
-            return super().train(resume_from_checkpoint, **kwargs)  # type: ignore[misc]
+            return super().train(resume_from_checkpoint, **kwargs)
         participation, spec = self._join(self.federation.mailbox)
         self.settlements = participation.settlements
         try:
@@ -102,13 +106,15 @@ class FedFSTQMixin:
                 logger.info("The federation sets %s=%r (was %r).", name, value, getattr(self.args, name))
                 setattr(self.args, name, value)
         if self.args.world_size > 1:
-            raise ConfigError(f"A federated client runs in one process, not {self.args.world_size}. Start it without a launcher.")
+            raise ConfigError(
+                f"A federated client runs in one process, not {self.args.world_size}. Start it without a launcher."
+            )
         max_steps = self.args.max_steps
         self._participation, self._spec, self._ended = participation, spec, False
         self.adapter_fisher = AdapterFisher(self.adapter_view.parameters, rho=spec.rho)
         self.args.max_steps = max(participation.total_steps, 1)
         try:
-            output = super().train(None, **kwargs)  # type: ignore[misc]
+            output = super().train(None, **kwargs)
             reached_end = self.state.global_step >= self.args.max_steps  # a user's callback may have stopped it before
             if reached_end and not self._ended and self._next_round():
                 raise MailboxError("The federation handed out a round after its last step.")
@@ -151,7 +157,9 @@ class FedFSTQMixin:
     def _join(self, address: str) -> tuple[MailboxParticipation, FederationSpec]:
         mailbox, config = open_mailbox(address), self.federation
         if mailbox.head() is None:
-            raise MailboxError(f"{address} holds no federation. Check the address, or make one with `fedfstq init {address} ...`.")
+            raise MailboxError(
+                f"{address} holds no federation. Check the address, or make one with `fedfstq init {address} ...`."
+            )
         spec = FederationSpec.from_json(mailbox.read(0, SPEC_FILE))
         theirs = json.loads(mailbox.read(0, ADAPTER_CONFIG_FILE))
         check_same_base(base_fingerprint(self.model), spec.base_fingerprint, spec.model)
@@ -175,7 +183,9 @@ class FedFSTQMixin:
 
     def _check_dataset(self, dataset: Any) -> None:
         if dataset is None or not hasattr(dataset, "__len__"):
-            raise DataError("A federated client needs a train_dataset of known length; materialise a streaming one first.")
+            raise DataError(
+                "A federated client needs a train_dataset of known length; materialise a streaming one first."
+            )
         if len(dataset) == 0:
             raise DataError(f"The training data of client {self.federation.client_id!r} is empty: it cannot take part.")
 
@@ -184,17 +194,17 @@ class FedFSTQMixin:
     def get_train_dataloader(self) -> DataLoader[Any]:
         """In a federation a placeholder of the right length: each round brings its own loader."""
         if self._participation is None:
-            return super().get_train_dataloader()  # type: ignore[misc, no-any-return]
+            return super().get_train_dataloader()
         return DataLoader(range(self.args.max_steps * self.args.gradient_accumulation_steps))  # type: ignore[arg-type]
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
         """The micro-batches of the next optimizer step, from the round at hand; begins a round where none is."""
         if self._participation is None:
-            return super().get_batch_samples(epoch_iterator, num_batches, device)  # type: ignore[misc, no-any-return]
+            return super().get_batch_samples(epoch_iterator, num_batches, device)
         if self._assignment is None and not self._next_round():
             self.control.should_training_stop = True
             return [], None
-        batches, num_items = super().get_batch_samples(self._batches, num_batches, device)  # type: ignore[misc]
+        batches, num_items = super().get_batch_samples(self._batches, num_batches, device)
         if num_items is not None and int(num_items.sum()) == 0:
             raise DataError(
                 f"All labels of a batch of {len(batches)} micro-batches are masked (-100): there is nothing to learn from. "
@@ -204,7 +214,7 @@ class FedFSTQMixin:
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         if self._assignment is None or self._spec is None:
-            return super()._get_train_sampler(train_dataset)  # type: ignore[misc]
+            return super()._get_train_sampler(train_dataset)
         args = self.args
         batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         dataset = self.train_dataset if train_dataset is None else train_dataset
@@ -237,7 +247,7 @@ class FedFSTQMixin:
         if table:
             self.sensitivity.load_state_dict(table)
         set_seed(assignment.seed)
-        self._batches = iter(super().get_train_dataloader())  # type: ignore[misc]
+        self._batches = iter(super().get_train_dataloader())
         return True
 
     def _end_step(self) -> None:
@@ -264,7 +274,7 @@ class FedFSTQMixin:
         """A schedule over the whole federation, also for a client that skips rounds."""
         if self._spec is not None and self._participation is not None:
             num_training_steps = self._spec.rounds * self._spec.local_steps
-        return super().create_scheduler(num_training_steps, optimizer)  # type: ignore[misc]
+        return super().create_scheduler(num_training_steps, optimizer)
 
     # What a step gives away for free
 
@@ -272,7 +282,7 @@ class FedFSTQMixin:
         """An ordinary step; then Fisher information from its gradients, before they are clipped."""
         refresh = self._spec.refresh_steps if self._spec is not None else self.federation.refresh_steps
         with self._token_probe(inputs) if self._local_step % refresh == 0 else contextlib.nullcontext():
-            loss: Tensor = super().training_step(model, inputs, num_items_in_batch)  # type: ignore[misc]
+            loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
         if self.accelerator.sync_gradients:
             self.adapter_fisher.update(self.adapter_view.gradients())
         return loss
@@ -292,7 +302,7 @@ class FedFSTQMixin:
                 self.sensitivity.update(ids, squared, None if mask is None else mask.to(ids.device).bool())
 
             if output.requires_grad and torch.is_grad_enabled():
-                output.register_hook(collect)
+                output.register_hook(collect)  # type: ignore[no-untyped-call]
 
         handle = self.model.get_input_embeddings().register_forward_hook(watch)
         try:
@@ -306,7 +316,7 @@ class FedFSTQMixin:
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the federation's figures, so that they reach `log_history` and every reporter."""
-        super().log({**logs, **self._fed_metrics}, start_time)  # type: ignore[misc]
+        super().log({**logs, **self._fed_metrics}, start_time)
 
 
 class _RoundEnd(TrainerCallback):  # type: ignore[misc]

@@ -20,8 +20,8 @@ from ..errors import MessageError
 
 IntArray = npt.NDArray[np.int32]
 _TOTAL = 1 << 22  # sum of a table's weights: below constriction's 24 bits of precision, and exact in float64
-# weight that a coded symbol lends to itself and its neighbours, times size / 64; every symbol starts at 1
-_KERNEL = np.array([4, 12, 24, 48, 24, 12, 4])
+# weight that a coded symbol lends to itself and its neighbours, times size / 16; every symbol starts at 1
+_KERNEL = np.array([1, 3, 8, 48, 8, 3, 1])
 
 
 def table(weights: Sequence[float]) -> Any:
@@ -51,7 +51,7 @@ class Adaptive:
         self._weights = np.ones(size + len(_KERNEL) - 1)
         self._margin = len(_KERNEL) // 2
         self._size = size
-        self._gain = _KERNEL * max(1, size // 64)
+        self._gain = _KERNEL * max(1, size // 16)
 
     def model(self) -> Any:
         """Model of the next symbol."""

@@ -10,7 +10,7 @@ alphabets follow from the schema and from what was read before.
 |---|---|---|
 | 1 | uniform, 4 | kind: 0, 1, 2 = 1, 2, 4 levels; 3 is refused |
 | 1 | uniform, 16 | concentration of the column counts (support.CONCENTRATIONS) |
-| tensors | adaptive, 48 | density class (support.DENSITIES) |
+| tensors | adaptive, 48 | density class (support.DENSITIES): all with strided columns, then all others |
 | columns | beta-binomial of the tensor | non-zeros per column |
 | < height * non-empty columns | hypergeometric | which rows, row by row over all columns |
 | non-empty tensors | adaptive, 512 or 1024 | lowest level, on the grid of quantization.py |
@@ -101,7 +101,11 @@ class FstqCodec:
         def estimate(count: int) -> float:
             return selector.estimate(ranking.order[:count], levels)
 
-        best = draft(ranking.count) if max_bytes is None else fill(draft, estimate, ranking.order.size, max_bytes)
+        best = (
+            draft(ranking.count)
+            if max_bytes is None
+            else fill(draft, estimate, ranking.order.size, max_bytes, ranking.count)
+        )
         return Encoded(best.payload, best.update)
 
     def decode(self, payload: bytes, schema: Schema, context: CodecContext | None = None) -> SparseUpdate:

@@ -67,15 +67,15 @@ class Schema:
         float32 also where the adapter is bfloat16.
         """
         self._check_names(state)
-        vector = torch.empty(self.num_params, dtype=torch.float32)
+        parts = []
         for spec in self.tensors:
-            tensor = state[spec.name]
+            tensor = state[spec.name].detach()
             if tuple(tensor.shape) != spec.shape:
                 raise AdapterMismatchError(
                     f"adapter tensor {spec.name!r} has shape {tuple(tensor.shape)}; expected {spec.shape}"
                 )
-            vector[spec.offset : spec.offset + spec.size].copy_(tensor.detach().reshape(-1))
-        return vector
+            parts.append(tensor.reshape(-1).to(device="cpu", dtype=torch.float32))
+        return torch.cat(parts)
 
     def unflatten(self, vector: Tensor) -> dict[str, Tensor]:
         """Views into `vector` (num_params,), by name, in coordinate order, each with its tensor's shape."""

@@ -19,8 +19,8 @@ from .support import Int64, Layout
 
 Float64 = npt.NDArray[np.float64]
 _REFINEMENTS = 2
-_POOL = 4  # candidates per coordinate that is sent
-_LEAST_BITS = 1.5  # no coordinate costs less, unless nearly all are sent
+_POOL = 3  # candidates per coordinate of the first support
+_FEW_BITS = 2.5  # a coordinate costs more, unless a large share of all is sent
 _LEVEL_BITS = 0.95  # bits of a level number per binary digit: Lloyd-Max cells are not equally full
 _MATRIX_BITS = 4.0  # bits of one level of one matrix
 _TOLERANCE = 0.003  # of the count, while refining
@@ -49,14 +49,16 @@ class Selector:
         self.layout = layout
         self._limit, self._count = limit, count
         score = (vector.abs() * root).numpy()
-        size = _POOL * count if count is not None else int((limit or 0.0) / _LEAST_BITS)
-        self._take(strongest(score, size + 1024), vector, root)
-        if (
-            limit is not None
-            and self.indices.size < layout.num_params
-            and self.estimate(self._by_importance, 1) <= limit
-        ):
+        self._take(
+            strongest(score, count if count is not None else 1024 + int((limit or 0.0) / _FEW_BITS)), vector, root
+        )
+        self._first = self._fitting(self._by_importance, 1)
+        if limit is not None and self._first == self.indices.size < layout.num_params:
             self._take(strongest(score, layout.num_params), vector, root)
+        elif _POOL * self._first > self.indices.size:
+            self._take(strongest(score, _POOL * self._first), vector, root)
+        else:
+            self._take(self.indices[self._by_importance[: _POOL * self._first]], vector, root)
 
     def _take(self, ranked: Int64, vector: Tensor, root: Tensor) -> None:
         """Make `ranked` the candidates; they are kept in coordinate order, so that ties go to the lower coordinate."""
@@ -70,15 +72,15 @@ class Selector:
     def rank(self, levels: int, start: Ranking | None = None) -> Ranking:
         """Best ranking for `levels` levels, starting from another number's ranking or from importance alone."""
         order = self._by_importance if start is None else start.order
-        ranking = Ranking(order, self._fitting(order, levels), 0.0)
-        for _ in range(_REFINEMENTS if start is None else 1):
+        ranking = Ranking(order, self._fitting(order, levels, self._first if start is None else start.count), 0.0)
+        for _ in range(_REFINEMENTS):
             if ranking.count:
                 ranking = self._refine(ranking, levels)
         return ranking
 
     def saved(self, ranking: Ranking, levels: int) -> float:
         """Distortion that a ranking would save, by estimate, if it were sent with another number of levels."""
-        count = self._fitting(ranking.order, levels)
+        count = self._fitting(ranking.order, levels, ranking.count)
         return float(self._gain(ranking.order[:count], levels)[ranking.order[:count]].sum()) if count else 0.0
 
     def estimate(self, order: Int64, levels: int) -> float:
@@ -89,19 +91,18 @@ class Selector:
         matrices = _MATRIX_BITS * levels * min(order.size, self.layout.num_tensors)
         return 2 + support.plan(self.layout, self.columns[order]).bits + values + matrices
 
-    def _fitting(self, order: Int64, levels: int) -> int:
+    def _fitting(self, order: Int64, levels: int, guess: int = 0) -> int:
         if self._limit is None:
             return min(self._count or 0, order.size)
-        return largest_fitting(0, order.size, lambda k: self.estimate(order[:k], levels), self._limit, _TOLERANCE)
+        guess = min(order.size, guess)
+        return largest_fitting(lambda k: self.estimate(order[:k], levels), order.size, self._limit, _TOLERANCE, guess)
 
     def _refine(self, ranking: Ranking, levels: int) -> Ranking:
         chosen = ranking.order[: ranking.count]
         gain = self._gain(chosen, levels)
         value = gain / (self._bits(chosen) + 1 + _LEVEL_BITS * float(np.log2(levels)))
-        order = strongest(
-            value, _POOL // 2 * ranking.count + 1024 if self.indices.size < self.layout.num_params else gain.size
-        )
-        count = self._fitting(order, levels)
+        order = strongest(value, value.size)
+        count = self._fitting(order, levels, ranking.count)
         return Ranking(order, count, float(gain[order[:count]].sum()))
 
     def _gain(self, chosen: Int64, levels: int) -> Float64:

@@ -66,8 +66,8 @@ class Sparse32Codec:
         payload += forms[form]
         if max_bytes is not None and len(payload) > max_bytes:
             raise BudgetError(
-                f"{indices.numel()} non-zero values take {len(payload)} bytes losslessly, the budget leaves {max_bytes} "
-                'bytes; raise it or use codec "fstq"'
+                f"{indices.numel()} non-zero values take {len(payload)} bytes losslessly, the budget is {max_bytes}; "
+                'raise it or use codec "fstq"'
             )
         return Encoded(payload, SparseUpdate(schema.num_params, None if dense else indices, values))
 

@@ -18,8 +18,9 @@ from .vocabulary import (
     FINDING_TEMPLATES,
     MEASURE_TEMPLATES,
     MONTHS,
-    RELATIVES,
+    NEGATION_PAIRS,
     SPECIALTIES,
+    VALUES,
 )
 
 _BUCKETS = 8
@@ -56,7 +57,7 @@ class Note:
 
 @dataclass(frozen=True)
 class Question:
-    """A question on a note: `kind` is status, dose, change, value or earlier; `about` the term it is about."""
+    """A question on a note: `kind` is status, dose, change or value; `about` the term it is about."""
 
     kind: str
     about: str
@@ -70,17 +71,15 @@ def write_note(rng: random.Random, specialty: str, richness: float = 1.0) -> Not
     `richness` in (0, 1] is the share of facts and fillers to keep, for shorter notes with less to tell apart.
     """
     terms = SPECIALTIES[specialty]
-    fill = {"n": str(rng.randint(2, 9)), "t": rng.choice(MONTHS), "r": rng.choice(RELATIVES)}
 
     def say(templates: Sequence[str], **slots: object) -> str:
-        fill.update(n=str(rng.randint(2, 9)), t=rng.choice(MONTHS), r=rng.choice(RELATIVES))
-        return rng.choice(templates).format(**fill, **slots)
+        return rng.choice(templates).format(n=rng.randint(2, 9), t=rng.choice(MONTHS), **slots)
 
     findings, drugs, measures = _draw_findings(rng, terms.findings), _draw_drugs(rng, terms.drugs), {}
-    for measure in rng.sample(terms.measures, rng.randint(1, 3)):
-        today, earlier = rng.sample(range(10, 100), 2)
+    for measure in rng.sample(terms.measures, rng.randint(2, 3)):
+        today, earlier = rng.sample(VALUES, 2)
         measures[measure] = (today, earlier)
-    fillers = rng.sample(FILLERS, rng.randint(3, 8))
+    fillers = rng.sample(FILLERS, rng.randint(4, 12))
     if richness < 1:
         findings = {f: findings[f] for f in rng.sample(list(findings), math.ceil(richness * len(findings)))}
         drugs = tuple(rng.sample(drugs, math.ceil(richness * len(drugs))))
@@ -91,7 +90,7 @@ def write_note(rng: random.Random, specialty: str, richness: float = 1.0) -> Not
     sentences = []
     if len(absent) >= 2 and rng.random() < 0.5:
         first, second, *absent = absent
-        sentences.append(rng.choice(("denies {} and {}.", "neither {} nor {}.", "no {} or {} today.")).format(first, second))
+        sentences.append(say(NEGATION_PAIRS, f=first, g=second))
     sentences += [say(FINDING_TEMPLATES["absent"], f=finding) for finding in absent]
     sentences += [say(FINDING_TEMPLATES[s], f=finding) for finding, s in findings.items() if s != "absent"]
     sentences += [say(DRUG_TEMPLATES[p.change], d=p.drug, a=p.dose, b=p.before) for p in drugs]
@@ -141,10 +140,7 @@ def ask(rng: random.Random, note: Note) -> Question:
         drug = rng.choice([p for p in note.drugs if p.change != "kept"])
         return Question(kind, drug.change, CHANGE_QUESTIONS[drug.change], drug.drug)
     measure = rng.choice(list(note.measures))
-    today, earlier = note.measures[measure]
-    if rng.random() < 0.5:
-        return Question("value", measure, f"what is the {measure} today?", str(today))
-    return Question("earlier", measure, f"what was the {measure} before?", str(earlier))
+    return Question("value", measure, f"what is the {measure} today?", str(note.measures[measure][0]))
 
 
 def make_examples(

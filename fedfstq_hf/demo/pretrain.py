@@ -30,8 +30,8 @@ logger = logging.getLogger(__name__)
 PAD, BOS, EOS = "<pad>", "<s>", "</s>"
 
 # A chart line is lead + key + tail + sign + value: the words between key and value are what makes the look-up robust.
-LEADS = ("", "", "{kind} ", "{kind} of ")
-TAILS = ("", "", " on file", " on this visit")
+LEADS = ("", "", "", "{kind} ", "{kind} of ")
+TAILS = ("", "", "", " on file", " on this visit")
 SIGNS = (":", " =", " ->", " is")
 
 
@@ -65,8 +65,7 @@ def chart(rng: random.Random, note: Note) -> tuple[str, list[tuple[int, int]]]:
         facts.append(("dose", p.drug, f"{p.dose} mg" if p.dose else "off"))
         if p.change != "kept":
             facts.append(("change", p.change, p.drug))
-    for measure, (today, earlier) in note.measures.items():
-        facts += [("latest", measure, str(today)), ("earlier", measure, str(earlier))]
+    facts += [("latest", measure, str(today)) for measure, (today, _) in note.measures.items()]
     rng.shuffle(facts)
 
     def style() -> tuple[str, str, str]:
@@ -76,8 +75,6 @@ def chart(rng: random.Random, note: Note) -> tuple[str, list[tuple[int, int]]]:
     text, spans = "chart:", []
     for kind, key, value in facts:
         lead, tail, sign = shared or style()
-        if kind == "earlier":  # the one kind that needs its name, to tell it from the latest value
-            lead = lead or "{kind} "
         text += f" {lead.format(kind=kind)}{key}{tail}{sign}"
         spans.append((len(text), len(text) + 1 + len(value)))
         text += f" {value};"
@@ -123,8 +120,9 @@ def train_tokenizer(config: PretrainConfig) -> PreTrainedTokenizerFast:
 
 def batches(config: PretrainConfig, tokenizer: PreTrainedTokenizerFast) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Endless (ids, loss weights), both (B, T), drawn in pools of 8 batches sorted by length to save padding."""
-    short = config.short_steps * config.batch_size
-    stream = documents(config.seed, lambda count: min(1.0, 0.15 + 0.85 * count / max(1, short)))
+    growth = config.short_steps * config.batch_size
+    sizes = random.Random(config.seed + 1)
+    stream = documents(config.seed, lambda count: sizes.uniform(0.15, min(1.0, 0.15 + 0.85 * count / max(1, growth))))
     order = random.Random(config.seed)
     while True:
         texts, spans = zip(*(next(stream) for _ in range(8 * config.batch_size)), strict=True)

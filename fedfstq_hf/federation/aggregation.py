@@ -41,8 +41,14 @@ class WeightedMean:
 
 
 def check_server(server: Mapping[str, Any]) -> None:
-    """Raise `ConfigError` unless `server` names a torch optimizer that takes the given options."""
-    _build(server, torch.zeros(1))
+    """Raise `ConfigError` unless `server` names a torch optimizer that takes the options and steps on a vector."""
+    try:
+        server_step(torch.zeros(2), torch.ones(2), server, None)
+    except (TypeError, RuntimeError) as error:  # LBFGS wants a closure, SparseAdam sparse gradients
+        raise ConfigError(
+            f"torch.optim.{server.get('optimizer')} cannot take a step on the mean update: {error}. "
+            "Choose another server.optimizer, such as SGD or Adam."
+        ) from error
 
 
 def server_step(adapter: Tensor, mean_update: Tensor, server: Mapping[str, Any], state: bytes | None) -> tuple[Tensor, bytes]:
@@ -81,9 +87,11 @@ def _build(server: Mapping[str, Any], parameter: Tensor) -> torch.optim.Optimize
         if isinstance(value, type) and issubclass(value, torch.optim.Optimizer) and value is not torch.optim.Optimizer
     }
     if name not in known:
-        nearest = difflib.get_close_matches(str(name), sorted(known), n=1, cutoff=0.0)
+        by_lower = {key.lower(): key for key in sorted(known)}
+        nearest = by_lower[difflib.get_close_matches(str(name).lower(), by_lower, n=1, cutoff=0.0)[0]]
         raise ConfigError(
-            f"server.optimizer {name!r} is no torch.optim class. Did you mean {nearest[0]!r}? Known: {sorted(known)}."
+            f"server.optimizer {name!r} is no torch.optim class. Did you mean {nearest!r}? "
+            f"Known: {', '.join(sorted(known))}."
         )
     options.setdefault("lr", 1.0)
     try:

@@ -51,7 +51,8 @@ def found_federation(
     get_codec(spec.codec, **spec.codec_options)
     if mailbox.head() is not None:
         raise RoundConflictError(
-            f"{mailbox.address} already holds a federation. Give a new folder, or go on with `fedfstq serve {mailbox.address}`."
+            f"{mailbox.address} already holds a federation. Give a new folder, or go on with "
+            f"`fedfstq serve {mailbox.address}`."
         )
     record = _record(spec, adapter, 0, time.time() if now is None else now)
     files = {
@@ -82,10 +83,16 @@ class Coordinator:
 
     def __init__(self, mailbox: Mailbox, *, clock: Callable[[], float] = time.time) -> None:
         self.mailbox = mailbox
+        self.record: RoundRecord
+        self.schema: Schema
+        self.adapter: Tensor
         self._clock = clock
+        self._refused: dict[UpdateRef, RefusedUpdate] = {}
         head = mailbox.head()
         if head is None:
-            raise MailboxError(f"{mailbox.address} holds no federation yet. Make one with `fedfstq init {mailbox.address} ...`.")
+            raise MailboxError(
+                f"{mailbox.address} holds no federation yet. Make one with `fedfstq init {mailbox.address} ...`."
+            )
         self.spec = FederationSpec.from_json(mailbox.read(0, SPEC_FILE))
         self._load_head(head)
         mailbox.refresh_root()
@@ -97,7 +104,7 @@ class Coordinator:
 
     def ready(self) -> bool:
         """Whether enough messages have arrived, or the deadline has passed and there is at least one."""
-        return self._enough(len(self.mailbox.list_updates(self.record.round)))
+        return self._enough(sum(ref not in self._refused for ref in self.mailbox.list_updates(self.record.round)))
 
     def close_round(self) -> RoundRecord | None:
         """Aggregate the messages that lie in the mailbox and publish the next round.
@@ -146,6 +153,7 @@ class Coordinator:
             self._load_head(record.round)
         else:
             self.record, self.adapter = record, adapter
+            self._refused.clear()
         self.mailbox.refresh_root()
         return self.record
 
@@ -157,7 +165,14 @@ class Coordinator:
         on_round: Callable[[RoundRecord], None] | None = None,
         sleep: Callable[[float], None] = time.sleep,
     ) -> RoundRecord:
-        """Close rounds until the federation is finished (with `once`: only what is ready now); returns the last record."""
+        """Close rounds until the federation is finished; returns the last record.
+
+        Args:
+            poll_seconds: between two looks at the mailbox.
+            once: close only what is ready now.
+            on_round: is told each new record.
+            sleep: a test or simulation passes its own.
+        """
         while not self.finished:
             record = self.close_round() if self.ready() else None
             if record is not None:
@@ -174,7 +189,8 @@ class Coordinator:
         data = self.mailbox.read(head, ADAPTER_FILE)
         state = adapter_file.load(data, expected_sha256=self.record.adapter_sha256)
         self.schema = Schema.from_state_dict(state)
-        self.adapter: Tensor = self.schema.flatten(state)
+        self.adapter = self.schema.flatten(state)
+        self._refused.clear()
 
     def _enough(self, count: int) -> bool:
         late = self.record.deadline is not None and self._clock() >= self.record.deadline
@@ -183,6 +199,9 @@ class Coordinator:
     def _collect(self, refs: Sequence[UpdateRef]) -> _Collected:
         mean, accepted, refused = WeightedMean(self.schema.num_params), [], []
         for ref in refs:
+            if ref in self._refused:  # while the round waits for others, it is neither read nor reported again
+                refused.append(self._refused[ref])
+                continue
             sha256 = ""
             try:
                 if ref.num_bytes > self.spec.max_message_bytes:
@@ -194,7 +213,8 @@ class Coordinator:
                 header, update = self._open(ref, data)
             except MessageError as error:
                 logger.warning("Refused the update of client %s for round %d: %s", ref.client_id, ref.round, error)
-                refused.append(RefusedUpdate(ref.client_id, sha256, ref.num_bytes, str(error)))
+                self._refused[ref] = RefusedUpdate(ref.client_id, sha256, ref.num_bytes, str(error))
+                refused.append(self._refused[ref])
                 continue
             mean.add(update, header.num_examples)
             accepted.append(
@@ -219,6 +239,8 @@ class Coordinator:
         for what, (given, wanted) in expected.items():
             if given != wanted:
                 raise MessageError(f"It names {what} {given}; expected {wanted}.")
+        if header.num_examples < 1:
+            raise MessageError(f"It says that it was trained on {header.num_examples} examples; expected at least 1.")
         codec = get_codec(self.spec.codec, **self.spec.codec_options)
         update = codec.decode(payload, self.schema, CodecContext(round=self.record.round))
         if not bool(update.values.isfinite().all()):

@@ -60,13 +60,18 @@ class RoundRecord:
     format: int = field(default=FORMAT)
 
     @property
+    def updates(self) -> tuple[AcceptedUpdate | RefusedUpdate, ...]:
+        """All updates that arrived in time, accepted ones first."""
+        return (*self.accepted, *self.refused)
+
+    @property
     def uplink_bytes(self) -> int:
         """Bytes that arrived for this round from all clients together, refused ones included."""
-        return sum(update.num_bytes for update in (*self.accepted, *self.refused))
+        return sum(update.num_bytes for update in self.updates)
 
     def fate(self, client_id: str, sha256: str) -> AcceptedUpdate | RefusedUpdate | None:
         """What became of a client's message; None when the record does not name it (late or lost)."""
-        for update in (*self.accepted, *self.refused):
+        for update in self.updates:
             if (update.client_id, update.sha256) == (client_id, sha256):
                 return update
         return None

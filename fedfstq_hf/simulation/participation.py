@@ -180,7 +180,7 @@ class SimulatedParticipation:
         self._compute.clear()
 
     def _costs(self, record: RoundRecord, plan: RoundPlan, previous: Row) -> Row:
-        sent = {update.client_id: update.num_bytes for update in (*record.accepted, *record.refused)}
+        sent = {update.client_id: update.num_bytes for update in record.updates}
         uplink = {index: sent[client_name(index)] for index in plan.survivors}
         downlink = {index: self._downlink(index, record.round - 1) for index in plan.sampled}
         # After an interruption some clients' times are unknown; the mean of those that are known stands for them.

@@ -25,11 +25,26 @@ def test_root_weight_does_not_underflow_and_floors_unseen_coordinates():
     assert root_weight(torch.ones(2), None).tolist() == [1.0, 1.0]
 
 
-@pytest.mark.parametrize("limit", [-1, 0, 1, 50, 99, 100, 1000])
-def test_largest_fitting_is_exact_without_tolerance(limit):
+@pytest.mark.parametrize("guess", [0, 1, 40, 100, 500])
+@pytest.mark.parametrize("limit", [0, 1, 50, 99, 100, 1000])
+def test_largest_fitting_is_exact_without_tolerance(limit, guess):
     sizes = np.sort(np.random.default_rng(0).integers(0, 200, 101))
+    sizes[0] = 0
     expected = max([k for k in range(101) if sizes[k] <= limit], default=0)
-    assert largest_fitting(0, 100, lambda k: sizes[k], limit, 0.0) == expected
+    assert largest_fitting(lambda k: sizes[k], 100, limit, 0.0, guess) == expected
+
+
+def test_largest_fitting_needs_few_evaluations_of_a_smooth_size():
+    calls = []
+
+    def size_of(count):
+        calls.append(count)
+        return 12.0 * count**0.9
+
+    assert largest_fitting(size_of, 1_000_000, 50_000.0, 0.003, 9_000) == pytest.approx(
+        (50_000 / 12) ** (1 / 0.9), rel=0.003
+    )
+    assert len(calls) <= 8
 
 
 def draft_of(size_of):

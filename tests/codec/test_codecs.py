@@ -1,4 +1,4 @@
-"""What every codec promises: decode gives the reconstruction, budgets hold to the byte, bytes depend on values alone."""
+"""What every codec promises: decode gives the reconstruction, budgets hold, bytes depend on values alone."""
 
 import numpy as np
 import pytest
@@ -97,6 +97,13 @@ def test_cuda_tensors_give_the_same_bytes(name, options, update):
     assert get_codec(name, **options).encode(*on_device).payload == get_codec(name, **options).encode(*update).payload
 
 
+def test_coordinates_that_their_level_would_overshoot_are_not_sent():
+    # the level would be the weighted mean, 2: sending 1 as 2 saves nothing
+    delta, fisher = {"a": torch.tensor([1.0, -5.0])}, {"a": torch.tensor([3.0, 1.0])}
+    update = get_codec("fstq", levels=1, density=1.0).encode(delta, fisher).reconstruction
+    assert update.indices.tolist() == [1]
+
+
 @pytest.mark.parametrize("levels", ["auto", 1])
 def test_equal_importance_is_broken_by_index(levels):
     delta = {"a": torch.ones(4, 64)}
@@ -130,8 +137,8 @@ def test_fstq_prefers_what_the_fisher_marks():
 
 
 def test_fstq_sends_signs_at_the_weighted_mean():
-    # Fisher-weighted mean magnitude of {1, 5} with weights 3 and 1 is 2
-    delta, fisher = {"a": torch.tensor([1.0, -5.0])}, {"a": torch.tensor([3.0, 1.0])}
+    # Fisher-weighted mean magnitude of {1.5, 3.5} with weights 3 and 1 is 2
+    delta, fisher = {"a": torch.tensor([1.5, -3.5])}, {"a": torch.tensor([3.0, 1.0])}
     update = get_codec("fstq", levels=1, density=1.0).encode(delta, fisher).reconstruction
     assert update.values.tolist() == [2.0, -2.0]
 

@@ -1,5 +1,6 @@
 """Decoders under attack: mutated and random payloads, valid digest included, end in MessageError or a sane update."""
 
+import contextlib
 import random
 import struct
 
@@ -77,10 +78,8 @@ def test_random_and_empty_payloads(name, options):
     codec, rng = get_codec(name, **options), random.Random(0)
     for size in [0, 1, 2, 3, 4, 5, 8, 100, 1000]:
         for payload in (bytes(size), b"\xff" * size, rng.randbytes(size)):
-            try:
+            with contextlib.suppress(MessageError):
                 check_sane(codec.decode(payload, SCHEMA))
-            except MessageError:
-                pass
 
 
 @pytest.mark.parametrize(("name", "options"), CODECS)

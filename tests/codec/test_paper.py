@@ -13,14 +13,14 @@ from tests.codec.conftest import make_update
     ("width", "expected", "values"),
     [
         (2, [0, -1, 1, 0, 0], [0.0, -2.0, 2.0, 0.0, 0.0]),  # q_max 1, scale 2
-        (4, [0, -5, 7, 2, 0], [0.0, -10 / 7, 2.0, 4 / 7, 0.0]),  # q_max 7, scale 2/7
+        (4, [1, -5, 7, 2, 0], [2 / 7, -10 / 7, 2.0, 4 / 7, 0.0]),  # q_max 7, scale 2/7
         (16, [3277, -22937, 32767, 8192, 0], [6554 / 32767, -45874 / 32767, 2.0, 16384 / 32767, 0.0]),  # q_max 32767
     ],
 )
 def test_quantiser(width, expected, values):
     given, largest = np.array([0.2, -1.4, 2.0, 0.5, 0.0]), np.full(5, 2.0)
     levels = quantize(given, largest, width)
-    # the exact quotients of 16 bit are 3276.7, -22936.9, 32767, 8191.75
+    # the exact quotients are 0.7, -4.9, 7, 1.75 at 4 bit and 3276.7, -22936.9, 32767, 8191.75 at 16
     assert levels.tolist() == expected
     assert dequantize(levels, largest, width) == pytest.approx(values)
 

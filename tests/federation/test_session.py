@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import time
 
 import pytest
 import torch
@@ -258,18 +259,19 @@ def test_leftovers_of_a_killed_client_are_cleaned(tmp_path):
     assert os.listdir(tmp_path) == ["session.lock"]
 
 
-def _hold(folder, ready, leave):
-    make_session(folder)
+def _hold(folder, ready):
+    session = make_session(folder)
     ready.set()
-    leave.wait()
+    time.sleep(60)
+    session.close()
 
 
 def test_two_processes_cannot_share_a_folder(tmp_path):
     context = multiprocessing.get_context("fork")
-    ready, leave = context.Event(), context.Event()
-    process = context.Process(target=_hold, args=(tmp_path, ready, leave))
+    ready = context.Event()
+    process = context.Process(target=_hold, args=(tmp_path, ready), daemon=True)
     process.start()
-    ready.wait()
+    assert ready.wait(20)
     with pytest.raises(SessionBusyError, match=r"Another process uses .* Stop it first, or give this client another"):
         make_session(tmp_path)
     process.kill()  # a killed holder lets go

@@ -104,9 +104,10 @@ class PaperCodec:
         used = np.bincount(tensor, minlength=layout.num_tensors) > 0
         raw = reader.get(4 * int(used.sum()), uniform(256)).astype(np.uint8).tobytes()
         largest = np.zeros(layout.num_tensors, dtype=np.float64)
-        largest[used] = np.frombuffer(raw, dtype="<f4")
-        if not np.isfinite(largest).all() or (largest < 0).any():
+        scales = np.frombuffer(raw, dtype="<f4")
+        if not np.isfinite(scales).all() or (scales < 0).any():
             raise MessageError("paper payload holds a scale that is negative or not finite")
+        largest[used] = scales
         values = np.zeros(indices.size)
         for number, width in enumerate(WIDTHS):
             mine = widths == number
