@@ -1,4 +1,4 @@
-"""Error feedback: what a message did not carry is added to the client's next update (METHOD: residual arithmetic only).
+"""Error feedback: what a message did not carry is added to the client's next update.
 
 Kept as flat vectors so that the caller decides when a residual is committed: only after its update was accepted.
 """

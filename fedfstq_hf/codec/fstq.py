@@ -157,7 +157,7 @@ def _draft(layout: Layout, vector: Tensor, selector: Selector, order: Int64, lev
 def _write_levels(writer: Writer, fitted: Float64) -> None:
     """fitted: (non-empty tensors, levels), ascending along each row, on the grid."""
     levels = fitted.shape[1]
-    points = nearest(fitted, levels)
+    points = nearest(fitted, steps_per_octave(levels))
     for j, steps in enumerate(np.diff(points, axis=1, prepend=0).T):
         writer.put_adaptive(steps.tolist(), _level_model(levels, j))
 
@@ -167,7 +167,7 @@ def _read_levels(reader: Reader, used: Bools, levels: int) -> Float64:
     points = np.zeros((used.size, levels), dtype=np.int64)
     for j in range(levels):
         points[used, j] = reader.get_adaptive(int(used.sum()), _level_model(levels, j))
-    magnitudes = grid(levels).astype(np.float64)
+    magnitudes = grid(steps_per_octave(levels)).astype(np.float64)
     points = points.cumsum(axis=1)
     if points.max(initial=0) >= magnitudes.size:
         raise MessageError(f"fstq payload names level {points.max()}; the grid ends at {magnitudes.size - 1}")

@@ -20,18 +20,17 @@ def steps_per_octave(levels: int) -> int:
     return 4 if levels == 1 else 8
 
 
-def grid(levels: int) -> npt.NDArray[np.float32]:
-    """All representable magnitudes, ascending, float32 (OCTAVES * steps,)."""
-    steps = steps_per_octave(levels)
+def grid(steps: int) -> npt.NDArray[np.float32]:
+    """All magnitudes with 2, 4 or 8 steps per octave, ascending, float32 (OCTAVES * steps,)."""
     mantissa = np.array([1.0905077, 1.1892071, 1.2968396, 1.4142135, 1.5422108, 1.6817929, 1.8340081], dtype=np.float32)
     octave = np.concatenate([np.ones(1, dtype=np.float32), mantissa[8 // steps - 1 :: 8 // steps]])
     points: npt.NDArray[np.float32] = np.ldexp(octave, np.arange(_LOWEST, _LOWEST + OCTAVES)[:, None]).reshape(-1)
     return points
 
 
-def nearest(magnitudes: Float64, levels: int) -> Int64:
-    """Grid index nearest to each magnitude (> 0)."""
-    points = grid(levels).astype(np.float64)
+def nearest(magnitudes: Float64, steps: int) -> Int64:
+    """Index on the grid of 2, 4 or 8 steps per octave nearest to each magnitude."""
+    points = grid(steps).astype(np.float64)
     return np.searchsorted((points[1:] + points[:-1]) / 2, magnitudes).astype(np.int64)
 
 
@@ -59,8 +58,8 @@ def fit_levels(
             means = _weighted_mean(magnitude, weight, cell, num_groups * levels).reshape(num_groups, levels)
             used = np.bincount(cell, minlength=num_groups * levels).reshape(num_groups, levels) > 0
             fitted = np.sort(np.where(used, means, fitted), axis=1)
-    points = grid(levels).astype(np.float64)
-    fitted = points[nearest(fitted, levels)]
+    steps = steps_per_octave(levels)
+    fitted = grid(steps).astype(np.float64)[nearest(fitted, steps)]
     return fitted, assign(magnitude, fitted, group)
 
 

@@ -22,6 +22,7 @@ JSONScalar = str | int | float | bool | None
 
 # name -> module that registers it, relative to this package
 _BUILTIN = {
+    "factored": ".factored",
     "fp16": ".baselines.fp16",
     "fp32": ".baselines.fp32",
     "fstq": ".fstq",

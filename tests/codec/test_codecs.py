@@ -11,10 +11,10 @@ from fedfstq_hf.errors import BudgetError
 from tests.codec.conftest import make_update
 
 CODECS = [
-    ("fp32", {}), ("fp16", {}), ("sparse32", {}), ("paper", {}),
+    ("fp32", {}), ("fp16", {}), ("sparse32", {}), ("paper", {}), ("factored", {}),
     ("fstq", {}), ("fstq", {"levels": 1}), ("fstq", {"levels": 2}), ("fstq", {"levels": 4}),
 ]  # fmt: skip
-BUDGETED = [c for c in CODECS if c[0] in ("paper", "fstq")]
+BUDGETED = [c for c in CODECS if c[0] in ("paper", "fstq", "factored")]
 
 
 def same(one, two):
@@ -75,7 +75,8 @@ def test_budgets_are_used(name, options):
     delta, fisher = make_update({f"{i}.lora_{s}": (8, 256) if s == "A" else (256, 8) for i in range(6) for s in "AB"})
     for budget in (100, 333, 1000, 2500):
         size = len(get_codec(name, **options).encode(delta, fisher, max_bytes=budget).payload)
-        assert 0.97 * budget <= size <= budget
+        # a component of these matrices is about 36 bytes; nothing smaller can be added
+        assert 0.97 * budget - (36 if name == "factored" else 0) <= size <= budget
 
 
 @pytest.mark.parametrize(("name", "options"), CODECS)

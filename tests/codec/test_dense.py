@@ -49,7 +49,7 @@ def test_every_codec_refuses_non_finite_updates(name, bad):
         get_codec(name).encode({"a": torch.ones(3), "b": torch.tensor([0.0, bad])})
 
 
-@pytest.mark.parametrize("name", ["fstq", "paper"])
+@pytest.mark.parametrize("name", ["factored", "fstq", "paper"])
 def test_fisher_is_checked(name):
     codec, delta = get_codec(name), {"a": torch.ones(2)}
     with pytest.raises(NonFiniteError, match="Fisher"):

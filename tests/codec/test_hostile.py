@@ -14,7 +14,15 @@ from fedfstq_hf.codec.support import Layout
 from fedfstq_hf.errors import MessageError
 from tests.codec.conftest import make_update
 
-CODECS = [("fp32", {}), ("fp16", {}), ("sparse32", {}), ("paper", {}), ("fstq", {"levels": 1}), ("fstq", {"levels": 4})]
+CODECS = [
+    ("fp32", {}),
+    ("fp16", {}),
+    ("sparse32", {}),
+    ("paper", {}),
+    ("factored", {}),
+    ("fstq", {"levels": 1}),
+    ("fstq", {"levels": 4}),
+]
 DELTA, FISHER = make_update({"q.lora_A": (4, 48), "q.lora_B": (32, 4), "v": (9,)})
 SCHEMA = Schema.from_state_dict(DELTA)
 

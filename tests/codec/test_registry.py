@@ -9,8 +9,8 @@ from fedfstq_hf.errors import ConfigError
 
 def test_names_are_sorted_and_all_construct():
     assert codec_names() == sorted(codec_names())
-    assert {"fp16", "fp32", "fstq", "paper", "sparse32"} <= set(codec_names())
-    for name in ("fp16", "fp32", "fstq", "paper", "sparse32"):
+    assert {"factored", "fp16", "fp32", "fstq", "paper", "sparse32"} <= set(codec_names())
+    for name in ("factored", "fp16", "fp32", "fstq", "paper", "sparse32"):
         assert get_codec(name).name == name
 
 
@@ -30,6 +30,8 @@ def test_unknown_option_names_the_nearest():
         ("fstq", {"levels": 3}),
         ("fstq", {"density": 0.0}),
         ("fstq", {"density": "much"}),
+        ("factored", {"components": 0}),
+        ("factored", {"components": 16}),
         ("paper", {"shares": (0.5, 0.6, 0.1)}),
         ("paper", {"shares": (0.5,)}),
     ],
