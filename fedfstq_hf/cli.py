@@ -86,14 +86,14 @@ def init(
     from fedfstq_hf.founding import found, make_spec
 
     founding = found(loaded, loaded.seeds[0])
-    count = min_clients or loaded.federation.clients_per_round
+    count = loaded.federation.clients_per_round if min_clients is None else min_clients
     spec = make_spec(loaded, method, founding, seed=loaded.seeds[0], min_clients=count)
     spec = dataclasses.replace(spec, round_seconds=round_seconds)
     record = found_federation(open_mailbox(mailbox), spec, founding.adapter, founding.adapter_config)
     typer.echo(
         f"Founded {loaded.name} in {mailbox}: {founding.view.schema.num_params:,} adapter parameters "
-        f"({record.adapter_bytes:,} bytes), codec {spec.codec}, {spec.rounds} rounds of {spec.local_steps} local steps, "
-        f"{spec.min_clients} updates a round.\nNext: fedfstq serve {mailbox}"
+        f"({record.adapter_bytes:,} bytes), codec {spec.codec}, {spec.rounds} rounds of {spec.local_steps} local "
+        f"steps, {spec.min_clients} updates a round.\nNext: fedfstq serve {mailbox}"
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from fedfstq_hf.errors import ConfigError
 from fedfstq_hf.recipe import apply_overrides, build, parse_yaml
@@ -33,7 +33,7 @@ class ClientFile:
     model: str | None = None
     uplink_budget: int | str | None = None
     output_dir: str | None = None
-    dtype: str = "float32"
+    dtype: Literal["float32", "bfloat16"] = "float32"
     training: dict[str, Any] = field(default_factory=dict)
     poll_seconds: float = 2.0
     wait_seconds: float | None = None

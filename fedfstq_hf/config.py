@@ -11,9 +11,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fedfstq_hf.codec.budget import parse_budget
 from fedfstq_hf.errors import ConfigError
 
 CONFIG_FILE = "fedfstq_config.json"
+_ANY_ADAPTER = 10**12  # parameters, to check how a budget is written before the adapter is known
 _CLIENT_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
@@ -22,8 +24,8 @@ class FedFSTQConfig:
     """Settings of a federated Trainer, passed beside `TrainingArguments`.
 
     With a `mailbox`, `train()` takes part in the federation there, and what its spec says (rounds, local steps, codec,
-    learning rate, ...) wins over `local_steps`, `codec`, `codec_options`, `refresh_steps`, `rho` and `error_feedback` here.
-    Without one, `train()` trains locally and `FedFSTQTrainer.pack_update()` returns the message.
+    learning rate, ...) wins over `local_steps`, `codec`, `codec_options`, `refresh_steps`, `rho` and `error_feedback`
+    here. Without one, `train()` trains locally and `FedFSTQTrainer.pack_update()` returns the message.
     """
 
     mailbox: str | None = field(default=None, metadata={"help": "Address of the federation: a folder path."})
@@ -59,9 +61,10 @@ class FedFSTQConfig:
     )
 
     def __post_init__(self) -> None:
-        if not _CLIENT_ID.fullmatch(self.client_id):
+        if not isinstance(self.client_id, str) or not _CLIENT_ID.fullmatch(self.client_id):
             raise ConfigError(
-                f"client_id {self.client_id!r} is not 1 to 64 letters, digits, '.', '_' or '-' starting with a letter or digit."
+                f"client_id {self.client_id!r} is not 1 to 64 letters, digits, '.', '_' or '-' starting with a letter or "
+                "digit."
             )
         if self.local_steps is not None and self.local_steps < 1:
             raise ConfigError(f"local_steps must be at least 1, not {self.local_steps!r}.")
@@ -73,6 +76,10 @@ class FedFSTQConfig:
             raise ConfigError(f"error_feedback must lie in [0, 1], not {self.error_feedback!r}.")
         if self.poll_seconds <= 0:
             raise ConfigError(f"poll_seconds must be positive, not {self.poll_seconds!r}.")
+        if self.wait_seconds is not None and self.wait_seconds < 0:
+            raise ConfigError(f"wait_seconds must be at least 0, or None to wait for ever; not {self.wait_seconds!r}.")
+        if self.uplink_budget is not None:
+            parse_budget(self.uplink_budget, _ANY_ADAPTER)
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> Path:
         """Write `fedfstq_config.json` into `folder`; returns its path."""
@@ -89,7 +96,15 @@ class FedFSTQConfig:
             raise ConfigError(
                 f"{path} does not exist. Write it with FedFSTQConfig(...).save_pretrained({str(folder)!r})."
             )
-        return cls.from_dict(json.loads(path.read_text()))
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ConfigError(
+                f"{path} is not JSON: {error}. Write it with FedFSTQConfig(...).save_pretrained."
+            ) from error
+        if not isinstance(values, dict):
+            raise ConfigError(f"{path} must hold a JSON object of settings, not {values!r:.40}.")
+        return cls.from_dict(values)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> FedFSTQConfig:

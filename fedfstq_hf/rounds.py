@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -54,20 +54,27 @@ def set_schedule(scheduler: Any, step: int) -> None:
 
 
 def dump_optimizer(optimizer: Any, parameters: Sequence[Tensor]) -> dict[str, Tensor]:
-    """The optimizer's tensors per parameter, as `optimizer.INDEX.NAME`."""
-    return {
-        f"{_OPTIMIZER}.{index}.{name}": value.detach().clone()
-        for index, parameter in enumerate(parameters)
-        for name, value in optimizer.state.get(parameter, {}).items()
-        if isinstance(value, Tensor)
-    }
+    """The optimizer's state per parameter, as `optimizer.INDEX.NAME`; plain numbers (a step counter) end in `#`."""
+    dumped: dict[str, Tensor] = {}
+    for index, parameter in enumerate(parameters):
+        for name, value in optimizer.state.get(parameter, {}).items():
+            if isinstance(value, Tensor):
+                dumped[f"{_OPTIMIZER}.{index}.{name}"] = value.detach().clone()
+            elif isinstance(value, (int, float)):
+                dtype = torch.float64 if isinstance(value, float) else None
+                dumped[f"{_OPTIMIZER}.{index}.{name}#"] = torch.tensor(value, dtype=dtype)
+    return dumped
 
 
-def load_optimizer(optimizer: Any, parameters: Sequence[Tensor], carried: dict[str, Tensor]) -> None:
+def load_optimizer(optimizer: Any, parameters: Sequence[Tensor], carried: Mapping[str, Tensor]) -> None:
     """Set the optimizer's state to what `dump_optimizer` returned; without any, to a fresh one."""
     optimizer.state.clear()
     for key, value in carried.items():
-        if key.startswith(f"{_OPTIMIZER}."):
-            _, index, name = key.split(".", 2)
-            parameter = parameters[int(index)]
+        if not key.startswith(f"{_OPTIMIZER}."):
+            continue
+        _, index, name = key.split(".", 2)
+        parameter = parameters[int(index)]
+        if name.endswith("#"):
+            optimizer.state[parameter][name[:-1]] = value.item()
+        else:
             optimizer.state[parameter][name] = value.clone() if name == "step" else value.clone().to(parameter.device)

@@ -23,7 +23,8 @@ def run_client(settings: ClientFile) -> FedFSTQTrainer:
     mailbox = open_mailbox(settings.mailbox)
     if mailbox.head() is None:
         raise MailboxError(
-            f"{settings.mailbox} holds no federation. Check `mailbox`, or make one with `fedfstq init {settings.mailbox} ...`."
+            f"{settings.mailbox} holds no federation. Check `mailbox`, or make one with "
+            f"`fedfstq init {settings.mailbox} ...`."
         )
     spec = FederationSpec.from_json(mailbox.read(0, SPEC_FILE))
     trainer = _trainer(settings, mailbox, spec)
@@ -43,7 +44,7 @@ def _trainer(settings: ClientFile, mailbox: Mailbox, spec: FederationSpec) -> Fe
     output_dir = settings.output_dir or str(Path("runs") / "clients" / settings.client_id)
     return FedFSTQTrainer(
         model=model,
-        args=quiet_arguments(output_dir, disable_tqdm=False, **{**spec.client_defaults, **settings.training}),
+        args=quiet_arguments(output_dir, **{"disable_tqdm": False, **spec.client_defaults, **settings.training}),
         train_dataset=examples,
         data_collator=Collator(tokenizer.pad_token_id),
         federation=FedFSTQConfig(

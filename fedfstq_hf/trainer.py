@@ -23,7 +23,7 @@ from transformers import Trainer, TrainerCallback, set_seed
 from fedfstq_hf.adapter import AdapterView, base_fingerprint, check_same_adapter, check_same_base
 from fedfstq_hf.codec import CodecContext, get_codec, message, parse_budget
 from fedfstq_hf.config import FedFSTQConfig
-from fedfstq_hf.errors import ConfigError, DataError, MailboxError
+from fedfstq_hf.errors import ConfigError, DataError, MailboxError, NonFiniteError
 from fedfstq_hf.federation import adapter_file
 from fedfstq_hf.federation.client import Assignment, LocalResult, MailboxParticipation, Participation
 from fedfstq_hf.federation.mailbox import ADAPTER_CONFIG_FILE, SPEC_FILE, open_mailbox
@@ -73,7 +73,8 @@ class FedFSTQMixin(_TrainerLike):  # type: ignore[misc]
 
         Args:
             resume_from_checkpoint: as in `Trainer` for local training. In a federation the client's state folder and
-                the mailbox hold all there is to resume from, at the granularity of a round: the argument changes nothing.
+                the mailbox hold all there is to resume from, at the granularity of a round: the argument changes
+                nothing.
             **kwargs: passed on to `Trainer.train`.
 
         Raises:
@@ -187,7 +188,7 @@ class FedFSTQMixin(_TrainerLike):  # type: ignore[misc]
                 "A federated client needs a train_dataset of known length; materialise a streaming one first."
             )
         if len(dataset) == 0:
-            raise DataError(f"The training data of client {self.federation.client_id!r} is empty: it cannot take part.")
+            raise DataError(f"The training data of client {self._client_id()!r} is empty: it cannot take part.")
 
     # Rounds inside one train()
 
@@ -207,8 +208,8 @@ class FedFSTQMixin(_TrainerLike):  # type: ignore[misc]
         batches, num_items = super().get_batch_samples(self._batches, num_batches, device)
         if num_items is not None and int(num_items.sum()) == 0:
             raise DataError(
-                f"All labels of a batch of {len(batches)} micro-batches are masked (-100): there is nothing to learn from. "
-                "Check that truncation keeps the answers, or raise max_length."
+                f"All labels of a batch of {len(batches)} micro-batches are masked (-100): there is nothing to learn "
+                "from. Check that truncation keeps the answers, or raise max_length."
             )
         return batches, num_items
 
@@ -240,7 +241,7 @@ class FedFSTQMixin(_TrainerLike):  # type: ignore[misc]
         load_optimizer(self.optimizer, view.parameters, carried if spec.optimizer_state == "kept" else {})
         set_schedule(self.lr_scheduler, assignment.round * spec.local_steps)
         if assignment.global_step is not None:
-            self.state.global_step = assignment.global_step
+            self._skip_steps(assignment.global_step - self.state.global_step)
         self.adapter_fisher.reset()
         self.sensitivity = self._new_sensitivity()
         table = {name.removeprefix("tokens."): value for name, value in carried.items() if name.startswith("tokens.")}
@@ -249,6 +250,12 @@ class FedFSTQMixin(_TrainerLike):  # type: ignore[misc]
         set_seed(assignment.seed)
         self._batches = iter(super().get_train_dataloader())
         return True
+
+    def _skip_steps(self, count: int) -> None:
+        """Count steps that this client did not take, but not into its mean losses."""
+        self.state.global_step += count
+        self._globalstep_last_logged += count
+        self._initial_global_step += count
 
     def _end_step(self) -> None:
         """After an optimizer step: close the round when its local steps are done."""
@@ -269,6 +276,8 @@ class FedFSTQMixin(_TrainerLike):  # type: ignore[misc]
         )
         self._fed_metrics = participation.complete(assignment, result)
         self._assignment, self._batches = None, None
+        if self._fed_metrics and self.args.logging_strategy != "no":
+            self.control.should_log = True  # a row for every round, however rarely the losses are logged
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """A schedule over the whole federation, also for a client that skips rounds."""
@@ -281,15 +290,30 @@ class FedFSTQMixin(_TrainerLike):  # type: ignore[misc]
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """An ordinary step; then Fisher information from its gradients, before they are clipped."""
         refresh = self._spec.refresh_steps if self._spec is not None else self.federation.refresh_steps
-        with self._token_probe(inputs) if self._local_step % refresh == 0 else contextlib.nullcontext():
-            loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
-        if self.accelerator.sync_gradients:
-            self.adapter_fisher.update(self.adapter_view.gradients())
+        try:
+            with self._token_probe(inputs) if self._local_step % refresh == 0 else contextlib.nullcontext():
+                loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
+            if self.accelerator.sync_gradients:
+                self.adapter_fisher.update(self.adapter_view.gradients())
+        except NonFiniteError as error:
+            place = f"local step {self._local_step + 1}"
+            if self._assignment is not None:
+                place = f"round {self._assignment.round}, {place}"
+            raise NonFiniteError(
+                f"The loss or a gradient of client {self._client_id()!r} became NaN or infinite in {place}; nothing of "
+                "this round was sent. Lower the learning rate or check the data."
+            ) from error
         return loss
+
+    def _client_id(self) -> str:
+        return self.federation.client_id if self._assignment is None else self._assignment.session.client_id
 
     @contextlib.contextmanager
     def _token_probe(self, inputs: dict[str, Any]) -> Iterator[None]:
-        """Within it, the backward pass leaves g(i) = ||dL/de_i||^2 of each input token in the table (METHOD section 2)."""
+        """Within it, the backward pass leaves g(i) = ||dL/de_i||^2 of each input token in the table (METHOD section 2).
+
+        Micro-batches of one step enter one after the other.
+        """
         mask = inputs.get("attention_mask")
 
         def watch(module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -10,6 +12,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
+from launcher import Launcher
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
 
@@ -26,7 +29,8 @@ def make_tiny_model(*, seed: int = 0, r: int = 4, hidden_size: int = 32, **lora:
         max_position_embeddings=64,
         tie_word_embeddings=True,
     )
-    model = get_peft_model(LlamaForCausalLM(config), LoraConfig(r=r, lora_alpha=2 * r, target_modules="all-linear", **lora))
+    settings = LoraConfig(r=r, lora_alpha=2 * r, target_modules="all-linear", **lora)
+    model = get_peft_model(LlamaForCausalLM(config), settings)
     torch.manual_seed(seed + 1)
     return model
 
@@ -57,3 +61,19 @@ def make_arguments(output_dir: object, **overrides: object) -> TrainingArguments
 @pytest.fixture
 def tiny_model() -> PeftModel:
     return make_tiny_model()
+
+
+@pytest.fixture(scope="session")
+def tiny_recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A recipe on a tiny random model and 21 rows of three owners; its folder holds the model and the clients' data."""
+    from tiny_workload import make_workload
+
+    return make_workload(tmp_path_factory.mktemp("workload"))
+
+
+@pytest.fixture(scope="session")
+def launcher(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launcher]:
+    """Starts `fedfstq` commands as processes, at once."""
+    launcher = Launcher(tmp_path_factory.mktemp("commands"))
+    yield launcher
+    launcher.close()

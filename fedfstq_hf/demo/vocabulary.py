@@ -1,95 +1,82 @@
-"""Words of the embedded demo: eight invented clinics, each with its own findings, drugs and measurements.
+"""Words of the embedded demo: eight invented clinics, each with its own findings, drugs and mix of questions.
 
-The terms differ between specialties, and so does the mix of questions: a split by specialty is non-IID in both.
+A split by specialty is therefore non-IID in words and in questions.
 """
 
 from dataclasses import dataclass
 
+KINDS = ("present", "absent", "resolved", "familial", "kept", "stopped", "started", "raised")
+"""What a note says of a finding (first four) or a drug (last four); also the keys of a chart."""
+
 
 @dataclass(frozen=True)
 class Specialty:
-    """Terms of one clinic and how often each kind of question is asked there."""
+    """Terms of one clinic, and how often each kind of question (order of `KINDS`) is asked there."""
 
     findings: tuple[str, ...]
     drugs: tuple[str, ...]
-    measures: tuple[str, ...]
-    question_weights: tuple[int, int, int, int]  # status, dose, change, value
+    question_weights: tuple[int, int, int, int, int, int, int, int]
 
 
 SPECIALTIES: dict[str, Specialty] = {
     "cardiology": Specialty(
         ("angina", "palpitations", "syncope", "murmur", "orthopnea", "cyanosis"),
-        ("metoprolol", "ramipril", "digoxin", "warfarin"),
-        ("pulse", "troponin", "pressure"),
-        (3, 3, 1, 1),
+        ("metoprolol", "ramipril", "digoxin", "warfarin", "amlodipine"),
+        (4, 2, 1, 1, 2, 1, 1, 4),
     ),
     "pulmonology": Specialty(
         ("cough", "wheezing", "stridor", "hemoptysis", "clubbing", "hoarseness"),
-        ("albuterol", "prednisone", "tiotropium", "montelukast"),
-        ("saturation", "airflow", "breaths"),
-        (3, 1, 1, 3),
+        ("albuterol", "prednisone", "tiotropium", "montelukast", "theophylline"),
+        (1, 4, 1, 2, 1, 1, 4, 2),
     ),
     "neurology": Specialty(
         ("headache", "tremor", "vertigo", "seizures", "ataxia", "numbness"),
-        ("levodopa", "topiramate", "gabapentin", "baclofen"),
-        ("gait", "reflexes", "memory"),
-        (4, 1, 2, 1),
+        ("levodopa", "topiramate", "gabapentin", "baclofen", "donepezil"),
+        (1, 1, 4, 4, 1, 2, 1, 2),
     ),
     "oncology": Specialty(
         ("cachexia", "nodules", "mucositis", "alopecia", "ascites", "anemia"),
-        ("tamoxifen", "cisplatin", "imatinib", "filgrastim"),
-        ("diameter", "platelets", "leukocytes"),
-        (1, 1, 3, 3),
+        ("tamoxifen", "cisplatin", "imatinib", "filgrastim", "ondansetron"),
+        (1, 1, 2, 1, 2, 4, 4, 1),
     ),
     "gastroenterology": Specialty(
         ("heartburn", "bloating", "jaundice", "melena", "dysphagia", "vomiting"),
-        ("omeprazole", "mesalamine", "loperamide", "lactulose"),
-        ("bilirubin", "lipase", "albumin"),
-        (2, 3, 2, 1),
+        ("omeprazole", "mesalamine", "loperamide", "lactulose", "rifaximin"),
+        (2, 4, 4, 1, 1, 1, 2, 1),
     ),
     "nephrology": Specialty(
         ("colic", "edema", "hematuria", "itching", "nocturia", "cramps"),
-        ("furosemide", "losartan", "sevelamer", "calcitriol"),
-        ("creatinine", "potassium", "urea"),
-        (1, 2, 1, 4),
+        ("furosemide", "losartan", "sevelamer", "calcitriol", "epoetin"),
+        (1, 1, 2, 1, 4, 1, 2, 4),
     ),
     "endocrinology": Specialty(
         ("thirst", "goiter", "sweating", "flushing", "acne", "bruising"),
-        ("metformin", "insulin", "methimazole", "thyroxine"),
-        ("glucose", "cortisol", "calcium"),
-        (1, 3, 3, 1),
+        ("metformin", "insulin", "methimazole", "thyroxine", "cabergoline"),
+        (2, 1, 1, 4, 4, 2, 1, 1),
     ),
     "orthopedics": Specialty(
         ("lumbago", "swelling", "limping", "stiffness", "locking", "bunions"),
-        ("ibuprofen", "naproxen", "tramadol", "alendronate"),
-        ("grip", "flexion", "density"),
-        (3, 1, 3, 1),
+        ("ibuprofen", "naproxen", "tramadol", "alendronate", "celecoxib"),
+        (4, 2, 1, 2, 1, 4, 1, 1),
     ),
 }
 
 MONTHS = ("march", "april", "june", "july", "august", "october")
 DOSES = (5, 10, 15, 20, 25, 40, 50, 60, 75, 80)
-VALUES = (12, 18, 24, 27, 31, 36, 42, 48, 53, 57, 62, 66, 71, 78, 84, 87, 91, 96)
 
-# {f} a finding, {g} another one, {n} a small number, {t} a month. The word before a finding is what decides.
-FINDING_TEMPLATES: dict[str, tuple[str, ...]] = {
-    "present": ("reports {f} for {n} days.", "has {f} since {t}.", "comes in with {f}."),
-    "absent": ("denies {f}.", "no {f} today.", "without {f} at this visit."),
-    "resolved": ("past {f}, gone since {t}.", "former {f} went away after {n} days.", "resolved {f} in {t}."),
-    "familial": ("mother {f} for years.", "father {f} in {t}.", "aunt {f}, told at home."),
+# {x} the finding or drug, {a} a dose in mg, {n} a small number, {t} a month. The word before {x} decides what is said of it.
+TEMPLATES: dict[str, tuple[str, ...]] = {
+    "present": ("reports {x} for {n} days.", "has {x} since {t}.", "shows {x} again."),
+    "absent": ("denies {x}.", "no {x} today.", "without {x} at this visit."),
+    "resolved": ("past {x}, gone since {t}.", "former {x} went away after {n} days.", "resolved {x} in {t}."),
+    "familial": ("familial {x} is known.", "maternal {x} in {t}.", "paternal {x} for years."),
+    "kept": ("takes {x} {a} mg daily.", "continues {x} {a} mg.", "tolerates {x} {a} mg."),
+    "stopped": ("stopped {x}.", "discontinued {x} in {t}.", "off {x} since {t}."),
+    "started": ("started {x} {a} mg.", "added {x} {a} mg this week.", "new {x} {a} mg."),
+    "raised": ("raised {x} to {a} mg.", "increased {x} to {a} mg.", "doubled {x} to {a} mg."),
 }
-NEGATION_PAIRS = ("denies {f} or {g}.", "neither {f} nor {g}.", "no {f} or {g} today.")
-
-# {d} a drug, {a} its dose now in mg, {b} its dose before
-DRUG_TEMPLATES: dict[str, tuple[str, ...]] = {
-    "kept": ("takes {d} {a} mg daily.", "goes on with {d} {a} mg.", "tolerates {d} {a} mg."),
-    "stopped": ("stopped {d}.", "stopped {d} in {t}."),
-    "started": ("started {d} {a} mg.", "started {d} {a} mg this week."),
-    "raised": ("raised {d} {a} mg, before that {b} mg.", "raised {d} {a} mg after {b} mg."),
-}
-
-# {m} a measurement, {v} its value today, {w} its earlier value
-MEASURE_TEMPLATES = ("{m} {v} today, was {w} in {t}.", "{m} {v}, earlier {w}.", "latest {m} {v} after {w}.")
+# Of terms that the note names without saying anything that a question asks for.
+MENTIONS = ("asks about {x}.", "read about {x} in {t}.", "would rather not hear of {x}.", "a leaflet on {x} was handed out.")
 
 FILLERS = (
     "lives with a partner and a dog.",
@@ -108,7 +95,7 @@ FILLERS = (
     "a relative came along and had no question.",
     "not able to come in {t} any more.",
     "drug allergies: none known.",
-    "the dose of exercise can go up now.",
+    "takes the stairs without a rest.",
     "is the next visit in {t}? yes, in week {n}.",
     "have the team call the patient before {t}.",
     "the problem list was read out.",
@@ -118,3 +105,27 @@ FILLERS = (
     "the past year was a good one.",
     "raised {n} children without help.",
 )
+
+# The last word before the colon decides. It is one that notes use, but none that stands in a chart for its kind.
+QUESTIONS: dict[str, tuple[str, ...]] = {
+    "present": ("what the patient reports", "what the patient shows"),
+    "absent": ("what the patient denies", "what the patient is without"),
+    "resolved": ("what is past", "what is former"),
+    "familial": ("what is maternal", "what is paternal"),
+    "kept": ("what the patient takes", "what the patient tolerates"),
+    "stopped": ("what is discontinued", "what the patient is off"),
+    "started": ("what is added", "what is new"),
+    "raised": ("what is increased", "what is doubled"),
+}
+
+# The same questions in plain words, which only the tokenizer sees: so that it has tokens for more than notes and charts.
+PLAIN_QUESTIONS: dict[str, tuple[str, ...]] = {
+    "present": ("what does the patient have now?", "which problem is there?"),
+    "absent": ("what does the patient not have?", "which problem is ruled out?"),
+    "resolved": ("what did the patient have before?", "which problem is over?"),
+    "familial": ("what do relatives have?", "which problem lies in the blood?"),
+    "kept": ("which drug stays as it is?", "what is not to be changed?"),
+    "stopped": ("which drug is no longer given?", "what was ended?"),
+    "started": ("which drug is given for the first time?", "what came on top?"),
+    "raised": ("which drug is given in a larger dose?", "what went up?"),
+}

@@ -27,7 +27,8 @@ def load(data: bytes, *, expected_sha256: str | None = None) -> dict[str, Tensor
     """
     if expected_sha256 is not None and (found := hashlib.sha256(data).hexdigest()) != expected_sha256:
         raise MailboxError(
-            f"The adapter's sha256 is {found}, its round record says {expected_sha256}: the file is damaged or was edited."
+            f"The adapter's sha256 is {found}, its round record says {expected_sha256}: the file is damaged or was "
+            "edited. Restore it from a backup of the mailbox."
         )
     try:
         return _load(data)

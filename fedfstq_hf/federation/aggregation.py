@@ -1,7 +1,7 @@
 """The weighted mean of sparse updates, and a server optimizer on it as a pseudo-gradient.
 
-Θ_{t+1} = ServerOptimizer(Θ_t, -Σ_k w_k Δ_k), w_k = N_k / Σ_j N_j over the updates that arrived (METHOD section 1, step 4;
-Reddi et al., "Adaptive Federated Optimization", for the pseudo-gradient).
+Θ_{t+1} = ServerOptimizer(Θ_t, -Σ_k w_k Δ_k), w_k = N_k / Σ_j N_j over the updates that arrived (METHOD section 1,
+step 4; Reddi et al., "Adaptive Federated Optimization", for the pseudo-gradient).
 """
 
 from __future__ import annotations
@@ -51,7 +51,9 @@ def check_server(server: Mapping[str, Any]) -> None:
         ) from error
 
 
-def server_step(adapter: Tensor, mean_update: Tensor, server: Mapping[str, Any], state: bytes | None) -> tuple[Tensor, bytes]:
+def server_step(
+    adapter: Tensor, mean_update: Tensor, server: Mapping[str, Any], state: bytes | None
+) -> tuple[Tensor, bytes]:
     """One step of the server optimizer.
 
     Args:

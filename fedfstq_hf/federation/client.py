@@ -131,8 +131,9 @@ class MailboxParticipation:
                     )
             if self._wait_seconds is not None and time.monotonic() - started > self._wait_seconds:
                 raise MailboxError(
-                    f"No new round in {self.mailbox.address} for {self._wait_seconds:g} s after round {record.round}. Is "
-                    f"`fedfstq serve {self.mailbox.address}` running? Start this client again at any time: nothing is lost."
+                    f"No new round in {self.mailbox.address} for {self._wait_seconds:g} s after round {record.round}. "
+                    f"Is `fedfstq serve {self.mailbox.address}` running? Start this client again at any time: nothing "
+                    "is lost."
                 )
             if not announced:
                 logger.info("Waiting for round %d of %s.", record.round + 1, self.mailbox.address)
@@ -167,7 +168,7 @@ class MailboxParticipation:
         return self._record(head)
 
     def _settled(self, newest: RoundRecord) -> bool:
-        """Settle the pending message if its round is over; post it (again) if it is not. True when nothing is pending."""
+        """Settle the pending message if its round is over, else post it (again); True when nothing is pending."""
         pending = self.session.pending
         if pending is None:
             return True
@@ -231,5 +232,7 @@ def apply_change(data: bytes, base: RoundRecord, adapter: Tensor, record: RoundR
     update = get_codec(header.codec).decode(payload, schema, CodecContext(round=record.round))
     changed = adapter + update.to_dense()
     if hashlib.sha256(adapter_file.dump(schema.unflatten(changed))).hexdigest() != record.adapter_sha256:
-        raise MailboxError(f"The packed change of round {record.round} does not give the adapter that its record names.")
+        raise MailboxError(
+            f"The packed change of round {record.round} does not give the adapter that its record names."
+        )
     return changed

@@ -124,8 +124,8 @@ class Coordinator:
         adapter = self.adapter + change
         if not bool(adapter.isfinite().all()):
             raise NonFiniteError(
-                f"The server optimizer {dict(self.spec.server)} made round {previous.round + 1} infinite or NaN; nothing "
-                "was published. Start a federation with a smaller server learning rate."
+                f"The server optimizer {dict(self.spec.server)} made round {previous.round + 1} infinite or NaN; "
+                "nothing was published. Start a federation with a smaller server learning rate."
             )
         adapter_bytes = adapter_file.dump(self.schema.unflatten(adapter))
         packed = self._pack_change(change, collected.mean.total_weight)

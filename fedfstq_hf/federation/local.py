@@ -1,11 +1,11 @@
 """The folder mailbox: the embedded default, for one machine or a shared disk.
 
 ```
-rounds/000000/  spec.json round.json adapter_model.safetensors adapter_config.json      immutable once renamed into place
+rounds/000000/  round.json adapter_model.safetensors adapter_config.json spec.json   immutable once renamed into place
 rounds/000001/  round.json adapter_model.safetensors adapter_config.json update.safetensors server_optimizer.safetensors
-updates/000000/CLIENT.safetensors                                                        one per client, never overwritten
+updates/000000/CLIENT.safetensors                                                    one per client, never overwritten
 metrics/000001/SOURCE.json
-adapter_model.safetensors adapter_config.json                                            derived from the newest round
+adapter_model.safetensors adapter_config.json                                        derived from the newest round
 ```
 """
 

@@ -60,7 +60,7 @@ class Mailbox(Protocol):
         """One message, whole."""
 
     def post_metric(self, round: int, source: str, metrics: Mapping[str, Any]) -> None:
-        """Post what somebody measured on a round's adapter; `source` names the evaluation set. Replaces its earlier post."""
+        """Post what was measured on a round's adapter, replacing an earlier post; `source` names the evaluation set."""
 
     def read_metrics(self, round: int) -> dict[str, dict[str, Any]]:
         """All posted metrics of a round by source."""

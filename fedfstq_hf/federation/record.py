@@ -26,7 +26,7 @@ class AcceptedUpdate:
 
 @dataclass(frozen=True)
 class RefusedUpdate:
-    """An update that was not used, with the reason in words."""
+    """An update that was not used, with the reason in words. `sha256` is empty where it was too large to be read."""
 
     client_id: str
     sha256: str
@@ -72,7 +72,7 @@ class RoundRecord:
     def fate(self, client_id: str, sha256: str) -> AcceptedUpdate | RefusedUpdate | None:
         """What became of a client's message; None when the record does not name it (late or lost)."""
         for update in self.updates:
-            if (update.client_id, update.sha256) == (client_id, sha256):
+            if update.client_id == client_id and update.sha256 in (sha256, ""):
                 return update
         return None
 

@@ -1,9 +1,9 @@
 """What one client carries from round to round, and the transaction that keeps it whole.
 
 A client is idle (residual, carried state) or has one message pending: packed and stored, its fate not yet known. Both
-states are one file, replaced atomically: `finish` stores the message before anybody may push it, `settle` turns it into
-the next residual once a round record says what became of it. Killed anywhere, a client therefore neither sends twice nor
-loses a residual. The session knows no Trainer; a simulation drives many of them with one.
+states are one file, replaced atomically: `finish` stores the message before anybody may push it, `settle` turns it
+into the next residual once a round record says what became of it. Killed anywhere, a client therefore neither sends
+twice nor loses a residual. The session knows no Trainer; a simulation drives many of them with one.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 from torch import Tensor
 
 from fedfstq_hf.codec import CodecContext, ErrorFeedback, Schema, get_codec, message
@@ -143,8 +143,8 @@ class ClientSession:
         for what, tensor in (("update", delta), ("Fisher information", fisher)):
             if tensor is not None and not bool(tensor.isfinite().all()):
                 raise NonFiniteError(
-                    f"The {what} of client {self.client_id!r} in round {round} is NaN or infinite; nothing was sent and "
-                    "its residual is as before. Lower the learning rate or check the data."
+                    f"The {what} of client {self.client_id!r} in round {round} is NaN or infinite; nothing was sent "
+                    "and its residual is as before. Lower the learning rate or check the data."
                 )
         corrected = self._feedback.corrected(delta, self.residual)
         header = message.Header(
@@ -175,7 +175,9 @@ class ClientSession:
         """
         pending = self.pending
         if pending is None or record.round != pending.round + 1:
-            raise MailboxError(f"Client {self.client_id!r} has no message that the record of round {record.round} settles.")
+            raise MailboxError(
+                f"Client {self.client_id!r} has no message that the record of round {record.round} settles."
+            )
         fate = record.fate(self.client_id, pending.sha256)
         if isinstance(fate, AcceptedUpdate):
             _, payload = message.unpack(pending.message)
@@ -226,10 +228,11 @@ class ClientSession:
         if not path.exists():
             return
         try:
-            with safe_open(path, framework="pt") as file:
-                fields = json.loads(file.metadata()["fedfstq"])
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-        except (SafetensorError, KeyError, TypeError, ValueError) as error:
+            data = path.read_bytes()
+            # Not safe_open: a Ctrl-C within it comes out as a TypeError, which would look like a damaged file.
+            tensors = load(data)
+            fields = json.loads(_metadata(data)["fedfstq"])
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             raise MailboxError(
                 f"The client state {path} cannot be read ({error}). Restore it from a backup, or move it away to join "
                 "as a new client: its residual is then lost."
@@ -252,6 +255,11 @@ class ClientSession:
             )
 
 
+def _metadata(data: bytes) -> dict[str, str]:
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    return dict(header["__metadata__"])
+
+
 def _lock(folder: Path) -> IO[str]:
     file = None
     try:
@@ -266,6 +274,7 @@ def _lock(folder: Path) -> IO[str]:
                 "state_dir."
             ) from None
         raise MailboxError(
-            f"The client state in {folder} cannot be locked: {error.strerror or error}. Put it on a local disk (state_dir)."
+            f"The client state in {folder} cannot be locked: {error.strerror or error}. Put it on a local disk "
+            "(state_dir)."
         ) from error
     return file

@@ -85,7 +85,9 @@ class FederationSpec:
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be a whole number of at least 1, not {getattr(self, name)!r}.")
         if self.round_seconds is not None and not (0 < self.round_seconds < math.inf):
-            raise ConfigError(f"round_seconds must be a positive number of seconds or null, not {self.round_seconds!r}.")
+            raise ConfigError(
+                f"round_seconds must be a positive number of seconds or null, not {self.round_seconds!r}."
+            )
         if not 0 <= self.error_feedback <= 1:
             raise ConfigError(f"error_feedback must lie in [0, 1] (0 switches it off), not {self.error_feedback!r}.")
         if self.optimizer_state not in ("fresh", "kept"):
@@ -102,7 +104,7 @@ class FederationSpec:
 
     @classmethod
     def from_json(cls, data: bytes) -> FederationSpec:
-        """Parse `spec.json`. Raises `MailboxError` for another format or unknown fields."""
+        """Parse `spec.json`. Raises `MailboxError` for another format, unknown fields or impossible values."""
         try:
             fields = json.loads(data)
             if fields.get("format") != FORMAT:
@@ -111,5 +113,5 @@ class FederationSpec:
                     "Install the fedfstq_hf version that made the federation."
                 )
             return cls(**fields)
-        except (TypeError, AttributeError, json.JSONDecodeError) as error:
+        except (ValueError, TypeError, AttributeError) as error:
             raise MailboxError(f"The mailbox's spec cannot be read: {error}") from error

@@ -21,6 +21,7 @@ from transformers import PrinterCallback
 
 from fedfstq_hf.errors import ConfigError
 from fedfstq_hf.evaluation import Evaluator
+from fedfstq_hf.federation import storage
 from fedfstq_hf.federation.coordinator import found_federation
 from fedfstq_hf.federation.local import FolderMailbox
 from fedfstq_hf.federation.mailbox import ADAPTER_CONFIG_FILE, ADAPTER_FILE
@@ -192,15 +193,21 @@ class Simulation:
                 raise ConfigError(
                     f"{self.folder} holds a run already. Go on with it by --resume, or give another --out."
                 )
-            if json.loads(marker.read_text()) != recipe:
+            try:
+                found = json.loads(marker.read_text(encoding="utf-8"))
+            except ValueError as error:
+                raise ConfigError(f"{marker} cannot be read ({error}). Give another --out.") from error
+            if found != recipe:
                 raise ConfigError(
-                    f"{self.folder} holds a run of other settings ({marker}). Repeat its command, or give another --out."
+                    f"{self.folder} holds a run of other settings ({marker}). Repeat its command, or give another "
+                    "--out."
                 )
             return
-        if self.folder.exists() and any(self.folder.iterdir()):
+        storage.make_folder(self.folder, durable=False)
+        storage.remove_leftovers(self.folder)
+        if any(self.folder.iterdir()):
             raise ConfigError(f"{self.folder} is not empty and holds no run. Give a new folder with --out.")
-        self.folder.mkdir(parents=True, exist_ok=True)
-        marker.write_text(json.dumps(recipe, indent=1) + "\n")
+        storage.replace_file(marker, (json.dumps(recipe, indent=1) + "\n").encode(), durable=False)
 
     def _read_rows(self) -> list[Row]:
         path = self.folder / ROWS_FILE

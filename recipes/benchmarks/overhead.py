@@ -1,8 +1,8 @@
 """How much of a simulation's wall clock is not forward pass, backward pass or optimizer step.
 
 Run: `python recipes/benchmarks/overhead.py [RECIPE] [--KEY VALUE ...]` (default: quickstart; as long as that takes).
-Prints seconds per part and the overhead's share. Codec, Fisher averages, data loading, Trainer's own bookkeeping, files and
-aggregation are overhead; importing libraries and loading the model are not counted.
+Prints seconds per part and the overhead's share. Codec, Fisher averages, data loading, Trainer's own bookkeeping, files
+and aggregation are overhead; importing libraries and loading the model are not counted.
 """
 
 from __future__ import annotations

@@ -1,13 +1,14 @@
 """Kills a client or a coordinator before, in the middle of and after each of its writes, and restarts it. Prints JSON.
 
-The product has no hooks for this: a forked child replaces the functions of `os` and `open` by ones that count, and kills
-itself with SIGKILL when the count is reached. Forking from a parent that has imported everything makes a run take
+The product has no hooks for this: a forked child replaces the functions of `os` and `open` by ones that count, and
+kills itself with SIGKILL when the count is reached. Forking from a parent that has imported everything makes a run take
 milliseconds, so that every point can be tried. Run by test_crash.py as `crash_driver.py VICTIM FOLDER [EVERY]`.
 """
 
 from __future__ import annotations
 
 import builtins
+import dataclasses
 import gc
 import hashlib
 import json
@@ -22,11 +23,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 torch.set_num_threads(1)
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
 
+import light  # noqa: E402
 from light import SCHEMA, LightClient, found  # noqa: E402
 
 from fedfstq_hf.federation.coordinator import Coordinator  # noqa: E402
@@ -38,6 +41,7 @@ from fedfstq_hf.federation.spec import FederationSpec  # noqa: E402
 WRITING = ("replace", "rename", "link", "unlink", "remove", "rmdir", "mkdir", "fsync")
 BUDGET = 400
 NEVER = 1 << 60
+exact_training = light.fake_training
 
 
 class Crash:
@@ -119,6 +123,18 @@ def run_client(folder: Path) -> None:
             time.sleep(0.001)
 
 
+def run_noisy_client(folder: Path) -> None:
+    """As on a GPU whose sums come out differently each time: what was trained twice must not be sent twice."""
+    light.fake_training = noisy_training
+    run_client(folder)
+
+
+def noisy_training(*arguments: Any) -> Any:
+    result = exact_training(*arguments)
+    noise = torch.from_numpy(np.frombuffer(os.urandom(len(result.adapter)), dtype=np.uint8).astype(np.float32))
+    return dataclasses.replace(result, adapter=result.adapter + noise / 1000)
+
+
 def run_coordinator(folder: Path) -> None:
     Coordinator(FolderMailbox(folder)).serve(poll_seconds=0.001)
 
@@ -151,7 +167,7 @@ class Beside:
         coordinator, happened = self.coordinator, False
         # Beside a client the others come second, so that it meets the same points in each run.
         if coordinator is None or coordinator.finished or self.mailbox.list_updates(coordinator.record.round):
-            happened = any([client.step() for client in self.clients])
+            happened = sum(client.step() for client in self.clients) > 0
         if coordinator is not None and not coordinator.finished and coordinator.ready():
             happened = coordinator.close_round() is not None or happened
         return happened
@@ -163,6 +179,7 @@ class Beside:
 
 VICTIMS: dict[str, tuple[Callable[[Path], None], str, bool]] = {
     "client": (run_client, "b", True),
+    "noisy client": (run_noisy_client, "b", True),
     "coordinator": (run_coordinator, "ab", False),
     "trainer": (run_trainer, "", True),
 }
@@ -175,6 +192,7 @@ def spawn(work: Callable[[Path], None], folder: Path, crash: Crash, die_at: int)
     if child:
         return child
     try:
+        os.dup2(2, 1)  # stdout is for the result
         crash.install()
         if work is run_trainer:
             torch.Tensor.backward = crash.around(torch.Tensor.backward)
@@ -252,12 +270,18 @@ def outcome(folder: Path) -> dict[str, Any]:
         residuals[path.name] = [hashlib.sha256(kept).hexdigest(), session.last_round, session.pending is None]
         session.close()
     leftovers = [
-        str(path.relative_to(folder)) for path in folder.rglob(".tmp-*") if "updates" not in path.relative_to(folder).parts
+        str(path.relative_to(folder))
+        for path in folder.rglob(".tmp-*")
+        if "updates" not in path.relative_to(folder).parts
     ]
     return {
         "root": hashlib.sha256((folder / "adapter_model.safetensors").read_bytes()).hexdigest(),
         "rounds": [
-            [record.adapter_sha256, [(update.client_id, update.sha256) for update in record.accepted], len(record.refused)]
+            [
+                record.adapter_sha256,
+                [(update.client_id, update.sha256) for update in record.accepted],
+                len(record.refused),
+            ]
             for record in records
         ],
         "residuals": residuals,

@@ -284,8 +284,15 @@ def test_a_restart_between_any_two_rounds_changes_nothing(tmp_path, server, code
                 coordinator = Coordinator(FolderMailbox(path, durable=False))
                 for client in clients:
                     client.session.close()
-                clients = [LightClient(mailbox, c.session.client_id, path / c.session.client_id,
-                                       max_bytes=None if codec == "fp32" else 400) for c in clients]
+                clients = [
+                    LightClient(
+                        mailbox,
+                        c.session.client_id,
+                        path / c.session.client_id,
+                        max_bytes=None if codec == "fp32" else 400,
+                    )
+                    for c in clients
+                ]
             run_rounds(coordinator, clients, 1)
         return adapter_sha256(path)
 
@@ -323,7 +330,9 @@ def test_two_coordinators_with_different_sets_agree_on_the_published_one(tmp_pat
 def test_an_exploding_server_publishes_nothing(tmp_path):
     mailbox = found(tmp_path, server={"optimizer": "SGD", "lr": 3e38}, min_clients=1)
     post(mailbox, "a", 100 * delta(1))
-    with pytest.raises(NonFiniteError, match=r"made round 1 infinite or NaN; nothing was published\. Start a federation"):
+    with pytest.raises(
+        NonFiniteError, match=r"made round 1 infinite or NaN; nothing was published\. Start a federation"
+    ):
         Coordinator(mailbox).close_round()
     assert mailbox.head() == 0
 
@@ -332,7 +341,9 @@ def test_a_damaged_adapter_is_not_built_upon(tmp_path):
     mailbox = found(tmp_path)
     path = tmp_path / "rounds/000000/adapter_model.safetensors"
     path.write_bytes(path.read_bytes()[:-1] + b"\x01")
-    with pytest.raises(MailboxError, match=r"sha256 is .*, its round record says .*: the file is damaged or was edited"):
+    with pytest.raises(
+        MailboxError, match=r"sha256 is .*, its round record says .*: the file is damaged or was edited"
+    ):
         Coordinator(mailbox)
 
 
@@ -380,6 +391,6 @@ def test_a_lost_race_during_serve(tmp_path):
     other = FolderMailbox(tmp_path.with_name("other"), durable=False)
     Coordinator(other).close_round()
     shutil.copytree(tmp_path.with_name("other") / "rounds/000001", tmp_path / "rounds/000001")
-    with pytest.raises(RoundConflictError, match="Round 1 of .* is published already"):
+    with pytest.raises(RoundConflictError, match=r"Round 1 of .* is published already"):
         mailbox.publish(1, {"x": b""})
     assert coordinator.serve(once=True).round == 1

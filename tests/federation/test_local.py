@@ -18,7 +18,9 @@ FILES = {"round.json": b"{}", "adapter_model.safetensors": b"adapter", "adapter_
 
 
 def all_names(path):
-    return sorted(str(entry.relative_to(path)) for entry in path.rglob("*") if entry.is_file() and entry.name != ".lock")
+    return sorted(
+        str(entry.relative_to(path)) for entry in path.rglob("*") if entry.is_file() and entry.name != ".lock"
+    )
 
 
 def test_it_is_a_mailbox(tmp_path):
@@ -114,7 +116,9 @@ def test_an_update_is_posted_once(tmp_path):
     assert mailbox.list_updates(0) == [UpdateRef("a", 0, 7), UpdateRef("b", 0, 12)]
     assert mailbox.read_update(UpdateRef("a", 0, 7)) == b"message"
     assert mailbox.list_updates(1) == []
-    with pytest.raises(UpdateConflictError, match=r"second process running under the same client_id\? Give each client"):
+    with pytest.raises(
+        UpdateConflictError, match=r"second process running under the same client_id\? Give each client"
+    ):
         mailbox.post_update(0, "a", b"another")
     assert mailbox.read_update(UpdateRef("a", 0, 7)) == b"message"
 
@@ -194,7 +198,7 @@ def test_a_full_disk_during_post_loses_nothing(tmp_path, monkeypatch, call, numb
 
 def test_a_read_only_disk_gives_one_clear_line(tmp_path, monkeypatch):
     fail_at(monkeypatch, "mkdir", 0, errno.EROFS)
-    with pytest.raises(MailboxError, match="Could not create .*: Read-only file system"):
+    with pytest.raises(MailboxError, match=r"Could not create .*: Read-only file system"):
         FolderMailbox(tmp_path / "new").publish(0, FILES)
 
 

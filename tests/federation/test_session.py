@@ -28,9 +28,7 @@ SPEC = make_spec(codec="fstq", rounds=9)
 
 
 def finish(session, round=0, *, delta=DELTA, fisher=FISHER, max_bytes=300, carried=None):
-    return session.finish(
-        round, BASE, delta, fisher=fisher, num_examples=5, max_bytes=max_bytes, carried=carried or {}
-    )
+    return session.finish(round, BASE, delta, fisher=fisher, num_examples=5, max_bytes=max_bytes, carried=carried or {})
 
 
 def record(round, *, accepted=(), refused=()):
@@ -151,7 +149,9 @@ def test_non_finite_numbers_are_refused_and_change_nothing(tmp_path, value, what
     bad = DELTA.clone()
     bad[7] = value
     arguments = {"delta": bad} if what == "update" else {"fisher": bad}
-    with pytest.raises(NonFiniteError, match=f"The {what} of client 'a' in round 1 is NaN or infinite; nothing was sent"):
+    with pytest.raises(
+        NonFiniteError, match=f"The {what} of client 'a' in round 1 is NaN or infinite; nothing was sent"
+    ):
         finish(session, 1, **arguments)
     assert session.pending is None
     assert session.last_round == 0
@@ -212,7 +212,9 @@ def test_a_full_disk_loses_nothing(tmp_path, monkeypatch, call):
     first = finish(session)
     with monkeypatch.context() as patch:
         fail_at(patch, call, 0)
-        with pytest.raises(MailboxError, match=r"Could not write .*session\.safetensors: No space left.*nothing was lost"):
+        with pytest.raises(
+            MailboxError, match=r"Could not write .*session\.safetensors: No space left.*nothing was lost"
+        ):
             session.settle(record(1, accepted=[first]))
     assert session.pending is first
     session.settle(record(1, accepted=[first]))
@@ -233,7 +235,7 @@ def test_state_of_another_client_federation_or_adapter_is_refused(tmp_path):
     session.close()
     with pytest.raises(MailboxError, match=r"has client_id 'a', expected 'b': .* a state folder of its own"):
         make_session(tmp_path, client_id="b")
-    with pytest.raises(MailboxError, match="has federation .*: it belongs to another client, federation"):
+    with pytest.raises(MailboxError, match=r"has federation .*: it belongs to another client, federation"):
         make_session(tmp_path, spec=make_spec(codec="fstq", rounds=9))
     other = Schema.from_state_dict({"x": torch.zeros(3)})
     with pytest.raises(MailboxError, match="has schema"):
@@ -242,14 +244,16 @@ def test_state_of_another_client_federation_or_adapter_is_refused(tmp_path):
 
 
 def test_another_adapter_than_the_federation_s_is_refused():
-    with pytest.raises(AdapterMismatchError, match=r"\(3 parameters here\)\. Build it from the federation's adapter_config"):
+    with pytest.raises(
+        AdapterMismatchError, match=r"\(3 parameters here\)\. Build it from the federation's adapter_config"
+    ):
         make_session(schema=Schema.from_state_dict({"x": torch.zeros(3)}))
 
 
 @pytest.mark.parametrize("content", [b"", b"garbage", b"\x10\0\0\0\0\0\0\0{}              "])
 def test_a_damaged_state_says_what_to_do(tmp_path, content):
     (tmp_path / "session.safetensors").write_bytes(content)
-    with pytest.raises(MailboxError, match="cannot be read .* Restore it from a backup, or move it away to join"):
+    with pytest.raises(MailboxError, match=r"cannot be read .* Restore it from a backup, or move it away to join"):
         make_session(tmp_path)
 
 

@@ -131,7 +131,7 @@ def test_leftovers_of_a_client_whose_name_begins_like_another_stay(tmp_path):
 
 def test_make_folder_names_what_is_in_the_way(tmp_path):
     (tmp_path / "file").write_bytes(b"")
-    with pytest.raises(MailboxError, match="Could not create .*file/sub"):
+    with pytest.raises(MailboxError, match=r"Could not create .*file/sub"):
         storage.make_folder(tmp_path / "file" / "sub")
 
 

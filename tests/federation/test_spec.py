@@ -1,0 +1,91 @@
+"""The federation's spec: checked when made, round-tripped through JSON, refused when foreign."""
+
+import dataclasses
+import json
+
+import pytest
+from light import make_spec
+
+from fedfstq_hf.errors import ConfigError, MailboxError
+from fedfstq_hf.federation.record import AcceptedUpdate, RefusedUpdate, RoundRecord
+from fedfstq_hf.federation.spec import SHARED_TRAINING_ARGUMENTS, FederationSpec
+
+
+def test_json_round_trip():
+    spec = make_spec(training={"learning_rate": 1e-3}, server={"optimizer": "Adam", "lr": 0.1}, round_seconds=5.0)
+    assert FederationSpec.from_json(spec.to_json()) == spec
+    assert spec.to_json() == FederationSpec.from_json(spec.to_json()).to_json()
+
+
+def test_two_federations_are_never_the_same():
+    assert make_spec().id != make_spec().id
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"rounds": 0}, "rounds must be a whole number of at least 1, not 0"),
+        ({"local_steps": 1.5}, "local_steps must be a whole number"),
+        ({"min_clients": 0}, "min_clients must be"),
+        ({"round_seconds": 0}, "round_seconds must be a positive number of seconds or null, not 0"),
+        ({"round_seconds": float("inf")}, "round_seconds"),
+        ({"error_feedback": 1.1}, r"error_feedback must lie in \[0, 1\]"),
+        ({"optimizer_state": "warm"}, "optimizer_state must be 'fresh' or 'kept', not 'warm'"),
+        ({"training": {"per_device_train_batch_size": 4}}, "training.per_device_train_batch_size cannot be shared"),
+    ],
+)
+def test_impossible_values_are_refused(changes, match):
+    with pytest.raises(ConfigError, match=match):
+        make_spec(**changes)
+
+
+def test_a_spec_of_another_format_says_which_version_to_install():
+    fields = json.loads(make_spec().to_json()) | {"format": 2}
+    with pytest.raises(MailboxError, match=r"has format 2; this version reads format 1\. Install the fedfstq_hf"):
+        FederationSpec.from_json(json.dumps(fields).encode())
+
+
+@pytest.mark.parametrize("data", [b"", b"[]", b"null", b'"x"', b'{"format": 1}', b'{"format": 1, "what": 2}', b"\xff"])
+def test_foreign_bytes_are_named(data):
+    with pytest.raises(MailboxError, match="spec"):
+        FederationSpec.from_json(data)
+
+
+def test_a_spec_with_values_out_of_range_is_the_mailbox_s_fault():
+    fields = json.loads(make_spec().to_json()) | {"rounds": -1}
+    with pytest.raises(MailboxError, match=r"The mailbox's spec cannot be read: rounds must be"):
+        FederationSpec.from_json(json.dumps(fields).encode())
+
+
+def test_shared_arguments_are_those_of_transformers():
+    from transformers import TrainingArguments
+
+    known = {field.name for field in dataclasses.fields(TrainingArguments)}
+    assert set(SHARED_TRAINING_ARGUMENTS) <= known
+
+
+def test_record_round_trip_and_fate():
+    record = RoundRecord(
+        round=3,
+        adapter_sha256="ab",
+        adapter_bytes=10,
+        schema="cd",
+        opened_at=1.5,
+        deadline=None,
+        finished=False,
+        accepted=(AcceptedUpdate("a", "1", 100, 5, 1.0, 0.25),),
+        refused=(RefusedUpdate("b", "2", 50, "because"), RefusedUpdate("d", "", 900, "too large to read")),
+    )
+    assert RoundRecord.from_json(record.to_json()) == record
+    assert record.uplink_bytes == 1050
+    assert record.fate("a", "1") == record.accepted[0]
+    assert record.fate("b", "2") == record.refused[0]
+    assert record.fate("d", "any") == record.refused[1]
+    assert record.fate("a", "2") is None
+    assert record.fate("c", "1") is None
+
+
+@pytest.mark.parametrize("data", [b"", b"[]", b"null", b'{"format": 1}', b'{"format": 2}', b"\xff\xfe"])
+def test_foreign_records_are_named(data):
+    with pytest.raises(MailboxError, match="round record"):
+        RoundRecord.from_json(data)
