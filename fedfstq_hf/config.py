@@ -63,8 +63,8 @@ class FedFSTQConfig:
     def __post_init__(self) -> None:
         if not isinstance(self.client_id, str) or not _CLIENT_ID.fullmatch(self.client_id):
             raise ConfigError(
-                f"client_id {self.client_id!r} is not 1 to 64 letters, digits, '.', '_' or '-' starting with a letter or "
-                "digit."
+                f"client_id {self.client_id!r} is not 1 to 64 letters, digits, '.', '_' or '-' starting with a letter "
+                "or digit."
             )
         if self.local_steps is not None and self.local_steps < 1:
             raise ConfigError(f"local_steps must be at least 1, not {self.local_steps!r}.")

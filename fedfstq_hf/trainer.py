@@ -195,13 +195,16 @@ class FedFSTQMixin(_TrainerLike):  # type: ignore[misc]
     def get_train_dataloader(self) -> DataLoader[Any]:
         """In a federation a placeholder of the right length: each round brings its own loader."""
         if self._participation is None:
-            return super().get_train_dataloader()
+            loader: DataLoader[Any] = super().get_train_dataloader()
+            return loader
         return DataLoader(range(self.args.max_steps * self.args.gradient_accumulation_steps))  # type: ignore[arg-type]
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
         """The micro-batches of the next optimizer step, from the round at hand; begins a round where none is."""
+        batches: list[Any]
         if self._participation is None:
-            return super().get_batch_samples(epoch_iterator, num_batches, device)
+            batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+            return batches, num_items
         if self._assignment is None and not self._next_round():
             self.control.should_training_stop = True
             return [], None

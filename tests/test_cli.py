@@ -1,4 +1,4 @@
-"""The `fedfstq` command: light to start, strict about what it is told, one message per error, and Ctrl-C at any time."""
+"""The `fedfstq` command: light to start, strict about what it is told, one message per error, Ctrl-C at any time."""
 
 import json
 import signal
@@ -19,7 +19,9 @@ HEAVY = ("torch", "transformers", "peft", "matplotlib", "datasets", "accelerate"
 
 
 def python(code):
-    process = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True, timeout=60)
+    process = subprocess.run(
+        [sys.executable, "-c", code], env=environment(), capture_output=True, text=True, timeout=60
+    )
     return process.returncode, process.stdout, process.stderr
 
 
@@ -33,7 +35,7 @@ def python(code):
         "from fedfstq_hf.cli import main\ntry: main(['simulate', '--help'])\nexcept SystemExit: pass",
         "from fedfstq_hf.cli import main\ntry: main(['--version'])\nexcept SystemExit: pass",
         "from fedfstq_hf.cli import main\ntry: main(['recipes', 'ls'])\nexcept SystemExit: pass",
-        "from fedfstq_hf.cli import main\ntry: main(['simulate', 'quickstart', '--rouns', '3'])\nexcept SystemExit: pass",
+        "from fedfstq_hf.cli import main\ntry: main(['simulate', 'quickstart', '--bad', '3'])\nexcept SystemExit: pass",
     ],
 )
 def test_nothing_heavy_is_imported(code):
@@ -74,7 +76,10 @@ def test_recipes(launcher, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["simulate", "quickstart", "--rouns", "3"], "unknown key 'rouns'; did you mean 'rounds', which stands for federation.rounds?"),
+        (
+            ["simulate", "quickstart", "--rouns", "3"],
+            "unknown key 'rouns'; did you mean 'rounds', which stands for federation.rounds?",
+        ),
         (["simulate", "quickstart", "--training.learning_rat", "3"], "did you mean 'learning_rate'?"),
         (["simulate", "quickstart", "--rounds", "-1"], "rounds must be above 0, got -1"),
         (["simulate", "quickstart", "--rounds"], "--rounds needs a value: type --rounds VALUE."),
@@ -147,7 +152,10 @@ def test_status_and_serve_once_before_anybody_sent_anything(launcher, box):
         ({"uplink_budget": "9 apples"}, "uplink budget '9 apples' cannot be read"),
         ({"uplink_budget": 20}, "budget"),
         ({"data": {"path": "nowhere.jsonl"}}, "there is no file nowhere.jsonl"),
-        ({"data": {"columns": {"prompt": "question"}}}, "has no column 'question' for the prompt; found 'prompt', 'answer'"),
+        (
+            {"data": {"columns": {"prompt": "question"}}},
+            "has no column 'question' for the prompt; found 'prompt', 'answer'",
+        ),
         ({"model": "nowhere/at-all"}, "The base model 'nowhere/at-all' cannot be loaded"),
         ({"training": {"batch": 3}}, "transformers.TrainingArguments refuses the training settings: "),
         ({"dtype": "float13"}, "dtype must be one of float32, bfloat16, got 'float13'"),
@@ -243,7 +251,12 @@ def test_inspecting_something_else(launcher, tiny_recipe):
 
 
 def test_overrides_are_read():
-    assert parse_overrides(["--a.b", "1", "--c=2", "--d-e", "-3", "--f="]) == {"a.b": "1", "c": "2", "d_e": "-3", "f": ""}
+    assert parse_overrides(["--a.b", "1", "--c=2", "--d-e", "-3", "--f="]) == {
+        "a.b": "1",
+        "c": "2",
+        "d_e": "-3",
+        "f": "",
+    }
     assert parse_overrides([]) == {}
 
 

@@ -1,7 +1,7 @@
 """Deterministic writer of short clinical-style notes, with a question whose answer hangs on very few of their tokens.
 
-Negations, relatives, past events and terms that are only mentioned are the distractors. Everything is invented; randomness
-comes from `random.Random` alone. A note's own hash decides its split, so that no two splits ever share one.
+Negations, relatives, past events and terms that are only mentioned are the distractors. Everything is invented;
+randomness comes from `random.Random` alone. A note's own hash decides its split, so that no two splits ever share one.
 """
 
 import hashlib
@@ -74,9 +74,7 @@ def notes(
             yield note, rng
 
 
-def ask(
-    rng: random.Random, note: Note, questions: Mapping[str, Sequence[str]] = QUESTIONS
-) -> tuple[str, str]:
+def ask(rng: random.Random, note: Note, questions: Mapping[str, Sequence[str]] = QUESTIONS) -> tuple[str, str]:
     """A question and its answer, its kind drawn by the specialty's weights."""
     (kind,) = rng.choices(KINDS, SPECIALTIES[note.specialty].question_weights)
     return rng.choice(questions[kind]), note.facts[kind]

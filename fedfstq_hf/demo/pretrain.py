@@ -74,7 +74,7 @@ def chart(rng: random.Random, note: Note) -> tuple[str, list[tuple[int, int]]]:
 def documents(seed: int | str, short: int = 0) -> Iterator[tuple[str, list[tuple[int, int]], tuple[int, int]]]:
     """Endless (text, spans of the looked-up terms, span of the retelling) from notes reserved for pretraining.
 
-    Half of the notes are told again with their sentences in another order before the chart: much to copy, from which the
+    Half of the notes are told again before the chart, their sentences in another order: much to copy, from which the
     model learns to find a word again far sooner than from charts alone. The first `short` documents grow in length.
     """
     rng, names, count = random.Random(f"pretrain/{seed}"), tuple(SPECIALTIES), 0
@@ -133,11 +133,11 @@ def batches(config: PretrainConfig, tokenizer: PreTrainedTokenizerFast) -> Itera
             encoded["input_ids"], encoded["offset_mapping"], spans, retold, strict=True
         ):
             inside = {position for start, end in values for position in range(start + 1, end + 1)}
-            weights = [
+            each = [
                 1.0 if end in inside else config.copy_weight if begin < end <= stop else _context(config, order)
                 for _, end in offsets
             ]
-            rows.append((ids, weights))
+            rows.append((ids, each))
         rows.sort(key=lambda row: len(row[0]))
         pool = [rows[i : i + config.batch_size] for i in range(0, len(rows), config.batch_size)]
         order.shuffle(pool)

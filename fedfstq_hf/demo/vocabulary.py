@@ -64,7 +64,7 @@ SPECIALTIES: dict[str, Specialty] = {
 MONTHS = ("march", "april", "june", "july", "august", "october")
 DOSES = (5, 10, 15, 20, 25, 40, 50, 60, 75, 80)
 
-# {x} the finding or drug, {a} a dose in mg, {n} a small number, {t} a month. The word before {x} decides what is said of it.
+# {x} the finding or drug, {a} a dose in mg, {n} a small number, {t} a month. The word before {x} decides what is said.
 TEMPLATES: dict[str, tuple[str, ...]] = {
     "present": ("reports {x} for {n} days.", "has {x} since {t}.", "shows {x} again."),
     "absent": ("denies {x}.", "no {x} today.", "without {x} at this visit."),
@@ -76,7 +76,12 @@ TEMPLATES: dict[str, tuple[str, ...]] = {
     "raised": ("raised {x} to {a} mg.", "increased {x} to {a} mg.", "doubled {x} to {a} mg."),
 }
 # Of terms that the note names without saying anything that a question asks for.
-MENTIONS = ("asks about {x}.", "read about {x} in {t}.", "would rather not hear of {x}.", "a leaflet on {x} was handed out.")
+MENTIONS = (
+    "asks about {x}.",
+    "read about {x} in {t}.",
+    "would rather not hear of {x}.",
+    "a leaflet on {x} was handed out.",
+)
 
 FILLERS = (
     "lives with a partner and a dog.",
@@ -118,7 +123,7 @@ QUESTIONS: dict[str, tuple[str, ...]] = {
     "raised": ("what is increased", "what is doubled"),
 }
 
-# The same questions in plain words, which only the tokenizer sees: so that it has tokens for more than notes and charts.
+# The same questions in plain words, which only the tokenizer sees: it has tokens for more than notes and charts.
 PLAIN_QUESTIONS: dict[str, tuple[str, ...]] = {
     "present": ("what does the patient have now?", "which problem is there?"),
     "absent": ("what does the patient not have?", "which problem is ruled out?"),

@@ -26,6 +26,8 @@ seconds: dict[str, float] = defaultdict(float)
 
 
 def timed(part: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function`, with its seconds added to those of `part`."""
+
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         started = time.perf_counter()
         try:
@@ -37,6 +39,7 @@ def timed(part: str, function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def main() -> None:
+    """Run the simulation with its parts timed."""
     arguments = sys.argv[1:]
     name = arguments.pop(0) if arguments and not arguments[0].startswith("--") else "quickstart"
     recipe = load_recipe(name, parse_overrides(arguments))

@@ -1,4 +1,4 @@
-"""A simulated federation's bookkeeping, with real sessions, mailbox and coordinator and a training that is a function."""
+"""A simulated federation's bookkeeping: real sessions, mailbox and coordinator, a training that is a function."""
 
 import sys
 from pathlib import Path

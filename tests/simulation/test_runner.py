@@ -46,7 +46,10 @@ def test_what_a_run_leaves(finished):
     assert {"metrics.jsonl", "summary.json", "report.md", "adapter", "recipe.json", "runs"} <= names
     assert len([name for name in names if name.endswith(".png")]) >= 3
     assert json.loads((folder / "summary.json").read_text()) == summary
-    assert {entry.name for entry in (folder / "adapter").iterdir()} == {"adapter_model.safetensors", "adapter_config.json"}
+    assert {entry.name for entry in (folder / "adapter").iterdir()} == {
+        "adapter_model.safetensors",
+        "adapter_config.json",
+    }
     adapter = hashlib.sha256((folder / "adapter/adapter_model.safetensors").read_bytes()).hexdigest()
     assert adapter == adapters(folder)["runs/fstq/seed-3/mailbox/adapter_model.safetensors"]
 
@@ -81,7 +84,9 @@ def test_the_downlink_is_the_adapter_at_first_and_then_the_change(finished):
     first, *later = [row for row in rows(folder) if row["method"] == "fstq" and row["round"] > 0]
     assert first["downlink_bytes"] == 3 * (mailbox / "rounds/000000/adapter_model.safetensors").stat().st_size
     for row in later:
-        assert row["downlink_bytes"] == 3 * (mailbox / f"rounds/{row['round'] - 1:06d}/update.safetensors").stat().st_size
+        assert (
+            row["downlink_bytes"] == 3 * (mailbox / f"rounds/{row['round'] - 1:06d}/update.safetensors").stat().st_size
+        )
 
 
 def test_a_second_run_gives_the_same_rows_and_adapters(finished, tiny_recipe, tmp_path):
@@ -118,7 +123,9 @@ def test_clients_that_are_sampled_or_drop_out(tiny_recipe, tmp_path):
 
 def fedfstq(*arguments, **options):
     command = [sys.executable, "-m", "fedfstq_hf.cli", *map(str, arguments)]
-    return subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+    return subprocess.Popen(
+        command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
+    )
 
 
 def finish(process, seconds=200):
@@ -222,7 +229,9 @@ def test_a_used_folder_is_not_overwritten(finished, tiny_recipe):
 
 
 def test_a_run_of_other_settings_is_not_resumed(finished, tiny_recipe):
-    with pytest.raises(ConfigError, match=r"holds a run of other settings .* Repeat its command, or give another --out"):
+    with pytest.raises(
+        ConfigError, match=r"holds a run of other settings .* Repeat its command, or give another --out"
+    ):
         Simulation(load_recipe(tiny_recipe, {"rounds": "4"}), finished[0], resume=True)
 
 
