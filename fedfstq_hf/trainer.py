@@ -23,7 +23,7 @@ from transformers import Trainer, TrainerCallback, set_seed
 from fedfstq_hf.adapter import AdapterView, base_fingerprint, check_same_adapter, check_same_base
 from fedfstq_hf.codec import CodecContext, get_codec, message, parse_budget
 from fedfstq_hf.config import FedFSTQConfig
-from fedfstq_hf.errors import ConfigError, DataError, MailboxError, NonFiniteError
+from fedfstq_hf.errors import BudgetError, ConfigError, DataError, MailboxError, NonFiniteError
 from fedfstq_hf.federation import adapter_file
 from fedfstq_hf.federation.client import Assignment, LocalResult, MailboxParticipation, Participation
 from fedfstq_hf.federation.mailbox import ADAPTER_CONFIG_FILE, SPEC_FILE, open_mailbox
@@ -48,11 +48,11 @@ class FedFSTQMixin(_TrainerLike):  # type: ignore[misc]
     def __init__(self, *args: Any, federation: FedFSTQConfig | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.federation = federation or FedFSTQConfig()
+        self._spec: FederationSpec | None = None
         self.adapter_view = AdapterView(self.model)
         self.adapter_fisher = AdapterFisher(self.adapter_view.parameters, rho=self.federation.rho)
         self.sensitivity = self._new_sensitivity()
         self._participation: Participation | None = None
-        self._spec: FederationSpec | None = None
         self._assignment: Assignment | None = None
         self._batches: Iterator[Any] | None = None
         self._local_step = 0
@@ -121,7 +121,7 @@ class FedFSTQMixin(_TrainerLike):  # type: ignore[misc]
                 raise MailboxError("The federation handed out a round after its last step.")
         finally:
             self.args.max_steps = max_steps
-            self._participation, self._assignment, self._batches = None, None, None
+            self._participation, self._spec, self._assignment, self._batches = None, None, None, None
         return output
 
     def pack_update(self) -> bytes:
@@ -167,19 +167,24 @@ class FedFSTQMixin(_TrainerLike):  # type: ignore[misc]
         check_same_adapter(self.model.peft_config[self.adapter_view.name].to_dict(), theirs)
         self._check_dataset(self.train_dataset)
         budget = config.uplink_budget if config.uplink_budget is not None else spec.uplink_budget
+        max_bytes = None if budget is None else parse_budget(budget, self.adapter_view.schema.num_params)
         session = ClientSession(
             config.client_id,
             spec,
             self.adapter_view.schema,
             folder=config.state_dir or Path(self.args.output_dir) / "fedfstq",
         )
-        participation = MailboxParticipation(
-            mailbox,
-            session,
-            max_bytes=None if budget is None else parse_budget(budget, self.adapter_view.schema.num_params),
-            poll_seconds=config.poll_seconds,
-            wait_seconds=config.wait_seconds,
-        )
+        try:
+            participation = MailboxParticipation(
+                mailbox,
+                session,
+                max_bytes=max_bytes,
+                poll_seconds=config.poll_seconds,
+                wait_seconds=config.wait_seconds,
+            )
+        except BudgetError:
+            session.close()
+            raise
         return participation, spec
 
     def _check_dataset(self, dataset: Any) -> None:
@@ -339,7 +344,7 @@ class FedFSTQMixin(_TrainerLike):  # type: ignore[misc]
 
     def _new_sensitivity(self) -> TokenSensitivity:
         vocab_size = self.model.get_input_embeddings().weight.shape[0]
-        return TokenSensitivity(vocab_size, rho=self.federation.rho)
+        return TokenSensitivity(vocab_size, rho=self.federation.rho if self._spec is None else self._spec.rho)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the federation's figures, so that they reach `log_history` and every reporter."""

@@ -239,6 +239,21 @@ def test_sensitivity_is_read_at_refresh_steps_only(tmp_path):
     assert count == [6, 2]
 
 
+def test_the_federation_s_decay_wins(tmp_path):
+    """With rho 0 both averages are those of the last step alone."""
+    rows, one_step = make_tiny_data(2), {"local_steps": 1, "refresh_steps": 1, "rho": 0.0}
+    both, participation = take_part(tmp_path, [0, 1], data=rows, spec=one_step, rho=0.9)
+    second, last = take_part(tmp_path, [1], data=rows, spec=one_step, model=_with(participation.results[0].adapter))
+    assert torch.equal(both.sensitivity.scores(), second.sensitivity.scores())
+    assert torch.equal(participation.results[1].fisher, last.results[0].fisher)
+
+
+def _with(adapter):
+    model = make_tiny_model()
+    AdapterView(model).write(adapter)
+    return model
+
+
 def test_sensitivity_is_carried_to_the_next_round(tmp_path):
     trainer, participation = take_part(tmp_path, [0, 1, 2], data=make_tiny_data(2), spec={"local_steps": 2})
     assert int(trainer.sensitivity.state_dict()["count"].max()) == 3
@@ -675,7 +690,24 @@ def test_a_loss_that_diverges_in_a_later_round_loses_no_residual(tmp_path):
 
 def test_a_budget_below_the_header_in_a_federation(tmp_path):
     mailbox = found(tmp_path / "box", codec="fstq")
-    refused(tmp_path, mailbox, BudgetError, "budget", uplink_budget=60)
+    match = (
+        r"An uplink budget of 60 bytes, \d+ of them for the message's header, is too small for client 'a': .*raise the"
+    )
+    refused(tmp_path, mailbox, BudgetError, match, uplink_budget=60)
+
+
+def test_a_budget_that_is_too_small_is_refused_before_any_training(tmp_path):
+    class Never(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            pytest.fail("it trained")
+
+    trainer = make_trainer(tmp_path, found(tmp_path / "box"), uplink_budget=5000)
+    trainer.add_callback(Never())
+    with pytest.raises(BudgetError, match="5000 bytes") as caught:
+        trainer.train()  # fp32 needs three times that
+    assert caught.traceback  # which keeps the session alive, but not its folder locked
+    with pytest.raises(BudgetError, match="5000 bytes"):
+        trainer.train()
 
 
 def test_no_federation_at_the_address(tmp_path):

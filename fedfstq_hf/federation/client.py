@@ -87,6 +87,10 @@ class MailboxParticipation:
         max_bytes: its budget per message in bytes, None for no limit.
         poll_seconds: mean time between two looks at the mailbox.
         wait_seconds: give up after waiting that long for a round; None waits for ever.
+        sleep: a test passes its own.
+
+    Raises:
+        BudgetError: not even an empty message fits into `max_bytes`.
     """
 
     def __init__(
@@ -99,6 +103,8 @@ class MailboxParticipation:
         wait_seconds: float | None = None,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
+        if max_bytes is not None:
+            session.check_budget(max_bytes)
         self.mailbox = mailbox
         self.session = session
         self.total_steps = session.spec.rounds * session.spec.local_steps

@@ -126,7 +126,13 @@ class FolderMailbox:
     def read_metrics(self, round: int) -> dict[str, dict[str, Any]]:
         """All posted metrics of a round by source."""
         folder = self.path / "metrics" / f"{round:06d}"
-        return {path.stem: json.loads(path.read_bytes()) for path in sorted(folder.glob("[!.]*.json"))}
+        metrics = {}
+        for path in sorted(folder.glob("[!.]*.json")):
+            try:
+                metrics[path.stem] = dict(json.loads(path.read_bytes()))
+            except (ValueError, TypeError) as error:
+                raise MailboxError(f"{path} holds no metrics ({error}). Remove it, or post them again.") from error
+        return metrics
 
     def _publishing(self) -> AbstractContextManager[None]:
         """Keeps a second coordinator from cleaning up, or refreshing the root, in the middle of ours."""

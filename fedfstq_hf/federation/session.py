@@ -22,13 +22,14 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from fedfstq_hf.codec import CodecContext, ErrorFeedback, Schema, get_codec, message
-from fedfstq_hf.errors import AdapterMismatchError, MailboxError, NonFiniteError, SessionBusyError
+from fedfstq_hf.errors import AdapterMismatchError, BudgetError, MailboxError, NonFiniteError, SessionBusyError
 from fedfstq_hf.federation import storage
 from fedfstq_hf.federation.record import AcceptedUpdate, RoundRecord
 from fedfstq_hf.federation.spec import FederationSpec
 
 FORMAT = 1
 _FILE = "session.safetensors"
+_MANY_EXAMPLES = 10**9  # as many digits as a header may need
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,7 @@ class ClientSession:
         }
         self._durable = durable
         self._folder = Path(folder) if folder is not None else None
-        self._lock: IO[str] | None = None
+        self._lock: IO[bytes] | None = None
         if self._folder is not None:
             storage.make_folder(self._folder, durable=durable)
             self._lock = _lock(self._folder)
@@ -147,25 +148,14 @@ class ClientSession:
                     "and its residual is as before. Lower the learning rate or check the data."
                 )
         corrected = self._feedback.corrected(delta, self.residual)
-        header = message.Header(
-            round=round,
-            client_id=self.client_id,
-            num_examples=num_examples,
-            base=base_sha256,
-            schema=self.schema.fingerprint,
-            codec=self._codec.name,
-            params={},
-        )
-        room = None if max_bytes is None else max_bytes - message.overhead(header, max_bytes)
-        encoded = self._codec.encode(
-            self.schema.unflatten(corrected),
-            None if fisher is None else self.schema.unflatten(fisher),
-            max_bytes=room,
-            context=CodecContext(round=round),
-        )
-        pending = Pending(round, message.pack(header, encoded.payload), corrected)
+        data = self._pack(round, base_sha256, corrected, fisher, num_examples, max_bytes)
+        pending = Pending(round, data, corrected)
         self._store(last_round=round, residual=None, carried=carried or {}, pending=pending)
         return pending
+
+    def check_budget(self, max_bytes: int) -> None:
+        """Raise `BudgetError` unless every message can be kept to `max_bytes` bytes: better now than after training."""
+        self._pack(self.spec.rounds, "0" * 64, torch.zeros(self.schema.num_params), None, _MANY_EXAMPLES, max_bytes)
 
     def settle(self, record: RoundRecord) -> Settlement:
         """Turn the pending message into the next residual.
@@ -202,6 +192,39 @@ class ClientSession:
         if self._lock is not None:
             self._lock.close()
             self._lock = None
+
+    def _pack(
+        self,
+        round: int,
+        base_sha256: str,
+        corrected: Tensor,
+        fisher: Tensor | None,
+        num_examples: int,
+        max_bytes: int | None,
+    ) -> bytes:
+        header = message.Header(
+            round=round,
+            client_id=self.client_id,
+            num_examples=num_examples,
+            base=base_sha256,
+            schema=self.schema.fingerprint,
+            codec=self._codec.name,
+            params={},
+        )
+        overhead = 0 if max_bytes is None else message.overhead(header, max_bytes)
+        try:
+            encoded = self._codec.encode(
+                self.schema.unflatten(corrected),
+                None if fisher is None else self.schema.unflatten(fisher),
+                max_bytes=None if max_bytes is None else max_bytes - overhead,
+                context=CodecContext(round=round),
+            )
+        except BudgetError as error:
+            raise BudgetError(
+                f"An uplink budget of {max_bytes} bytes, {overhead} of them for the message's header, is too small for "
+                f"client {self.client_id!r}: {error}"
+            ) from error
+        return message.pack(header, encoded.payload)
 
     def _store(
         self, *, last_round: int, residual: Tensor | None, carried: dict[str, Tensor], pending: Pending | None
@@ -260,19 +283,17 @@ def _metadata(data: bytes) -> dict[str, str]:
     return dict(header["__metadata__"])
 
 
-def _lock(folder: Path) -> IO[str]:
-    file = None
+def _lock(folder: Path) -> IO[bytes]:
+    file = storage.open_lock(folder / "session.lock")
     try:
-        file = open(folder / "session.lock", "w")  # noqa: SIM115 - held open as long as the session lives
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise SessionBusyError(
+            f"Another process uses the client state in {folder}. Stop it first, or give this client another state_dir."
+        ) from None
     except OSError as error:
-        if file is not None:
-            file.close()
-        if isinstance(error, BlockingIOError):
-            raise SessionBusyError(
-                f"Another process uses the client state in {folder}. Stop it first, or give this client another "
-                "state_dir."
-            ) from None
+        file.close()
         raise MailboxError(
             f"The client state in {folder} cannot be locked: {error.strerror or error}. Put it on a local disk "
             "(state_dir)."

@@ -15,6 +15,7 @@ import shutil
 import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import IO
 
 from fedfstq_hf.errors import MailboxError
 
@@ -115,14 +116,18 @@ def remove_leftovers(folder: Path, target: str | None = None) -> None:
             _remove(entry)
 
 
+def open_lock(path: Path) -> IO[bytes]:
+    """Open the file whose lock stands for something; it stays empty."""
+    try:
+        return open(path, "ab")
+    except OSError as error:
+        raise MailboxError(f"Could not open {path}: {error.strerror or error}.{_hint(error)}") from error
+
+
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
     """Within it, no other process is within it for the same `path`. Waits; a killed holder lets go."""
-    try:
-        file = open(path, "ab")  # noqa: SIM115 - closed by the `with` below, which must not catch what is done within
-    except OSError as error:
-        raise MailboxError(f"Could not open {path}: {error.strerror or error}.{_hint(error)}") from error
-    with file:
+    with open_lock(path) as file:
         with contextlib.suppress(OSError):  # where locks are not served, the atomic steps alone must do
             fcntl.flock(file, fcntl.LOCK_EX)
         yield

@@ -166,6 +166,14 @@ def test_metrics_replace_earlier_ones_of_their_source(tmp_path):
     assert mailbox.read_metrics(3) == {"held-out": {"eval_loss": 1.5}, "other": {"exact_match": 0.5}}
 
 
+def test_metrics_that_are_none_are_named(tmp_path):
+    mailbox = FolderMailbox(tmp_path)
+    mailbox.post_metric(3, "held-out", {})
+    (tmp_path / "metrics/000003/held-out.json").write_text("[1, 2]")
+    with pytest.raises(MailboxError, match=r"held-out\.json holds no metrics"):
+        mailbox.read_metrics(3)
+
+
 @pytest.mark.parametrize(("call", "number"), [("mkdir", 0), ("fsync", 0), ("fsync", 1), ("fsync", 2), ("rename", 0)])
 def test_a_full_disk_during_publish_loses_nothing(tmp_path, monkeypatch, call, number):
     mailbox = FolderMailbox(tmp_path)

@@ -169,6 +169,25 @@ def test_an_impossible_budget_is_refused_and_changes_nothing(tmp_path):
     finish(session)
 
 
+def test_a_budget_can_be_checked_before_training(tmp_path):
+    session = make_session(tmp_path)
+    with pytest.raises(
+        BudgetError, match=r"An uplink budget of 200 bytes, \d+ of them for the message's header, is too small"
+    ):
+        session.check_budget(200)
+    smallest = next(size for size in range(200, 400) if _fits(session, size))
+    assert len(finish(session, max_bytes=smallest).message) <= smallest
+    assert not _fits(make_session(spec=make_spec(codec="fp32")), 4 * SIZE)
+
+
+def _fits(session, size):
+    try:
+        session.check_budget(size)
+    except BudgetError:
+        return False
+    return True
+
+
 def test_every_state_survives_a_restart(tmp_path):
     def restart(session):
         session.close()
