@@ -6,9 +6,9 @@ import threading
 
 import pytest
 import torch
-from conftest import make_arguments, make_tiny_data, make_tiny_model
 from datasets import Dataset
 from peft import LoraConfig, PeftModel
+from tiny import make_arguments, make_tiny_data, make_tiny_model
 from transformers import Trainer, TrainerCallback
 
 from fedfstq_hf import FedFSTQConfig, FedFSTQTrainer

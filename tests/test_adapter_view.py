@@ -4,8 +4,8 @@ import json
 
 import pytest
 import torch
-from conftest import make_tiny_data, make_tiny_model
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from tiny import make_tiny_data, make_tiny_model
 from transformers import LlamaForCausalLM
 
 from fedfstq_hf.adapter import (
