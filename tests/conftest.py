@@ -10,8 +10,6 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-os.fsync = lambda descriptor: None  # no test pulls the plug, and syncing thousands of files to a disk takes minutes
-
 import pytest
 from launcher import Launcher
 from peft import PeftModel

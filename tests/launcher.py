@@ -137,7 +137,6 @@ def _serve() -> None:
     import torch
 
     torch.set_num_threads(1)
-    os.fsync = lambda descriptor: None  # as in conftest.py
     import fedfstq_hf.running_client
     import fedfstq_hf.simulation.runner  # noqa: F401
 

@@ -47,7 +47,8 @@ def test_shape_of_an_example():
     for example in make_examples(50, 0):
         assert set(example) == {"prompt", "answer", "specialty"}
         assert example["prompt"].startswith("note: ")
-        assert example["prompt"].endswith("\nanswer:")
+        assert example["prompt"].count("\nname what ") == 1
+        assert example["prompt"].endswith(":")
         assert example["answer"] == example["answer"].strip() != ""
 
 

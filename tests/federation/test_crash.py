@@ -34,7 +34,7 @@ def drive(victim, every):
     [
         ("client", 1, 60),  # real session, codec and mailbox; the training is a pure function
         ("coordinator", 1, 60),
-        ("trainer", 9, 60),  # a real FedFSTQTrainer, at some of its points; backward passes are points too
+        ("trainer", 13, 60),  # a real FedFSTQTrainer, at some of its points; backward passes are points too
     ],
 )
 def test_a_kill_at_any_point_changes_nothing(victim, every, least_points):
@@ -50,7 +50,7 @@ def test_a_kill_at_any_point_changes_nothing(victim, every, least_points):
 
 def test_nothing_is_sent_twice_where_training_again_gives_other_numbers():
     """A message that was ever posted is the one that is stored: other bytes would be a conflict, and end the client."""
-    _, runs = drive("noisy client", 2)
+    _, runs = drive("noisy client", 4)
     for run in runs:
         assert [len(accepted) for _, accepted, _ in run["rounds"]] == [0, 2, 2]
         assert run["residuals"]["a"][1:] == [1, True]

@@ -134,11 +134,11 @@ def finish(process, seconds=200):
     return out
 
 
-def test_three_real_processes_give_the_same_adapter(finished, tiny_recipe, tmp_path):
-    """init, a coordinator and three clients, each a process of its own, as one types it in five terminals."""
+def test_three_real_processes_give_the_same_adapter(finished, tiny_recipe, launcher, tmp_path):
+    """A coordinator and three clients, each a process of its own, as one types it in four terminals."""
     folder, _ = finished
     box = tmp_path / "box"
-    assert "3 updates a round" in finish(fedfstq("init", box, "--recipe", tiny_recipe))
+    assert "3 updates a round" in launcher.run("init", box, "--recipe", tiny_recipe).stdout
     files = [write_client_file(tiny_recipe.parent, box, owner, tmp_path / "clients") for owner in OWNERS]
     processes = [fedfstq("serve", box, "--poll-seconds", "0.05"), *(fedfstq("train", file) for file in files)]
     try:
