@@ -12,7 +12,7 @@ from launcher import environment
 from tiny_workload import write_client_file
 
 from fedfstq_hf import __version__
-from fedfstq_hf.cli import parse_overrides
+from fedfstq_hf.cli.options import parse_overrides
 from fedfstq_hf.errors import ConfigError
 
 HEAVY = ("torch", "transformers", "peft", "matplotlib", "datasets", "accelerate", "safetensors", "constriction")

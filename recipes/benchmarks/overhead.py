@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from fedfstq_hf.cli import parse_overrides, quieten
+from fedfstq_hf.cli.options import parse_overrides, quieten
 from fedfstq_hf.recipe import load_recipe
 from fedfstq_hf.simulation import runner
 from fedfstq_hf.trainer import FedFSTQTrainer

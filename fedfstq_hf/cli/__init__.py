@@ -1,0 +1,40 @@
+"""The `fedfstq` command, one module per group of commands. Nothing heavy is imported before a command needs it."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated, Any
+
+import typer
+
+from fedfstq_hf import __version__
+from fedfstq_hf.cli import federation, messages, recipes, simulate
+from fedfstq_hf.errors import FedFSTQError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    help="Federated LoRA fine-tuning in Fisher-guided messages. Start with: fedfstq simulate quickstart",
+)
+for group in (simulate, federation, messages):
+    app.add_typer(group.app)
+app.add_typer(recipes.app, name="recipes")
+
+
+@app.callback(invoke_without_command=True)
+def _version(
+    version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False,
+) -> None:
+    if version:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+def main(arguments: list[str] | None = None) -> Any:
+    """Entry point: errors of ours become one message and exit code 2, without a traceback."""
+    try:
+        return app(args=arguments, standalone_mode=True)
+    except FedFSTQError as error:
+        typer.secho(f"fedfstq: {error}", fg=typer.colors.RED, err=True)
+        sys.exit(2)

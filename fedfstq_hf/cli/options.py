@@ -1,0 +1,52 @@
+"""What several commands share: `--key value` overrides, exit codes, quiet libraries."""
+
+from __future__ import annotations
+
+import sys
+
+from fedfstq_hf.errors import ConfigError
+
+OVERRIDABLE = {"allow_extra_args": True, "ignore_unknown_options": True}
+INTERRUPTED = 130
+
+
+def parse_overrides(arguments: list[str]) -> dict[str, str]:
+    """`["--a.b", "1", "--c=2"]` as `{"a.b": "1", "c": "2"}`.
+
+    Raises:
+        ConfigError: an argument is no option, or has no value.
+    """
+    overrides: dict[str, str] = {}
+    rest = list(arguments)
+    while rest:
+        key = rest.pop(0)
+        if not key.startswith("--") or len(key) == 2:
+            raise ConfigError(
+                f"Cannot make sense of {key!r}; expected --KEY VALUE, such as --training.learning_rate 1e-3."
+            )
+        name, equals, value = key[2:].partition("=")
+        if not equals:
+            if not rest or rest[0].startswith("--"):
+                raise ConfigError(f"--{name} needs a value: type --{name} VALUE.")
+            value = rest.pop(0)
+        overrides[name.replace("-", "_")] = value
+    return overrides
+
+
+def quieten() -> None:
+    """Keep libraries' chatter out of the output; our own log goes to stderr."""
+    import logging
+    import os
+    import warnings
+
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    for noisy in ("httpx", "httpx2", "filelock", "matplotlib"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    warnings.filterwarnings(
+        "ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning
+    )  # peft's business
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()

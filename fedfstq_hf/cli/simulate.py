@@ -1,0 +1,45 @@
+"""`fedfstq simulate`."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fedfstq_hf.cli.options import INTERRUPTED, OVERRIDABLE, parse_overrides, quieten
+
+app = typer.Typer()
+
+
+@app.command(context_settings=OVERRIDABLE)
+def simulate(
+    context: typer.Context,
+    recipe: Annotated[str, typer.Argument(help="Name of a shipped recipe, or path of a YAML file.")],
+    out: Annotated[Path | None, typer.Option(help="Output folder; runs/RECIPE when not given.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar.")] = False,
+) -> None:
+    """Run a whole federation on this machine, several methods side by side.
+
+    Any key of the recipe can be changed: --model PATH --data FILE --seeds 3 --training.learning_rate 1e-3
+    """
+    from fedfstq_hf.recipe import load_recipe
+
+    loaded = load_recipe(recipe, parse_overrides(context.args))
+    folder = out or Path("runs") / loaded.name
+    quieten()
+    from fedfstq_hf.simulation.runner import SUMMARY_FILE, Simulation
+
+    command = shlex.join(["fedfstq", "simulate", recipe, *context.args])
+    simulation = Simulation(loaded, folder, resume=resume, progress=not quiet, command=command)
+    try:
+        summary = simulation.run()
+    except KeyboardInterrupt:
+        typer.echo(f"\nStopped. Go on with: {command} --out {folder} --resume", err=True)
+        raise typer.Exit(INTERRUPTED) from None
+    from fedfstq_hf.reporting.console import render_summary
+
+    typer.echo(render_summary(summary))
+    typer.echo(f"\nReport: {folder / 'report.md'}   figures: {folder / SUMMARY_FILE}   adapter: {folder / 'adapter'}")
