@@ -1,0 +1,187 @@
+"""The history of a federation: one short row per round, so that reports need not read every round record again."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from fedfstq_hf.errors import MailboxError
+from fedfstq_hf.federation.record import RoundRecord
+
+_MAX_REASONS = 8
+_MAX_REASON_LENGTH = 60
+_READ = 500
+"""Of a reason no more characters are looked at."""
+_OTHER = "other reasons"
+
+# The first pattern that a reason contains names its class; what stands in none keeps its own words, without values.
+_REASONS = (
+    (r"takes at most|at most \d+ were allowed", "too large"),
+    (r"names client|another client|signed by", "not from the client it names"),
+    (r"names round", "for another round"),
+    (r"names base adapter|wrong base", "based on another adapter"),
+    (r"names schema|for schema", "for an adapter of another shape"),
+    (r"names codec", "another codec"),
+    (r"format version", "from another package version"),
+    (r"signature", "signature missing or wrong"),
+    (r"replay|already (used|counted)", "sent before"),
+    (r"not finite|\bnan\b|infinity", "not finite"),
+    (r"num_examples|trained on", "implausible number of examples"),
+    (r"digest|damaged|altered", "damaged"),
+    (r"^message |payload|entropy-coded", "malformed"),
+)
+
+
+@dataclass(frozen=True)
+class HistoryRow:
+    """What a round cost. Bytes are totals over all clients, except for the downlink, which is one client's.
+
+    Attributes:
+        round: 0 is the initial adapter.
+        opened_at: seconds since the epoch by the coordinator's clock.
+        num_examples: training examples behind the accepted updates.
+        uplink_bytes: all messages that arrived for this round: accepted, refused and late ones.
+        dense_uplink_bytes: what as many plain adapter files would have weighed.
+        downlink_bytes: what a client that follows every round downloads: the packed change where it was published,
+            else the adapter file.
+        dense_downlink_bytes: the adapter file.
+        accepted, refused, late: numbers of updates.
+        reasons: class of reason -> number of updates refused for it.
+        restored_from: the round whose adapter this one took over, None for a round made from updates.
+    """
+
+    round: int
+    opened_at: float
+    num_examples: int
+    uplink_bytes: int
+    dense_uplink_bytes: int
+    downlink_bytes: int
+    dense_downlink_bytes: int
+    accepted: int = 0
+    refused: int = 0
+    late: int = 0
+    reasons: Mapping[str, int] = field(default_factory=dict)
+    restored_from: int | None = None
+
+
+_DEFAULTS: Mapping[str, object] = {"accepted": 0, "refused": 0, "late": 0, "reasons": {}, "restored_from": None}
+
+
+def row(record: RoundRecord, previous: RoundRecord | None) -> HistoryRow:
+    """The row of a published round; `previous` is the record of the round before it, None for round 0 alone.
+
+    Raises:
+        MailboxError: `previous` is not the round before.
+    """
+    given = None if previous is None else previous.round
+    if given != (record.round - 1 if record.round else None):
+        raise MailboxError(f"The row of round {record.round} needs the record of the round before it, not of {given}.")
+    late = getattr(record, "late", ())
+    updates = (*record.accepted, *record.refused, *late)
+    return HistoryRow(
+        round=record.round,
+        opened_at=record.opened_at,
+        num_examples=sum(update.num_examples for update in record.accepted),
+        uplink_bytes=sum(update.num_bytes for update in updates),
+        dense_uplink_bytes=previous.adapter_bytes * len(updates) if previous is not None else 0,
+        downlink_bytes=record.adapter_bytes if record.update_bytes is None else record.update_bytes,
+        dense_downlink_bytes=record.adapter_bytes,
+        accepted=len(record.accepted),
+        refused=len(record.refused),
+        late=len(late),
+        reasons=_fewest(Counter(reason_class(update.reason) for update in record.refused)),
+        restored_from=getattr(record, "restored_from", None),
+    )
+
+
+def reason_class(reason: str) -> str:
+    """A few words for a refusal, the same for all updates refused alike: no numbers, ids, hashes or quoted values.
+
+    Reasons quote what clients sent, so nothing but plain words passes from them into a public card.
+    """
+    reason = reason[:_READ]
+    lowered = reason.strip().lower()
+    for pattern, name in _REASONS:
+        if re.search(pattern, lowered):
+            return name
+    clause = re.split(r"[;:]|\.\s", re.sub(r"(['\"]).*\1", " ", reason, flags=re.DOTALL), maxsplit=1)[0]
+    words = [word for word in re.findall(r"\S+", clause) if re.fullmatch(r"[A-Za-z][a-z'-]*[,.]?", word)]
+    return " ".join(words).strip(" ,.'-")[:_MAX_REASON_LENGTH].strip() or _OTHER
+
+
+def merge_reasons(rows: Iterable[HistoryRow]) -> dict[str, int]:
+    """Refusals of all rows by class, the most frequent first."""
+    total: Counter[str] = Counter()
+    for entry in rows:
+        total.update(entry.reasons)
+    return dict(sorted(total.items(), key=lambda item: (-item[1], item[0])))
+
+
+def dump(rows: Iterable[HistoryRow]) -> bytes:
+    """JSON lines in the order given, keys sorted, without the fields that hold their default."""
+    return "".join(json.dumps(_plain(entry), sort_keys=True, separators=(",", ":")) + "\n" for entry in rows).encode()
+
+
+def load(data: bytes) -> list[HistoryRow]:
+    """Parse what `dump` wrote.
+
+    Raises:
+        MailboxError: a line is no row, or rounds do not go up.
+    """
+    rows: list[HistoryRow] = []
+    try:
+        lines = data.decode().removesuffix("\n").split("\n") if data else []
+    except UnicodeDecodeError as error:
+        raise MailboxError(f"The mailbox's history cannot be read: {error}") from error
+    for number, line in enumerate(lines, start=1):
+        try:
+            entry = HistoryRow(**json.loads(line))
+            _check(entry)
+        except (ValueError, TypeError, RecursionError) as error:
+            raise MailboxError(f"Line {number} of the mailbox's history cannot be read: {error}") from error
+        if rows and entry.round <= rows[-1].round:
+            raise MailboxError(
+                f"Line {number} of the mailbox's history is round {entry.round} after round {rows[-1].round}; expected "
+                "rounds that go up."
+            )
+        rows.append(entry)
+    return rows
+
+
+def _fewest(reasons: Counter[str]) -> dict[str, int]:
+    """The most frequent classes in alphabetic order; a round of many odd messages must not make a long row."""
+    kept = sorted(reasons.items(), key=lambda item: (-item[1], item[0]))
+    head = Counter(dict(kept[: _MAX_REASONS - 1] if len(kept) > _MAX_REASONS else kept))
+    if rest := reasons.total() - head.total():
+        head[_OTHER] += rest
+    return dict(sorted(head.items()))
+
+
+def _plain(entry: HistoryRow) -> dict[str, object]:
+    values = dataclasses.asdict(entry)
+    return {name: value for name, value in values.items() if name not in _DEFAULTS or value != _DEFAULTS[name]}
+
+
+def _check(entry: HistoryRow) -> None:
+    """Raise `ValueError` where a field's value is not of its type."""
+    for name, value in dataclasses.asdict(entry).items():
+        match name:
+            case "opened_at":
+                valid = type(value) in (int, float) and math.isfinite(value)
+            case "reasons":
+                valid = isinstance(value, dict) and all(_is_count(count) for count in value.values())
+            case "restored_from":
+                valid = value is None or _is_count(value)
+            case _:
+                valid = _is_count(value)
+        if not valid:
+            raise ValueError(f"{name} is {value!r:.60}")
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and value >= 0
