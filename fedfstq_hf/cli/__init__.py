@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from fedfstq_hf import __version__
-from fedfstq_hf.cli import federation, messages, recipes, simulate
+from fedfstq_hf.cli import federation, keys, messages, recipes, simulate
 from fedfstq_hf.errors import FedFSTQError
 
 app = typer.Typer(
@@ -20,6 +20,7 @@ app = typer.Typer(
 for group in (simulate, federation, messages):
     app.add_typer(group.app)
 app.add_typer(recipes.app, name="recipes")
+app.add_typer(keys.app, name="keys")
 
 
 @app.callback(invoke_without_command=True)

@@ -9,10 +9,10 @@ Byte by byte (H = length of the JSON text, N = payload bytes, no padding anywher
 | N | the codec's payload |
 
 `M` is canonical JSON (ASCII, no spaces, keys sorted), escaped as a JSON string, at most 512 bytes before escaping:
-`[version,round,num_examples,"client_id","codec",{params},"hashes"]`. `hashes` is base85 (RFC 1924 alphabet, 120
-characters) of 96 bytes: sha256 of the base adapter, schema fingerprint, digest. The digest is sha256 over
-`fedfstq message`, a newline, the canonical JSON of the list without `hashes`, the first two hashes, and the payload.
-There is exactly one byte string per (header, payload): anything else is refused.
+`[version,round,num_examples,"client_id","codec",{params},"hashes"]`. `hashes` is base85 (RFC 1924 alphabet) of 96
+bytes, or 160 if signed: sha256 of the base adapter, schema fingerprint, digest, Ed25519 signature. The digest is
+sha256 over `fedfstq message`, a newline, the canonical JSON of the list without `hashes`, the first two hashes, and the
+payload. There is exactly one byte string per header, payload and signature: anything else is refused.
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ import hashlib
 import json
 import math
 import re
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
 
 from ..errors import MessageError
 from .registry import JSONScalar
@@ -31,11 +32,15 @@ from .schema import Schema
 
 VERSION = 1
 MAX_METADATA = 512
+SIGNATURE_BYTES = 64
+# begins a message that is sealed to its reader (federation/keys.py); as a safetensors length it would be absurd
+SEALED_PREFIX = b"fedfstq sealed\n"
 _MAX_INT = 2**53 - 1
 _HEX = re.compile(r"[0-9a-f]{64}")
 _CLIENT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _CODEC = re.compile(r"[a-z0-9][a-z0-9._-]{0,31}")
 _NO_DIGEST = bytes(32)
+_NO_SIGNATURE = bytes(SIGNATURE_BYTES)
 
 
 @dataclass(frozen=True)
@@ -69,20 +74,44 @@ class Header:
                 raise MessageError(f"codec parameter {key!r:.60} is {value!r}; expected a finite number")
 
 
-def pack(header: Header, payload: bytes) -> bytes:
-    """The message: same header and payload, same bytes. Raises MessageError if the metadata exceeds 512 bytes."""
-    return _envelope(header, _digest(header, payload), len(payload)) + payload
+class Unpacked(NamedTuple):
+    """A message taken apart. `signature` is unchecked: who may sign, and for which federation, is not known here."""
+
+    header: Header
+    payload: bytes
+    digest: bytes
+    signature: bytes | None
 
 
-def overhead(header: Header, max_payload: int) -> int:
+def pack(header: Header, payload: bytes, sign: Callable[[bytes], bytes] | None = None) -> bytes:
+    """The message: same header and payload, same bytes. Raises MessageError if the metadata exceeds 512 bytes.
+
+    sign: makes a 64-byte signature of the 32-byte digest (`federation.keys.signer`); None leaves the message unsigned.
+    """
+    digest = _digest(header, payload)
+    signature = b"" if sign is None else sign(digest)
+    if sign is not None and len(signature) != SIGNATURE_BYTES:
+        raise MessageError(f"the signature has {len(signature)} bytes; expected the {SIGNATURE_BYTES} of Ed25519")
+    return _envelope(header, digest + signature, len(payload)) + payload
+
+
+def overhead(header: Header, max_payload: int, signed: bool = False) -> int:
     """Container bytes around a payload of at most `max_payload` bytes: exact for that size, an upper bound below it."""
-    return len(_envelope(header, _NO_DIGEST, max_payload))
+    return len(_envelope(header, _NO_DIGEST + (_NO_SIGNATURE if signed else b""), max_payload))
 
 
 def unpack(data: bytes, *, max_bytes: int | None = None) -> tuple[Header, bytes]:
     """Header and payload of a message. Raises MessageError unless every byte is as `pack` would have written it."""
+    header, payload, _, _ = unpack_signed(data, max_bytes=max_bytes)
+    return header, payload
+
+
+def unpack_signed(data: bytes, *, max_bytes: int | None = None) -> Unpacked:
+    """Like `unpack`, with the digest and what claims to be its signature (None: unsigned). Raises MessageError."""
     if max_bytes is not None and len(data) > max_bytes:
         raise MessageError(f"message has {len(data)} bytes; at most {max_bytes} were allowed")
+    if data.startswith(SEALED_PREFIX):
+        raise MessageError("message is sealed; only the holder of the private key that it was sealed to can read it")
     if len(data) < 8:
         raise MessageError(f"message has {len(data)} bytes; expected at least the 8 bytes of a safetensors length")
     length = int.from_bytes(data[:8], "little")
@@ -90,32 +119,38 @@ def unpack(data: bytes, *, max_bytes: int | None = None) -> tuple[Header, bytes]
     if length > min(len(data) - 8, 2 * MAX_METADATA + 256):
         raise MessageError(f"message announces a header of {length} bytes; more than it holds or the format allows")
     payload = data[8 + length :]
-    header, digest = _parse(data[8 : 8 + length])
-    if _envelope(header, digest, len(payload)) != data[: 8 + length]:
+    header, seal = _parse(data[8 : 8 + length])
+    if _envelope(header, seal, len(payload)) != data[: 8 + length]:
         raise MessageError("message header is not in canonical form, or its sizes disagree with the payload")
+    digest, signature = seal[:32], seal[32:] or None
     if _digest(header, payload) != digest:
         raise MessageError("message digest does not match header and payload; the file is damaged or was altered")
-    return header, payload
+    return Unpacked(header, payload, digest, signature)
 
 
 def _parse(text: bytes) -> tuple[Header, bytes]:
-    """Header and digest out of the safetensors JSON; the caller checks the form by writing it again."""
+    """Header, digest + signature out of the safetensors JSON; the caller checks the form by writing it again."""
     try:
         meta = json.loads(text)["__metadata__"]["fstq"]
         if len(meta) > MAX_METADATA:
             raise MessageError(f"message metadata has {len(meta)} characters; at most {MAX_METADATA} are allowed")
-        version, round_, num_examples, client_id, codec, params, hashes = json.loads(meta)
+        fields = json.loads(meta)
+        version = fields[0]
+        if type(version) is not int or version != VERSION:
+            raise MessageError(
+                f"message has format version {version!r:.20}, this package reads version {VERSION}; if it is newer, "
+                "type: pip install --upgrade fedfstq_hf"
+            )
+        _, round_, num_examples, client_id, codec, params, hashes = fields
         raw = base64.b85decode(hashes)
     except MessageError:
         raise
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
         raise MessageError(f"message metadata cannot be read ({type(error).__name__}); expected key fstq") from error
-    if type(version) is not int or version != VERSION:
-        raise MessageError(f"message has format version {version!r:.20}; this package reads version {VERSION}")
-    if len(raw) != 96:
-        raise MessageError(f"message carries {len(raw)} bytes of hashes; expected 96")
-    base, schema, digest = raw[:32].hex(), raw[32:64].hex(), raw[64:]
-    return Header(round_, client_id, num_examples, base, schema, codec, params), digest
+    if len(raw) not in (96, 96 + SIGNATURE_BYTES):
+        raise MessageError(f"message carries {len(raw)} bytes of hashes; expected 96, or 160 with a signature")
+    base, schema = raw[:32].hex(), raw[32:64].hex()
+    return Header(round_, client_id, num_examples, base, schema, codec, params), raw[64:]
 
 
 def _fields(header: Header) -> list[Any]:
@@ -127,8 +162,8 @@ def _digest(header: Header, payload: bytes) -> bytes:
     return hashlib.sha256(b"fedfstq message\n" + _canonical(_fields(header)) + hashes + payload).digest()
 
 
-def _envelope(header: Header, digest: bytes, size: int) -> bytes:
-    hashes = base64.b85encode(bytes.fromhex(header.base + header.schema) + digest).decode()
+def _envelope(header: Header, seal: bytes, size: int) -> bytes:
+    hashes = base64.b85encode(bytes.fromhex(header.base + header.schema) + seal).decode()
     meta = _canonical([*_fields(header), hashes])
     if len(meta) > MAX_METADATA:
         raise MessageError(
@@ -167,6 +202,7 @@ class MessageInfo:
     total_bytes: int
     payload_bytes: int
     sha256: str
+    signed: bool = False
     num_params: int | None = None
     matrices: tuple[MatrixInfo, ...] = ()
 
@@ -176,7 +212,7 @@ class MessageInfo:
         lines = [
             f"round {h.round} from {h.client_id} ({h.num_examples} examples), codec {h.codec}",
             f"{self.total_bytes} bytes = {self.payload_bytes} payload + {container} container",
-            f"sha256 {self.sha256}, base {h.base[:12]}, schema {h.schema[:12]}",
+            f"sha256 {self.sha256}, base {h.base[:12]}, schema {h.schema[:12]}, {'' if self.signed else 'not '}signed",
         ]
         if self.num_params:
             sent = sum(m.sent for m in self.matrices)
@@ -194,8 +230,8 @@ class MessageInfo:
 
 def inspect(data: bytes, schema: Schema | None = None) -> MessageInfo:
     """Check and describe a message; with the adapter's schema also decode it, matrix by matrix. Raises MessageError."""
-    header, payload = unpack(data)
-    info = MessageInfo(header, len(data), len(payload), hashlib.sha256(data).hexdigest())
+    header, payload, _, signature = unpack_signed(data)
+    info = MessageInfo(header, len(data), len(payload), hashlib.sha256(data).hexdigest(), signature is not None)
     if schema is None:
         return info
     if schema.fingerprint != header.schema:
@@ -205,11 +241,15 @@ def inspect(data: bytes, schema: Schema | None = None) -> MessageInfo:
         )
     from .registry import get_codec
 
-    dense = get_codec(header.codec, **header.params).decode(payload, schema).to_dense()
+    try:
+        codec = get_codec(header.codec, **header.params)
+    except (TypeError, ValueError) as error:  # parameters come from the message
+        raise MessageError(f"message names a codec that cannot be made here: {error}") from error
+    dense = codec.decode(payload, schema).to_dense()
     matrices = []
     for spec in schema.tensors:
         part = dense[spec.offset : spec.offset + spec.size]
         sent = part[part != 0]
         rms = float(sent.double().square().mean().sqrt()) if sent.numel() else 0.0
         matrices.append(MatrixInfo(spec.name, spec.size, sent.numel(), rms))
-    return MessageInfo(header, info.total_bytes, info.payload_bytes, info.sha256, schema.num_params, tuple(matrices))
+    return replace(info, num_params=schema.num_params, matrices=tuple(matrices))

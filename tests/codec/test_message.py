@@ -35,6 +35,57 @@ def test_overhead_is_exact_for_its_size_and_a_bound_below(size):
 
 def test_container_is_small():
     assert message.overhead(HEADER, 4000) <= 270
+    assert message.overhead(HEADER, 4000, signed=True) == message.overhead(HEADER, 4000) + 80
+
+
+def sign(digest):
+    return digest + digest[::-1]
+
+
+def test_a_signature_is_carried_and_covers_the_digest():
+    data = message.pack(HEADER, b"payload", sign=sign)
+    opened = message.unpack_signed(data)
+    assert opened[:2] == message.unpack(data) == (HEADER, b"payload")
+    assert opened.signature == sign(opened.digest)
+    assert len(data) == message.overhead(HEADER, 7, signed=True) + 7
+    plain = message.unpack_signed(message.pack(HEADER, b"payload"))
+    assert (plain.digest, plain.signature) == (opened.digest, None)
+
+
+def test_every_flipped_bit_of_a_signed_message_is_refused_or_changes_the_signature_alone():
+    data = message.pack(HEADER, b"payload", sign=sign)
+    good, same_digest = message.unpack_signed(data), 0
+    for position in range(8 * len(data)):
+        bad = bytearray(data)
+        bad[position // 8] ^= 1 << position % 8
+        try:
+            opened = message.unpack_signed(bytes(bad))
+        except MessageError:
+            continue
+        same_digest += 1
+        assert opened[:3] == good[:3]
+        assert opened.signature != good.signature
+    assert same_digest > 100
+
+
+def test_a_signature_of_another_length_is_refused():
+    with pytest.raises(MessageError, match="63 bytes"):
+        message.pack(HEADER, b"", sign=lambda digest: bytes(63))
+
+
+def test_the_longest_client_id_fits_with_a_signature():
+    longest = dataclasses.replace(HEADER, client_id="a" * 64, codec="c" * 32, round=2**53 - 1, num_examples=2**53 - 1)
+    data = message.pack(longest, b"", sign=sign)
+    assert message.unpack(data)[0] == longest
+
+
+def test_another_version_says_what_to_install():
+    text = _text(message.pack(HEADER, b"abcd")).replace("[1,3,100,", "[2,3,100,")
+    with pytest.raises(MessageError, match="version 2.*pip install --upgrade fedfstq_hf"):
+        message.unpack(_frame(text, b"abcd"))
+    # also where later versions have other fields
+    with pytest.raises(MessageError, match="version 2.*pip install --upgrade fedfstq_hf"):
+        message.unpack(_frame(text.replace("[2,3,100,", "[2,"), b"abcd"))
 
 
 def test_params_round_trip_in_any_order():
@@ -171,6 +222,21 @@ def test_inspect_counts_per_matrix():
     assert "3 of 6 coordinates" in str(info)
     assert message.inspect(data).matrices == ()
     assert "hospital-a" in str(message.inspect(data))
+
+
+@pytest.mark.parametrize(
+    "change", [{"codec": "nonesuch"}, {"params": {"x": 1}}, {"codec": "paper", "params": {"shares": 5}}]
+)
+def test_inspect_refuses_codecs_that_cannot_be_made(change):
+    schema = Schema.from_state_dict({"a": torch.zeros(1)})
+    header = dataclasses.replace(HEADER, schema=schema.fingerprint, **change)
+    with pytest.raises(MessageError, match="codec"):
+        message.inspect(message.pack(header, b""), schema)
+
+
+def test_inspect_says_whether_a_message_is_signed():
+    assert "not signed" in str(message.inspect(message.pack(HEADER, b"")))
+    assert "not signed" not in str(message.inspect(message.pack(HEADER, b"", sign=sign)))
 
 
 def test_inspect_refuses_another_schema():
