@@ -106,7 +106,7 @@ def verify(verify_key: str, federation_id: str, digest: bytes, signature: bytes 
         )
     text = _signed_text(federation_id, digest)
     try:
-        # anything but a signature's length is a TypeError or ValueError there
+        # another length would be a ValueError there
         good = len(signature) == SIGNATURE_BYTES and key.verify(text, signature) == text
     except _nacl("exceptions").BadSignatureError:
         good = False
@@ -132,9 +132,7 @@ def seal(seal_key: str, data: bytes) -> bytes:
     try:
         return SEALED_PREFIX + bytes(public.SealedBox(public.PublicKey(key)).encrypt(data))
     except _nacl("exceptions").CryptoError:  # a point of small order
-        raise ConfigError(
-            f"{seal_key} is not a key that fedfstq made; ask the coordinator for its public key"
-        ) from None
+        raise ConfigError(f"{seal_key} is no key that fedfstq made; ask the coordinator for its public key") from None
 
 
 def unseal(keys: KeyPair, data: bytes) -> bytes:
@@ -159,7 +157,7 @@ def parse_public_key(text: str, kind: str) -> bytes:
         # a private key pasted by mistake must not end up in a log
         given = match[1] + " key" if match else "something else"
         raise ConfigError(
-            f"Expected a public key of the form {kind}:<64 hex digits>, got {given}. Print it: fedfstq keys show KEYFILE"
+            f"Expected a public key of the form {kind}:<64 hex digits>, got {given}. See it: fedfstq keys show KEYFILE"
         )
     return bytes.fromhex(match[2])
 

@@ -81,10 +81,10 @@ def test_the_longest_client_id_fits_with_a_signature():
 
 def test_another_version_says_what_to_install():
     text = _text(message.pack(HEADER, b"abcd")).replace("[1,3,100,", "[2,3,100,")
-    with pytest.raises(MessageError, match="version 2.*pip install --upgrade fedfstq_hf"):
+    with pytest.raises(MessageError, match=r"version 2.*pip install --upgrade fedfstq_hf"):
         message.unpack(_frame(text, b"abcd"))
     # also where later versions have other fields
-    with pytest.raises(MessageError, match="version 2.*pip install --upgrade fedfstq_hf"):
+    with pytest.raises(MessageError, match=r"version 2.*pip install --upgrade fedfstq_hf"):
         message.unpack(_frame(text.replace("[2,3,100,", "[2,"), b"abcd"))
 
 

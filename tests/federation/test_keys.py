@@ -101,9 +101,9 @@ def test_a_plain_message_is_told_from_a_sealed_one():
 
 def test_signing_and_sealing_keys_differ_and_are_not_interchangeable():
     assert ALICE.verify_key.split(":")[1] != ALICE.seal_key.split(":")[1]
-    with pytest.raises(ConfigError, match="x25519.*got ed25519 key"):
+    with pytest.raises(ConfigError, match=r"x25519.*got ed25519 key"):
         keys.seal(ALICE.verify_key, b"")
-    with pytest.raises(ConfigError, match="ed25519.*got x25519 key"):
+    with pytest.raises(ConfigError, match=r"ed25519.*got x25519 key"):
         keys.verify(ALICE.seal_key, "fed-1", DIGEST, bytes(64))
 
 
@@ -115,7 +115,7 @@ def test_malformed_public_keys_are_refused_without_repeating_them(bad):
 
 
 def test_sealing_to_a_point_of_small_order_is_refused():
-    with pytest.raises(ConfigError, match="not a key"):
+    with pytest.raises(ConfigError, match="no key"):
         keys.seal("x25519:" + "00" * 32, b"secret")
 
 
