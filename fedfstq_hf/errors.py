@@ -36,6 +36,10 @@ class MailboxError(FedFSTQError):
     """A mailbox cannot be read or written, or holds something that is not a federation."""
 
 
+class MailboxUnavailableError(MailboxError):
+    """The mailbox did not answer, or refused for the moment, for as long as the caller was willing to wait."""
+
+
 class RoundConflictError(MailboxError):
     """Somebody else published this round first."""
 

@@ -17,7 +17,8 @@ from fedfstq_hf.codec import get_codec, message
 from fedfstq_hf.errors import AdapterMismatchError, BudgetError, ConfigError, DataError, MailboxError, NonFiniteError
 from fedfstq_hf.federation import adapter_file
 from fedfstq_hf.federation.client import Assignment, local_seed
-from fedfstq_hf.federation.coordinator import Coordinator, found_federation
+from fedfstq_hf.federation.coordinator import Coordinator
+from fedfstq_hf.federation.founding import found_federation
 from fedfstq_hf.federation.local import FolderMailbox
 from fedfstq_hf.federation.session import ClientSession
 from fedfstq_hf.federation.spec import FederationSpec

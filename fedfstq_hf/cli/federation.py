@@ -37,7 +37,7 @@ def init(
     quieten()
     import dataclasses
 
-    from fedfstq_hf.federation.coordinator import found_federation
+    from fedfstq_hf.federation.founding import found_federation
     from fedfstq_hf.federation.mailbox import open_mailbox
     from fedfstq_hf.founding import found, make_spec
 

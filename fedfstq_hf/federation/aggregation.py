@@ -26,11 +26,11 @@ class WeightedMean:
 
     def __init__(self, num_params: int) -> None:
         self._sum = torch.zeros(num_params, dtype=torch.float64)
-        self.total_weight = 0
+        self.total_weight = 0.0
 
-    def add(self, update: SparseUpdate, weight: int) -> None:
-        """Add one client's update with its number of examples."""
-        update.add_to(self._sum, float(weight))
+    def add(self, update: SparseUpdate, weight: float, scale: float = 1.0) -> None:
+        """Add one client's update, multiplied by `scale`, with its weight (its number of examples)."""
+        update.add_to(self._sum, weight * scale)
         self.total_weight += weight
 
     def result(self) -> Tensor:

@@ -14,14 +14,18 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from fedfstq_hf.codec import CodecContext, Schema, get_codec, message
-from fedfstq_hf.errors import FedFSTQError, MailboxError
+from fedfstq_hf.errors import FedFSTQError, MailboxError, MailboxUnavailableError
 from fedfstq_hf.federation import adapter_file
+from fedfstq_hf.federation.control import read_control
 from fedfstq_hf.federation.downlink import cheapest_download
-from fedfstq_hf.federation.mailbox import ADAPTER_FILE, RECORD_FILE, UPDATE_FILE, Mailbox
+from fedfstq_hf.federation.mailbox import ADAPTER_FILE, UPDATE_FILE, Mailbox
 from fedfstq_hf.federation.record import RoundRecord
+from fedfstq_hf.federation.records import Records
 from fedfstq_hf.federation.session import ClientSession, Settlement
 
 logger = logging.getLogger(__name__)
+
+_GROWTH, _LONGEST_WAIT = 1.3, 8.0  # while nothing happens, polling slows down to that many times its first interval
 
 
 def local_seed(seed: int, client_id: str, round: int) -> int:
@@ -116,16 +120,17 @@ class MailboxParticipation:
         self._sleep = sleep
         self._held: tuple[RoundRecord, Tensor] | None = None
         self._posted_round = -1
+        self._record = Records(mailbox)
 
     def next(self) -> Assignment | None:
         """Wait until a round is open that this client has not trained in."""
-        started, announced = time.monotonic(), False
+        started, announced, wait = time.monotonic(), "", self._poll_seconds
         while True:
             record = self._newest_record()
             if self._settled(record):
                 if record.finished:
                     return None
-                if record.round > self.session.last_round:
+                if record.round > self.session.last_round and self._wanted(record):
                     spec = self.session.spec
                     return Assignment(
                         round=record.round,
@@ -141,10 +146,13 @@ class MailboxParticipation:
                     f"Is `fedfstq serve {self.mailbox.address}` running? Start this client again at any time: nothing "
                     "is lost."
                 )
-            if not announced:
-                logger.info("Waiting for round %d of %s.", record.round + 1, self.mailbox.address)
-                announced = True
-            self._sleep(self._poll_seconds * random.uniform(0.5, 1.5))
+            paused = read_control(self.mailbox).paused
+            state = f"paused: {paused}" if paused else f"waiting for round {record.round + 1}"
+            if state != announced:
+                logger.info("%s: %s.", self.mailbox.address, state)
+                announced, wait = state, self._poll_seconds
+            self._sleep(wait * random.uniform(0.5, 1.5))
+            wait = min(wait * _GROWTH, self._poll_seconds * _LONGEST_WAIT)
 
     def complete(self, assignment: Assignment, result: LocalResult) -> dict[str, float]:
         """Store the message, then post it."""
@@ -157,7 +165,7 @@ class MailboxParticipation:
             max_bytes=self._max_bytes,
             carried=result.carried,
         )
-        self._post()
+        self._post(self._record(assignment.round))
         return {"fed_round": assignment.round, "fed_uplink_bytes": len(pending.message)}
 
     def final_adapter(self) -> Tensor | None:
@@ -173,15 +181,32 @@ class MailboxParticipation:
             )
         return self._record(head)
 
+    def _wanted(self, record: RoundRecord) -> bool:
+        """Whether this client is asked for an update of the open round."""
+        client_id = self.session.client_id
+        if not read_control(self.mailbox).enrolled(client_id):
+            raise MailboxError(
+                f"Client {client_id!r} is not enrolled in {self.mailbox.address}. Check client_id, or ask for "
+                f"`fedfstq enrol {self.mailbox.address} {client_id}`."
+            )
+        return record.selected is None or client_id in record.selected
+
     def _settled(self, newest: RoundRecord) -> bool:
         """Settle the pending message if its round is over, else post it (again); True when nothing is pending."""
         pending = self.session.pending
         if pending is None:
             return True
-        if newest.round <= pending.round:
-            self._post()  # after a restart it may not have arrived; the same bytes again change nothing
-            return False
-        settlement = self.session.settle(self._record(pending.round + 1))
+        if newest.round > pending.round:
+            last = pending.round + 1 + self.session.spec.max_staleness
+            records = [self._record(round) for round in range(pending.round + 1, min(newest.round, last) + 1)]
+            naming = [r for r in records if r.fate(self.session.client_id, pending.sha256) is not None]
+            if naming or newest.round >= last or newest.finished:
+                return self._settle(naming[0] if naming else records[-1])
+        self._post(newest)  # after a restart it may not have arrived; the same bytes again change nothing
+        return False
+
+    def _settle(self, record: RoundRecord) -> bool:
+        settlement = self.session.settle(record)
         self.settlements.append(settlement)
         if settlement.outcome != "accepted":
             logger.warning(
@@ -192,14 +217,22 @@ class MailboxParticipation:
             )
         return True
 
-    def _post(self) -> None:
+    def _post(self, newest: RoundRecord) -> None:
+        """Send the pending message, for at most as long as the round is open: by then it is late anyway."""
         pending = self.session.pending
-        if pending is not None and pending.round != self._posted_round:
-            self.mailbox.post_update(pending.round, self.session.client_id, pending.message)
-            self._posted_round = pending.round
-
-    def _record(self, round: int) -> RoundRecord:
-        return RoundRecord.from_json(self.mailbox.read(round, RECORD_FILE))
+        if pending is None or pending.round == self._posted_round:
+            return
+        patience = None
+        if newest.deadline is not None and newest.round == pending.round:  # by durations: clocks may differ
+            patience = newest.deadline - newest.opened_at
+        try:
+            self.mailbox.post_update(pending.round, self.session.client_id, pending.message, patience=patience)
+        except MailboxUnavailableError as error:
+            if patience is None:
+                raise
+            logger.warning("The update of round %d could not be sent in time: %s", pending.round, error)
+            return
+        self._posted_round = pending.round
 
     def _fetch(self, record: RoundRecord) -> Tensor:
         """Θ of a round, by the cheaper way from what is at hand."""

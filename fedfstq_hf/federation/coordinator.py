@@ -6,71 +6,44 @@ for the same set of messages the published adapter is the same, bit for bit.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import logging
+import random
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
+import torch
 from torch import Tensor
 
-from fedfstq_hf.codec import CodecContext, Schema, SparseUpdate, get_codec, message
-from fedfstq_hf.errors import MailboxError, MessageError, NonFiniteError, RoundConflictError
-from fedfstq_hf.federation import adapter_file
-from fedfstq_hf.federation.aggregation import WeightedMean, check_server, server_step
+from fedfstq_hf.codec import Schema
+from fedfstq_hf.errors import MailboxError, MailboxUnavailableError, NonFiniteError, RoundConflictError
+from fedfstq_hf.federation import adapter_file, history
+from fedfstq_hf.federation.aggregation import server_step
+from fedfstq_hf.federation.collecting import Collected, Collector
+from fedfstq_hf.federation.control import read_control
 from fedfstq_hf.federation.mailbox import (
     ADAPTER_CONFIG_FILE,
     ADAPTER_FILE,
+    HISTORY_FILE,
     RECORD_FILE,
     SERVER_STATE_FILE,
     SPEC_FILE,
     UPDATE_FILE,
     Mailbox,
+    RootFiles,
     UpdateRef,
 )
-from fedfstq_hf.federation.record import AcceptedUpdate, RefusedUpdate, RoundRecord
+from fedfstq_hf.federation.publication import CardMaker, make_record, pack_change, root_files
+from fedfstq_hf.federation.record import RefusedUpdate, RoundRecord
+from fedfstq_hf.federation.records import Records
+from fedfstq_hf.federation.screening import Screening, Unseal
 from fedfstq_hf.federation.spec import FederationSpec
 
 logger = logging.getLogger(__name__)
 
-
-def found_federation(
-    mailbox: Mailbox, spec: FederationSpec, adapter: bytes, adapter_config: bytes, *, now: float | None = None
-) -> RoundRecord:
-    """Publish round 0: the spec and the initial adapter.
-
-    Args:
-        adapter: an `adapter_model.safetensors` file; its schema must be the spec's.
-        adapter_config: the PEFT `adapter_config.json`.
-        now: seconds since the epoch; the wall clock when None.
-
-    Raises:
-        RoundConflictError: the mailbox already holds a federation.
-    """
-    check_server(spec.server)
-    get_codec(spec.codec, **spec.codec_options)
-    if mailbox.head() is not None:
-        raise RoundConflictError(
-            f"{mailbox.address} already holds a federation. Give a new folder, or go on with "
-            f"`fedfstq serve {mailbox.address}`."
-        )
-    record = _record(spec, adapter, 0, time.time() if now is None else now)
-    files = {
-        SPEC_FILE: spec.to_json(),
-        RECORD_FILE: record.to_json(),
-        ADAPTER_FILE: adapter,
-        ADAPTER_CONFIG_FILE: adapter_config,
-    }
-    mailbox.publish(0, files)
-    mailbox.refresh_root()
-    return record
-
-
-@dataclass
-class _Collected:
-    mean: WeightedMean
-    accepted: list[AcceptedUpdate]
-    refused: list[RefusedUpdate]
+_PATIENCE_GROWTH, _LONGEST_WAIT = 1.3, 8.0  # polling slows down to that many times its first interval
 
 
 class Coordinator:
@@ -79,32 +52,56 @@ class Coordinator:
     Args:
         mailbox: holds a federation made by `found_federation`.
         clock: seconds since the epoch; a simulation passes its own.
+        card: makes the root's readable files for each round.
+        unseal: opens sealed messages.
     """
 
-    def __init__(self, mailbox: Mailbox, *, clock: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self,
+        mailbox: Mailbox,
+        *,
+        clock: Callable[[], float] = time.time,
+        card: CardMaker | None = None,
+        unseal: Unseal | None = None,
+    ) -> None:
         self.mailbox = mailbox
         self.record: RoundRecord
         self.schema: Schema
         self.adapter: Tensor
         self._clock = clock
-        self._refused: dict[UpdateRef, RefusedUpdate] = {}
+        self._card = card
+        self._unseal = unseal
+        self._record = Records(mailbox)
+        self._collector: Collector
+        self._history: list[history.HistoryRow] = []
         head = mailbox.head()
         if head is None:
             raise MailboxError(
                 f"{mailbox.address} holds no federation yet. Make one with `fedfstq init {mailbox.address} ...`."
             )
         self.spec = FederationSpec.from_json(mailbox.read(0, SPEC_FILE))
+        self._adapter_config = mailbox.read(0, ADAPTER_CONFIG_FILE)
         self._load_head(head)
-        mailbox.refresh_root()
+        self._load_history()
+        self.refresh()
 
     @property
     def finished(self) -> bool:
         """Whether the last round is published."""
         return self.record.finished
 
+    @property
+    def paused(self) -> str | None:
+        """Why no round is closed at present; None while the federation runs."""
+        return read_control(self.mailbox).paused
+
     def ready(self) -> bool:
         """Whether enough messages have arrived, or the deadline has passed and there is at least one."""
-        return self._enough(sum(ref not in self._refused for ref in self.mailbox.list_updates(self.record.round)))
+        if self.paused is not None:
+            return False
+        refs = self._refs(self.record.round)
+        waiting = [ref for ref in (*self._stale_refs(), *refs) if not self._collector.refused(ref)]
+        return self._enough(len(waiting))
 
     def close_round(self) -> RoundRecord | None:
         """Aggregate the messages that lie in the mailbox and publish the next round.
@@ -113,49 +110,44 @@ class Coordinator:
             The new record. None when, after refusals, too few messages are left to close the round: call again later.
             If another coordinator published first, its record is adopted and returned.
         """
-        refs = self.mailbox.list_updates(self.record.round)
-        collected = self._collect(refs)
+        collected = self._collect()
         if not self._enough(len(collected.accepted)):
             return None
-        previous, now = self.record, self._clock()
-        change, server_state = server_step(
-            self.adapter, collected.mean.result(), self.spec.server, self._server_state(previous.round)
-        )
-        adapter = self.adapter + change
-        if not bool(adapter.isfinite().all()):
-            raise NonFiniteError(
-                f"The server optimizer {dict(self.spec.server)} made round {previous.round + 1} infinite or NaN; "
-                "nothing was published. Start a federation with a smaller server learning rate."
+        return self._publish_mean(collected, finished=self.record.round + 1 >= self.spec.rounds)
+
+    def stop(self) -> RoundRecord:
+        """End the federation now: what has arrived is used, and the round made from it is the last one."""
+        self._refuse_finished("stopped")
+        return self._publish_mean(self._collect(), finished=True)
+
+    def rollback(self, round: int) -> RoundRecord:
+        """Publish the adapter and server state of an earlier round as the next one; waiting updates are refused.
+
+        Raises:
+            MailboxError: there is no such round, or the mailbox no longer holds its adapter.
+        """
+        self._refuse_finished("rolled back")
+        if not 0 <= round < self.record.round:
+            raise MailboxError(
+                f"Cannot roll back to round {round}: the newest is {self.record.round}. Give a round from 0 to "
+                f"{self.record.round - 1}."
             )
-        adapter_bytes = adapter_file.dump(self.schema.unflatten(adapter))
-        packed = self._pack_change(change, collected.mean.total_weight)
-        record = _record(
-            self.spec,
-            adapter_bytes,
-            previous.round + 1,
-            now,
-            accepted=tuple(collected.accepted),
-            refused=tuple(collected.refused),
-            update_bytes=len(packed) if len(packed) < len(adapter_bytes) else None,
+        adapter = self.mailbox.read(round, ADAPTER_FILE)
+        adapter_file.load(adapter, expected_sha256=self._record(round).adapter_sha256)
+        refused = tuple(
+            RefusedUpdate(
+                ref.client_id, ref.sha256 or self._sha256(ref), ref.num_bytes, f"Rolled back to round {round}."
+            )
+            for ref in self._refs(self.record.round)
         )
-        files = {
-            RECORD_FILE: record.to_json(),
-            ADAPTER_FILE: adapter_bytes,
-            ADAPTER_CONFIG_FILE: self.mailbox.read(0, ADAPTER_CONFIG_FILE),
-            SERVER_STATE_FILE: server_state,
-        }
-        if record.update_bytes is not None:
-            files[UPDATE_FILE] = packed
-        try:
-            self.mailbox.publish(record.round, files)
-        except RoundConflictError:
-            logger.warning("Another coordinator published round %d first; going on from its result.", record.round)
-            self._load_head(record.round)
-        else:
-            self.record, self.adapter = record, adapter
-            self._refused.clear()
-        self.mailbox.refresh_root()
-        return self.record
+        record = self._next_record(
+            adapter, finished=self.record.round + 1 >= self.spec.rounds, refused=refused, restored_from=round
+        )
+        return self._publish(record, adapter, self._server_state(round), None)
+
+    def refresh(self) -> None:
+        """Renew the root's files, with the metrics that were posted meanwhile."""
+        self.mailbox.refresh_root(self._root(self.record, self._history))
 
     def serve(
         self,
@@ -168,125 +160,211 @@ class Coordinator:
         """Close rounds until the federation is finished; returns the last record.
 
         Args:
-            poll_seconds: between two looks at the mailbox.
+            poll_seconds: between two looks at the mailbox at first; while nothing arrives they grow rarer.
             once: close only what is ready now.
             on_round: is told each new record.
             sleep: a test or simulation passes its own.
         """
+        wait, paused = poll_seconds, False
         while not self.finished:
-            record = self.close_round() if self.ready() else None
+            record = self.close_round() if self.ready() else self._other_head()
             if record is not None:
+                wait = poll_seconds
                 if on_round is not None:
                     on_round(record)
             elif once:
                 break
             else:
-                sleep(poll_seconds)
+                if (self.paused is not None) != paused:
+                    paused = not paused
+                    logger.info("Paused: %s" if paused else "Going on.%s", self.paused or "")
+                sleep(self._until_deadline(wait) * random.uniform(0.8, 1.2))
+                wait = min(wait * _PATIENCE_GROWTH, poll_seconds * _LONGEST_WAIT)
         return self.record
 
     def _load_head(self, head: int) -> None:
-        self.record = RoundRecord.from_json(self.mailbox.read(head, RECORD_FILE))
+        self.record = self._record(head)
         data = self.mailbox.read(head, ADAPTER_FILE)
         state = adapter_file.load(data, expected_sha256=self.record.adapter_sha256)
         self.schema = Schema.from_state_dict(state)
         self.adapter = self.schema.flatten(state)
-        self._refused.clear()
+        self._open_round()
+
+    def _open_round(self) -> None:
+        self._collector = Collector(
+            self.mailbox,
+            self.record.round,
+            num_params=self.schema.num_params,
+            base=lambda round: self._record(round).adapter_sha256,
+            selected=self.record.selected,
+        )
+
+    def _other_head(self) -> RoundRecord | None:
+        """Adopt a round that somebody else published (a stop, a rollback, a second coordinator)."""
+        head = self.mailbox.head()
+        if head is None or head <= self.record.round:
+            return None
+        self._adopt(head)
+        return self.record
+
+    def _adopt(self, head: int) -> None:
+        self._load_head(head)
+        self._load_history()
+
+    def _load_history(self) -> None:
+        """The rows up to the head; what the mailbox's file lacks is read from the records."""
+        try:
+            rows = history.load(self.mailbox.read_root(HISTORY_FILE) or b"")
+        except MailboxError as error:
+            logger.warning("%s It is made again from the round records.", error)
+            rows = []
+        rows = [row for place, row in enumerate(rows) if row.round == place <= self.record.round]
+        for round in range(len(rows), self.record.round + 1):
+            rows.append(history.row(self._record(round), self._record(round - 1) if round else None))
+        self._history = rows
 
     def _enough(self, count: int) -> bool:
         late = self.record.deadline is not None and self._clock() >= self.record.deadline
         return count >= (1 if late else self.spec.min_clients)
 
-    def _collect(self, refs: Sequence[UpdateRef]) -> _Collected:
-        mean, accepted, refused = WeightedMean(self.schema.num_params), [], []
-        for ref in refs:
-            if ref in self._refused:  # while the round waits for others, it is neither read nor reported again
-                refused.append(self._refused[ref])
-                continue
-            sha256 = ""
-            try:
-                if ref.num_bytes > self.spec.max_message_bytes:
-                    raise MessageError(
-                        f"It has {ref.num_bytes} bytes; this federation takes at most {self.spec.max_message_bytes}."
-                    )
-                data = self.mailbox.read_update(ref)
-                sha256 = hashlib.sha256(data).hexdigest()
-                header, update = self._open(ref, data)
-            except MessageError as error:
-                logger.warning("Refused the update of client %s for round %d: %s", ref.client_id, ref.round, error)
-                self._refused[ref] = RefusedUpdate(ref.client_id, sha256, ref.num_bytes, str(error))
-                refused.append(self._refused[ref])
-                continue
-            mean.add(update, header.num_examples)
-            accepted.append(
-                AcceptedUpdate(ref.client_id, sha256, ref.num_bytes, header.num_examples, 0.0, update.norm())
-            )
-        total = max(mean.total_weight, 1)
-        accepted = [
-            AcceptedUpdate(u.client_id, u.sha256, u.num_bytes, u.num_examples, u.num_examples / total, u.norm)
-            for u in accepted
-        ]
-        return _Collected(mean, accepted, refused)
+    def _until_deadline(self, wait: float) -> float:
+        deadline = self.record.deadline
+        return wait if deadline is None else min(wait, max(deadline - self._clock(), 0.05))
 
-    def _open(self, ref: UpdateRef, data: bytes) -> tuple[message.Header, SparseUpdate]:
-        header, payload = message.unpack(data, max_bytes=self.spec.max_message_bytes)
-        expected = {
-            "client": (header.client_id, ref.client_id),
-            "round": (header.round, self.record.round),
-            "base adapter": (header.base, self.record.adapter_sha256),
-            "schema": (header.schema, self.schema.fingerprint),
-            "codec": (header.codec, self.spec.codec),
+    def _refs(self, round: int) -> Sequence[UpdateRef]:
+        control = read_control(self.mailbox)
+        return self.mailbox.list_updates(round, None if control.clients is None else sorted(control.clients))
+
+    def _earlier_refs(self, rounds_back: int) -> list[UpdateRef]:
+        """Updates of closed rounds that no record names, oldest round first."""
+        refs = []
+        for round in range(max(self.record.round - rounds_back, 0), self.record.round):
+            named = set().union(*(self._record(r).named(round) for r in range(round + 1, self.record.round + 1)))
+            refs += [ref for ref in self._refs(round) if ref.client_id not in named]
+        return refs
+
+    def _stale_refs(self) -> list[UpdateRef]:
+        """Late updates that may still be used."""
+        return self._earlier_refs(self.spec.max_staleness) if self.spec.max_staleness else []
+
+    def _late(self, stale: Sequence[UpdateRef]) -> tuple[RefusedUpdate, ...]:
+        """Late updates that may not be used; each appears in one record."""
+        return tuple(
+            RefusedUpdate(
+                ref.client_id,
+                ref.sha256 or self._sha256(ref),
+                ref.num_bytes,
+                f"It arrived after round {ref.round} was closed.",
+                ref.round,
+            )
+            for ref in self._earlier_refs(self.spec.max_staleness + 1)
+            if ref not in stale
+        )
+
+    def _sha256(self, ref: UpdateRef) -> str:
+        if ref.num_bytes > self._screening().max_bytes:
+            return ""
+        return hashlib.sha256(self.mailbox.read_update(ref, max_bytes=ref.num_bytes)).hexdigest()
+
+    def _screening(self) -> Screening:
+        return Screening(self.spec, self.schema, read_control(self.mailbox), self._unseal)
+
+    def _collect(self) -> Collected:
+        stale = self._stale_refs()
+        refs = self._refs(self.record.round)
+        present = {ref.client_id for ref in refs}
+        # a client has one update in the making; beside a newer one, an old one of the same client is not used
+        usable = sorted([ref for ref in stale if ref.client_id not in present] + list(refs))
+        collected = self._collector.collect(usable, self._screening())
+        return dataclasses.replace(collected, late=self._late([ref for ref in stale if ref in usable]))
+
+    def _publish_mean(self, collected: Collected, *, finished: bool) -> RoundRecord:
+        server_state: bytes | None
+        if collected.accepted:
+            change, server_state = server_step(
+                self.adapter, collected.mean.result(), self.spec.server, self._server_state(self.record.round)
+            )
+        else:  # an end without any update
+            change = torch.zeros_like(self.adapter)
+            server_state = self._server_state(self.record.round)
+        adapter = self.adapter + change
+        if not bool(adapter.isfinite().all()):
+            raise NonFiniteError(
+                f"The server optimizer {dict(self.spec.server)} made round {self.record.round + 1} infinite or NaN; "
+                "nothing was published. Start a federation with a smaller server learning rate."
+            )
+        data = adapter_file.dump(self.schema.unflatten(adapter))
+        packed = pack_change(change, self.record, self.schema, sum(entry.num_examples for entry in collected.accepted))
+        record = self._next_record(
+            data,
+            finished=finished,
+            accepted=collected.accepted,
+            refused=collected.refused,
+            late=collected.late,
+            update_bytes=len(packed) if len(packed) < len(data) else None,
+        )
+        return self._publish(record, data, server_state, packed if record.update_bytes is not None else None)
+
+    def _next_record(self, adapter: bytes, *, finished: bool, **fields: Any) -> RoundRecord:
+        round = self.record.round + 1
+        selected = None
+        if not finished:
+            selected = read_control(self.mailbox).select(round, self.spec.seed, self.spec.clients_per_round)
+        return make_record(self.spec, adapter, round, self._clock(), finished=finished, selected=selected, **fields)
+
+    def _publish(
+        self, record: RoundRecord, adapter: bytes, server_state: bytes | None, packed: bytes | None
+    ) -> RoundRecord:
+        files = {
+            RECORD_FILE: record.to_json(),
+            ADAPTER_FILE: adapter,
+            ADAPTER_CONFIG_FILE: self._adapter_config,
         }
-        for what, (given, wanted) in expected.items():
-            if given != wanted:
-                raise MessageError(f"It names {what} {given}; expected {wanted}.")
-        if header.num_examples < 1:
-            raise MessageError(f"It says that it was trained on {header.num_examples} examples; expected at least 1.")
-        codec = get_codec(self.spec.codec, **self.spec.codec_options)
-        update = codec.decode(payload, self.schema, CodecContext(round=self.record.round))
-        if not bool(update.values.isfinite().all()):
-            raise MessageError("It decodes to values that are not finite.")
-        return header, update
+        if server_state is not None:
+            files[SERVER_STATE_FILE] = server_state
+        if packed is not None:
+            files[UPDATE_FILE] = packed
+        rows = [*self._history, history.row(record, self.record)]
+        try:
+            self.mailbox.publish(record.round, files, self._root(record, rows))
+        except RoundConflictError:
+            logger.warning("Another coordinator published round %d first; going on from its result.", record.round)
+            self._adopt(record.round)
+            self.refresh()
+            return self.record
+        self.record, self._history = record, rows
+        self._record.add(record)
+        self.adapter = self.schema.flatten(adapter_file.load(adapter))
+        self._open_round()
+        self.mailbox.housekeep(
+            record.round,
+            clients=len(record.updates),
+            keep_rounds=self.spec.max_staleness + 2,
+            tag=record.finished or record.round % self.spec.tag_every == 0,
+        )
+        return self.record
+
+    def _root(self, record: RoundRecord, rows: Sequence[history.HistoryRow]) -> RootFiles:
+        metrics: Mapping[int, Mapping[str, Mapping[str, Any]]] = {}
+        if self._card is not None:
+            control = read_control(self.mailbox)
+            metrics = self.mailbox.read_metrics(
+                sorted(control.clients or {entry.client_id for entry in record.updates})
+            )
+        return root_files(self.spec, record, rows, metrics, self._adapter_config, self._card)
+
+    def _refuse_finished(self, what: str) -> None:
+        if self.finished:
+            raise MailboxError(f"{self.mailbox.address} is finished already; it cannot be {what}.")
 
     def _server_state(self, round: int) -> bytes | None:
-        return self.mailbox.read(round, SERVER_STATE_FILE) if round > 0 else None
-
-    def _pack_change(self, change: Tensor, num_examples: int) -> bytes:
-        encoded = get_codec("sparse32").encode(self.schema.unflatten(change))
-        header = message.Header(
-            round=self.record.round + 1,
-            client_id="coordinator",
-            num_examples=num_examples,
-            base=self.record.adapter_sha256,
-            schema=self.schema.fingerprint,
-            codec="sparse32",
-            params=encoded.params,
-        )
-        return message.pack(header, encoded.payload)
-
-
-def _record(
-    spec: FederationSpec,
-    adapter: bytes,
-    round: int,
-    now: float,
-    *,
-    accepted: tuple[AcceptedUpdate, ...] = (),
-    refused: tuple[RefusedUpdate, ...] = (),
-    update_bytes: int | None = None,
-) -> RoundRecord:
-    schema = Schema.from_state_dict(adapter_file.load(adapter))
-    if schema.fingerprint != spec.schema:
-        raise MailboxError("The adapter to publish has other names or shapes than the federation's spec says.")
-    finished = round >= spec.rounds
-    return RoundRecord(
-        round=round,
-        adapter_sha256=hashlib.sha256(adapter).hexdigest(),
-        adapter_bytes=len(adapter),
-        schema=schema.fingerprint,
-        opened_at=now,
-        deadline=now + spec.round_seconds if spec.round_seconds is not None and not finished else None,
-        finished=finished,
-        update_bytes=update_bytes,
-        accepted=accepted,
-        refused=refused,
-    )
+        if round == 0:
+            return None
+        try:
+            return self.mailbox.read(round, SERVER_STATE_FILE)
+        except MailboxUnavailableError:
+            raise
+        except MailboxError:
+            if self._record(round).accepted:
+                raise
+            return None  # restored from a round without one

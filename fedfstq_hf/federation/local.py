@@ -5,7 +5,8 @@ rounds/000000/  round.json adapter_model.safetensors adapter_config.json spec.js
 rounds/000001/  round.json adapter_model.safetensors adapter_config.json update.safetensors server_optimizer.safetensors
 updates/000000/CLIENT.safetensors                                                    one per client, never overwritten
 metrics/000001/SOURCE.json
-adapter_model.safetensors adapter_config.json                                        derived from the newest round
+adapter_model.safetensors adapter_config.json README.md history.jsonl ...            derived from the newest round
+control.json                                                                         who is enrolled; paused or not
 ```
 """
 
@@ -14,17 +15,24 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from fedfstq_hf.errors import MailboxError, RoundConflictError, UpdateConflictError
+from fedfstq_hf.errors import MailboxError, MessageError, RoundConflictError, UpdateConflictError
 from fedfstq_hf.federation import storage
-from fedfstq_hf.federation.mailbox import ADAPTER_CONFIG_FILE, ADAPTER_FILE, UpdateRef
+from fedfstq_hf.federation.mailbox import (
+    ADAPTER_CONFIG_FILE,
+    ADAPTER_FILE,
+    RootFiles,
+    UpdateRef,
+    checked_name,
+    is_name,
+)
 
 _ROUND = re.compile(r"[0-9]{6,}")
-_SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_CONTROL_FILE = "control.json"
 
 
 class FolderMailbox:
@@ -62,32 +70,58 @@ class FolderMailbox:
         except OSError as error:
             raise MailboxError(f"Could not read {self._round(round) / name}: {error.strerror or error}.") from error
 
-    def publish(self, round: int, files: Mapping[str, bytes]) -> None:
-        """Publish a round by renaming its finished folder into place."""
+    def read_root(self, name: str) -> bytes | None:
+        """A file at the root, None where there is none."""
+        try:
+            return (self.path / name).read_bytes()
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise MailboxError(f"Could not read {self.path / name}: {error.strerror or error}.") from error
+
+    def publish(self, round: int, files: Mapping[str, bytes], root: RootFiles | None = None) -> None:
+        """Publish a round by renaming its finished folder into place, then renew the root."""
         rounds = self.path / "rounds"
         storage.make_folder(rounds, durable=self.durable)
         with self._publishing():
             storage.remove_leftovers(rounds)
             if not storage.create_folder(self._round(round), files, durable=self.durable):
                 raise RoundConflictError(f"Round {round} of {self.address} is published already.")
+        self.refresh_root(root)
 
-    def refresh_root(self) -> None:
-        """Copy the newest adapter to the root, where `PeftModel.from_pretrained` looks for it."""
+    def refresh_root(self, root: RootFiles | None = None) -> None:
+        """Copy the newest adapter to the root, where `PeftModel.from_pretrained` looks, beside what `root` makes.
+
+        The round that `root` was made for may no longer be the newest; a coordinator that publishes renews it again.
+        """
         head = self.head()
         if head is None:
             return
         with self._publishing():
             newest = self.head() or head  # another coordinator may have gone on while we waited
             storage.remove_leftovers(self.path)
-            for name in (ADAPTER_CONFIG_FILE, ADAPTER_FILE):
-                data, target = self.read(newest, name), self.path / name
-                if not target.is_file() or target.read_bytes() != data:
-                    storage.replace_file(target, data, durable=self.durable)
+            files = {name: self.read(newest, name) for name in (ADAPTER_CONFIG_FILE, ADAPTER_FILE)}
+            for name, data in {**(root(self.read_root) if root else {}), **files}.items():
+                if self.read_root(name) != data:
+                    storage.replace_file(self.path / name, data, durable=self.durable)
 
-    def post_update(self, round: int, client_id: str, message: bytes) -> None:
-        """Post a message under the client's id; the same bytes again are accepted silently."""
+    def read_control(self) -> bytes | None:
+        """`control.json`, None where it was never written."""
+        return self.read_root(_CONTROL_FILE)
+
+    def write_control(self, data: bytes, *, expected: bytes | None) -> bool:
+        """Replace `control.json` if it still is `expected`."""
+        storage.make_folder(self.path, durable=self.durable)
+        with storage.locked(self.path / ".control.lock"):
+            if self.read_control() != expected:
+                return False
+            storage.replace_file(self.path / _CONTROL_FILE, data, durable=self.durable)
+        return True
+
+    def post_update(self, round: int, client_id: str, message: bytes, *, patience: float | None = None) -> None:
+        """Post a message under the client's id; the same bytes again are accepted silently. A folder never waits."""
         folder = self._updates(round)
-        target = folder / f"{_checked(client_id)}.safetensors"
+        target = folder / f"{checked_name(client_id)}.safetensors"
         storage.make_folder(folder, durable=self.durable)
         storage.remove_leftovers(folder, target.name)
         if not storage.create_file(target, message, durable=self.durable) and target.read_bytes() != message:
@@ -96,43 +130,52 @@ class FolderMailbox:
                 "process running under the same client_id? Give each client an id and a state folder of its own."
             )
 
-    def list_updates(self, round: int) -> list[UpdateRef]:
+    def list_updates(self, round: int, clients: Sequence[str] | None = None) -> list[UpdateRef]:
         """The round's messages in client-id order."""
         try:
             entries = list(os.scandir(self._updates(round)))
         except FileNotFoundError:
             return []
-        return sorted(
+        refs = (
             UpdateRef(entry.name.removesuffix(".safetensors"), round, entry.stat().st_size)
             for entry in entries
-            if entry.name.endswith(".safetensors") and _SAFE_NAME.fullmatch(entry.name.removesuffix(".safetensors"))
+            if entry.name.endswith(".safetensors") and is_name(entry.name.removesuffix(".safetensors"))
         )
+        return sorted(ref for ref in refs if clients is None or ref.client_id in clients)
 
-    def read_update(self, ref: UpdateRef) -> bytes:
+    def read_update(self, ref: UpdateRef, *, max_bytes: int) -> bytes:
         """One message, whole."""
-        path = self._updates(ref.round) / f"{_checked(ref.client_id)}.safetensors"
+        path = self._updates(ref.round) / f"{checked_name(ref.client_id)}.safetensors"
         try:
-            return path.read_bytes()
+            with open(path, "rb") as file:
+                data = file.read(max_bytes + 1)
         except OSError as error:
             raise MailboxError(f"Could not read {path}: {error.strerror or error}.") from error
+        if len(data) > max_bytes:
+            raise MessageError(f"It has {path.stat().st_size} bytes; at most {max_bytes} are taken.")
+        return data
 
-    def post_metric(self, round: int, source: str, metrics: Mapping[str, Any]) -> None:
+    def post_metric(self, round: int, source: str, metrics: Mapping[str, Any], *, client_id: str | None = None) -> None:
         """Write `metrics/ROUND/SOURCE.json`."""
         folder = self.path / "metrics" / f"{round:06d}"
         storage.make_folder(folder, durable=self.durable)
         data = json.dumps(dict(metrics), sort_keys=True).encode()
-        storage.replace_file(folder / f"{_checked(source)}.json", data, durable=self.durable)
+        storage.replace_file(folder / f"{checked_name(source)}.json", data, durable=self.durable)
 
-    def read_metrics(self, round: int) -> dict[str, dict[str, Any]]:
-        """All posted metrics of a round by source."""
-        folder = self.path / "metrics" / f"{round:06d}"
-        metrics = {}
-        for path in sorted(folder.glob("[!.]*.json")):
+    def read_metrics(self, clients: Sequence[str] = ()) -> dict[int, dict[str, dict[str, Any]]]:
+        """All posted metrics: round -> source -> name -> value."""
+        metrics: dict[int, dict[str, dict[str, Any]]] = {}
+        for path in sorted((self.path / "metrics").glob("*/[!.]*.json")):
+            if not _ROUND.fullmatch(path.parent.name):
+                continue
             try:
-                metrics[path.stem] = dict(json.loads(path.read_bytes()))
+                metrics.setdefault(int(path.parent.name), {})[path.stem] = dict(json.loads(path.read_bytes()))
             except (ValueError, TypeError) as error:
                 raise MailboxError(f"{path} holds no metrics ({error}). Remove it, or post them again.") from error
         return metrics
+
+    def housekeep(self, round: int, *, clients: int, keep_rounds: int, tag: bool) -> None:
+        """Nothing: a folder keeps every message, and its rounds need no tags."""
 
     def _publishing(self) -> AbstractContextManager[None]:
         """Keeps a second coordinator from cleaning up, or refreshing the root, in the middle of ours."""
@@ -143,12 +186,3 @@ class FolderMailbox:
 
     def _updates(self, round: int) -> Path:
         return self.path / "updates" / f"{round:06d}"
-
-
-def _checked(name: str) -> str:
-    if not _SAFE_NAME.fullmatch(name):
-        raise MailboxError(
-            f"{name!r} cannot name a client or an evaluation set: use 1 to 64 letters, digits, '.', '_' or '-', "
-            "starting with a letter or a digit."
-        )
-    return name

@@ -1,16 +1,17 @@
 """The mailbox protocol: where published rounds lie and clients' messages arrive. A mailbox never decodes a message.
 
-A mailbox holds immutable rounds (`round.json`, the adapter, ...) that only the coordinator publishes, and for each
-round at most one message per client.
+A mailbox holds immutable rounds (`round.json`, the adapter, ...) that only the coordinator publishes, for each round
+at most one message per client, and at its root what people and plain PEFT read.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
-from fedfstq_hf.errors import MailboxError
+from fedfstq_hf.errors import ConfigError, MailboxError
 
 ADAPTER_FILE = "adapter_model.safetensors"
 ADAPTER_CONFIG_FILE = "adapter_config.json"
@@ -18,15 +19,50 @@ RECORD_FILE = "round.json"
 SPEC_FILE = "spec.json"
 UPDATE_FILE = "update.safetensors"
 SERVER_STATE_FILE = "server_optimizer.safetensors"
+HISTORY_FILE = "history.jsonl"
+CARD_FILE = "README.md"
+
+LAYOUTS = ("own", "shared", "pull-request")
+
+RootReader = Callable[[str], bytes | None]
+"""Reads a file at the mailbox's root as it is now, None where there is none."""
+RootFiles = Callable[[RootReader], Mapping[str, bytes]]
+"""Makes the root's files (card, history, plot) for a round, from those that are there: people may have edited them."""
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+
+def checked_name(name: str) -> str:
+    """`name`, if it can name a client or an evaluation set in every mailbox.
+
+    Raises:
+        MailboxError: it cannot.
+    """
+    if not _NAME.fullmatch(name):
+        raise MailboxError(
+            f"{name!r} cannot name a client or an evaluation set: use 1 to 64 letters, digits, '.', '_' or '-', "
+            "starting with a letter or a digit."
+        )
+    return name
+
+
+def is_name(name: str) -> bool:
+    """Whether `checked_name` would accept it."""
+    return _NAME.fullmatch(name) is not None
 
 
 @dataclass(frozen=True, order=True)
 class UpdateRef:
-    """A message that lies in the mailbox: who sent it for which round, and how many bytes it has."""
+    """A message that lies in the mailbox: who sent it for which round, and how many bytes it has.
+
+    `sha256` is given where the mailbox knows it without reading the message; `location` is the mailbox's own business.
+    """
 
     client_id: str
     round: int
     num_bytes: int
+    sha256: str = ""
+    location: str = field(default="", compare=False)
 
 
 @runtime_checkable
@@ -41,40 +77,78 @@ class Mailbox(Protocol):
     def read(self, round: int, name: str) -> bytes:
         """A file of a published round. Raises `MailboxError` when it is not there."""
 
-    def publish(self, round: int, files: Mapping[str, bytes]) -> None:
-        """Publish a round in one atomic step. Raises `RoundConflictError` if that round exists already."""
+    def read_root(self, name: str) -> bytes | None:
+        """A file at the root as it is now, None where there is none."""
 
-    def refresh_root(self) -> None:
-        """Make the files that plain PEFT users read (the adapter at the mailbox's root) those of the newest round."""
+    def publish(self, round: int, files: Mapping[str, bytes], root: RootFiles | None = None) -> None:
+        """Publish a round in one atomic step, and renew the root: the adapter and what `root` makes.
 
-    def post_update(self, round: int, client_id: str, message: bytes) -> None:
-        """Post a client's message; posting the same bytes again changes nothing.
-
-        Raises `UpdateConflictError` if the client already posted other bytes for this round.
+        Raises `RoundConflictError` if that round exists already.
         """
 
-    def list_updates(self, round: int) -> Sequence[UpdateRef]:
-        """The round's messages in client-id order, without reading them."""
+    def refresh_root(self, root: RootFiles | None = None) -> None:
+        """Make the root's files those of the newest round: what `publish` does, again."""
 
-    def read_update(self, ref: UpdateRef) -> bytes:
-        """One message, whole."""
+    def read_control(self) -> bytes | None:
+        """What may change between rounds (see `federation.control`), None where it was never written."""
 
-    def post_metric(self, round: int, source: str, metrics: Mapping[str, Any]) -> None:
-        """Post what was measured on a round's adapter, replacing an earlier post; `source` names the evaluation set."""
+    def write_control(self, data: bytes, *, expected: bytes | None) -> bool:
+        """Replace it if it still is `expected`; False if somebody else wrote first."""
 
-    def read_metrics(self, round: int) -> dict[str, dict[str, Any]]:
-        """All posted metrics of a round by source."""
+    def post_update(self, round: int, client_id: str, message: bytes, *, patience: float | None = None) -> None:
+        """Post a client's message; posting the same bytes again changes nothing.
+
+        Args:
+            patience: seconds to go on trying, None for as long as the mailbox's own setting says.
+
+        Raises:
+            UpdateConflictError: the client already posted other bytes for this round.
+            MailboxUnavailableError: patience ran out. Whether the message arrived is then unknown.
+        """
+
+    def list_updates(self, round: int, clients: Sequence[str] | None = None) -> Sequence[UpdateRef]:
+        """The round's messages in client-id order, without reading them; of `clients` only, where given."""
+
+    def read_update(self, ref: UpdateRef, *, max_bytes: int) -> bytes:
+        """One message, whole. Raises `MessageError` if it turns out larger than `max_bytes`."""
+
+    def post_metric(self, round: int, source: str, metrics: Mapping[str, Any], *, client_id: str | None = None) -> None:
+        """Post what was measured on a round's adapter, replacing an earlier post; `source` names the evaluation set.
+
+        `client_id` is given by a client that may not write what the coordinator writes.
+        """
+
+    def read_metrics(self, clients: Sequence[str] = ()) -> dict[int, dict[str, dict[str, Any]]]:
+        """All posted metrics: round -> source -> name -> value; those that `clients` posted included."""
+
+    def housekeep(self, round: int, *, clients: int, keep_rounds: int, tag: bool) -> None:
+        """After publishing `round`: tag it, drop messages that are older than `keep_rounds`. Best effort."""
 
 
-def open_mailbox(address: str) -> Mailbox:
-    """The mailbox at an address: a folder path.
+def open_mailbox(address: str, *, layout: str | None = None, token: str | None = None) -> Mailbox:
+    """The mailbox at an address: `hf://org/repo`, or the path of a folder.
+
+    Args:
+        layout: of a new Hub mailbox, one of `LAYOUTS`; an existing one knows its own.
+        token: for the Hub, where it is not in `HF_TOKEN` or stored by `hf auth login`.
 
     Raises:
-        MailboxError: the address has a scheme that no installed mailbox serves.
+        MailboxError: the address has a scheme that no mailbox serves.
+        ConfigError: the layout is unknown.
     """
+    if layout is not None and layout not in LAYOUTS:
+        raise ConfigError(f"Unknown mailbox layout {layout!r}; choose one of {', '.join(LAYOUTS)}.")
+    if address.startswith("hf://"):
+        from fedfstq_hf.federation.hub.mailbox import HubMailbox
+
+        return HubMailbox(address, layout=layout, token=token)
     if "://" in address and not address.startswith("file://"):
         scheme = address.split("://", 1)[0]
-        raise MailboxError(f"No mailbox serves {scheme}:// addresses (given: {address}); give the path of a folder.")
+        raise MailboxError(
+            f"No mailbox serves {scheme}:// addresses (given: {address}); give hf://ORG/REPO or the path of a folder."
+        )
+    if layout is not None:
+        raise ConfigError(f"A folder mailbox has no layouts (given: {layout!r}); leave it out, or give hf://ORG/REPO.")
     from fedfstq_hf.federation.local import FolderMailbox
 
     return FolderMailbox(address.removeprefix("file://"))

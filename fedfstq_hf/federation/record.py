@@ -7,14 +7,25 @@ import json
 from dataclasses import dataclass, field
 from typing import Any
 
+from fedfstq_hf import __version__
 from fedfstq_hf.errors import MailboxError
 
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)
 class AcceptedUpdate:
-    """One client's share of a round. `weight` is N_k / sum of N_j; `norm` the L2 norm of the decoded update."""
+    """One client's share of a round.
+
+    Attributes:
+        sha256: of the message as it lay in the mailbox; names it in the record.
+        num_examples: as the message says, before any cap.
+        weight: share of the mean; the weights of a round sum to 1.
+        norm: L2 norm of the decoded update before clipping.
+        scale: what clipping multiplied the update with; 1 when it was not clipped.
+        staleness: rounds between the one it was trained in and the one that used it; 0 when in time.
+        signed: its signature was verified.
+    """
 
     client_id: str
     sha256: str
@@ -22,16 +33,23 @@ class AcceptedUpdate:
     num_examples: int
     weight: float
     norm: float
+    scale: float = 1.0
+    staleness: int = 0
+    signed: bool = False
 
 
 @dataclass(frozen=True)
 class RefusedUpdate:
-    """An update that was not used, with the reason in words. `sha256` is empty where it was too large to be read."""
+    """An update that was not used, with the reason in words. `sha256` is empty where it was too large to be read.
+
+    `round` is the one it was sent for, given where it is not the round that this record closed.
+    """
 
     client_id: str
     sha256: str
     num_bytes: int
     reason: str
+    round: int | None = None
 
 
 @dataclass(frozen=True)
@@ -45,6 +63,10 @@ class RoundRecord:
         update_bytes: size of the packed change from the previous round, None where it was not published.
         opened_at, deadline: seconds since the epoch by the coordinator's clock; no deadline when None.
         finished: True on the last round: no more updates are wanted.
+        late: updates of earlier rounds that arrived after those were closed; each is counted once.
+        selected: the clients whose updates of this round are wanted; None for all.
+        restored_from: the earlier round whose adapter this round published again, after a rollback.
+        package_version: of the coordinator.
     """
 
     round: int
@@ -57,16 +79,20 @@ class RoundRecord:
     update_bytes: int | None = None
     accepted: tuple[AcceptedUpdate, ...] = ()
     refused: tuple[RefusedUpdate, ...] = ()
+    late: tuple[RefusedUpdate, ...] = ()
+    selected: tuple[str, ...] | None = None
+    restored_from: int | None = None
+    package_version: str = __version__
     format: int = field(default=FORMAT)
 
     @property
     def updates(self) -> tuple[AcceptedUpdate | RefusedUpdate, ...]:
-        """All updates that arrived in time, accepted ones first."""
-        return (*self.accepted, *self.refused)
+        """All updates that this record names: accepted, refused, late."""
+        return (*self.accepted, *self.refused, *self.late)
 
     @property
     def uplink_bytes(self) -> int:
-        """Bytes that arrived for this round from all clients together, refused ones included."""
+        """Bytes that arrived from all clients together since the previous record, refused and late ones included."""
         return sum(update.num_bytes for update in self.updates)
 
     def fate(self, client_id: str, sha256: str) -> AcceptedUpdate | RefusedUpdate | None:
@@ -75,6 +101,16 @@ class RoundRecord:
             if update.client_id == client_id and update.sha256 in (sha256, ""):
                 return update
         return None
+
+    def named(self, round: int) -> set[str]:
+        """The clients whose update of `round` this record names, accepted or not."""
+        in_time = {u.client_id for u in self.accepted if self.round - 1 - u.staleness == round}
+        others = {
+            u.client_id
+            for u in (*self.refused, *self.late)
+            if (u.round if u.round is not None else self.round - 1) == round
+        }
+        return in_time | others
 
     def to_json(self) -> bytes:
         """Readable JSON with sorted keys."""
@@ -90,12 +126,26 @@ class RoundRecord:
         try:
             fields: dict[str, Any] = json.loads(data)
             if fields.get("format") != FORMAT:
-                raise MailboxError(
-                    f"The round record has format {fields.get('format')!r}; this version reads format {FORMAT}. "
-                    "Install the fedfstq_hf version that the federation's coordinator runs."
-                )
+                raise other_version("round record", fields, FORMAT)
             fields["accepted"] = tuple(AcceptedUpdate(**entry) for entry in fields["accepted"])
             fields["refused"] = tuple(RefusedUpdate(**entry) for entry in fields["refused"])
+            fields["late"] = tuple(RefusedUpdate(**entry) for entry in fields["late"])
+            if fields["selected"] is not None:
+                fields["selected"] = tuple(fields["selected"])
             return cls(**fields)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise MailboxError(f"The mailbox's round record cannot be read: {error}") from error
+
+
+def other_version(what: str, fields: dict[str, Any], expected: int) -> MailboxError:
+    """The error for a mailbox file of another format; it names the version to install where the file tells."""
+    version = fields.get("package_version")
+    remedy = (
+        f"Type: pip install fedfstq_hf=={version}"
+        if isinstance(version, str) and version != __version__
+        else "Install the fedfstq_hf version that the federation's coordinator runs."
+    )
+    return MailboxError(
+        f"The mailbox's {what} has format {fields.get('format')!r:.40}; fedfstq_hf {__version__} reads format "
+        f"{expected}. {remedy}"
+    )

@@ -12,6 +12,7 @@ import fcntl
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -23,22 +24,27 @@ from torch import Tensor
 
 from fedfstq_hf.codec import CodecContext, ErrorFeedback, Schema, get_codec, message
 from fedfstq_hf.errors import AdapterMismatchError, BudgetError, MailboxError, NonFiniteError, SessionBusyError
-from fedfstq_hf.federation import storage
+from fedfstq_hf.federation import keys, storage
 from fedfstq_hf.federation.record import AcceptedUpdate, RoundRecord
 from fedfstq_hf.federation.spec import FederationSpec
 
-FORMAT = 1
+FORMAT = 2
 _FILE = "session.safetensors"
 _MANY_EXAMPLES = 10**9  # as many digits as a header may need
 
 
 @dataclass(frozen=True)
 class Pending:
-    """A stored message whose fate is unknown. `corrected` is Δ plus residual, (num_params,) float32."""
+    """A stored message whose fate is unknown.
+
+    `message` is what travels, `readable` the same before it was sealed; `corrected` is Δ plus residual, (num_params,)
+    float32.
+    """
 
     round: int
     message: bytes
     corrected: Tensor
+    readable: bytes
 
     @property
     def sha256(self) -> str:
@@ -64,6 +70,7 @@ class ClientSession:
         schema: of the adapter; its fingerprint must be the spec's.
         folder: where the state lives, locked against a second process; None keeps it in memory.
         durable: fsync what is stored.
+        sign: signs the digest of each message (see `federation.keys.signer`); None sends them unsigned.
 
     Attributes:
         last_round: the round whose local training this client finished last; -1 before the first.
@@ -79,6 +86,7 @@ class ClientSession:
         *,
         folder: str | os.PathLike[str] | None = None,
         durable: bool = True,
+        sign: Callable[[bytes], bytes] | None = None,
     ) -> None:
         if schema.fingerprint != spec.schema:
             raise AdapterMismatchError(
@@ -100,6 +108,7 @@ class ClientSession:
             "federation": spec.id,
             "schema": schema.fingerprint,
         }
+        self._sign = sign
         self._durable = durable
         self._folder = Path(folder) if folder is not None else None
         self._lock: IO[bytes] | None = None
@@ -148,8 +157,10 @@ class ClientSession:
                     "and its residual is as before. Lower the learning rate or check the data."
                 )
         corrected = self._feedback.corrected(delta, self.residual)
-        data = self._pack(round, base_sha256, corrected, fisher, num_examples, max_bytes)
-        pending = Pending(round, data, corrected)
+        readable = self._pack(round, base_sha256, corrected, fisher, num_examples, max_bytes)
+        seal_key = self.spec.sealing_key
+        data = readable if seal_key is None else keys.seal(seal_key, readable)
+        pending = Pending(round, data, corrected, readable)
         self._store(last_round=round, residual=None, carried=carried or {}, pending=pending)
         return pending
 
@@ -161,16 +172,16 @@ class ClientSession:
         """Turn the pending message into the next residual.
 
         Args:
-            record: of the round after the pending one: it names what was used.
+            record: of a later round: the first that names the message, or the last that could have.
         """
         pending = self.pending
-        if pending is None or record.round != pending.round + 1:
+        if pending is None or record.round <= pending.round:
             raise MailboxError(
                 f"Client {self.client_id!r} has no message that the record of round {record.round} settles."
             )
         fate = record.fate(self.client_id, pending.sha256)
         if isinstance(fate, AcceptedUpdate):
-            _, payload = message.unpack(pending.message)
+            _, payload = message.unpack(pending.readable)
             sent = self._codec.decode(payload, self.schema, CodecContext(round=pending.round))
             settlement = Settlement(pending.round, "accepted")
             residual = self._feedback.after(pending.corrected, sent)
@@ -211,7 +222,10 @@ class ClientSession:
             codec=self._codec.name,
             params={},
         )
-        overhead = 0 if max_bytes is None else message.overhead(header, max_bytes)
+        overhead = 0
+        if max_bytes is not None:
+            overhead = message.overhead(header, max_bytes, signed=self._sign is not None)
+            overhead += keys.SEAL_OVERHEAD if self.spec.sealing_key is not None else 0
         try:
             encoded = self._codec.encode(
                 self.schema.unflatten(corrected),
@@ -224,7 +238,7 @@ class ClientSession:
                 f"An uplink budget of {max_bytes} bytes, {overhead} of them for the message's header, is too small for "
                 f"client {self.client_id!r}: {error}"
             ) from error
-        return message.pack(header, encoded.payload)
+        return message.pack(header, encoded.payload, sign=self._sign)
 
     def _store(
         self, *, last_round: int, residual: Tensor | None, carried: dict[str, Tensor], pending: Pending | None
@@ -242,6 +256,8 @@ class ClientSession:
                 fields["pending_round"] = pending.round
                 tensors["pending.message"] = torch.frombuffer(bytearray(pending.message), dtype=torch.uint8)
                 tensors["pending.corrected"] = pending.corrected
+                if pending.readable != pending.message:
+                    tensors["pending.readable"] = torch.frombuffer(bytearray(pending.readable), dtype=torch.uint8)
             data = save(tensors, metadata={"fedfstq": json.dumps(fields, sort_keys=True)})
             storage.replace_file(self._folder / _FILE, data, durable=self._durable)
         self.last_round, self.residual, self.carried, self.pending = last_round, residual, carried, pending
@@ -273,9 +289,9 @@ class ClientSession:
             name.removeprefix("carried."): value for name, value in tensors.items() if name.startswith("carried.")
         }
         if fields["pending_round"] is not None:
-            self.pending = Pending(
-                fields["pending_round"], tensors["pending.message"].numpy().tobytes(), tensors["pending.corrected"]
-            )
+            data = tensors["pending.message"].numpy().tobytes()
+            readable = tensors["pending.readable"].numpy().tobytes() if "pending.readable" in tensors else data
+            self.pending = Pending(fields["pending_round"], data, tensors["pending.corrected"], readable)
 
 
 def _metadata(data: bytes) -> dict[str, str]:

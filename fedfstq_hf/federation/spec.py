@@ -10,9 +10,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from fedfstq_hf import __version__
 from fedfstq_hf.errors import ConfigError, MailboxError
+from fedfstq_hf.federation.record import other_version
 
-FORMAT = 1
+FORMAT = 2
 
 # TrainingArguments that every client must share; batch size, precision, logging and the like are a client's own.
 SHARED_TRAINING_ARGUMENTS = (
@@ -53,6 +55,16 @@ class FederationSpec:
         seed: of data order and dropout, together with client id and round.
         data: how clients format their examples (the data section of the recipe), for `fedfstq train`.
         client_defaults: `TrainingArguments` that `fedfstq train` starts from; each client may choose others.
+        clients_per_round: how many of the enrolled clients are asked for an update in each round; None for all.
+        max_staleness: a late update is still used up to that many rounds after its own; 0 refuses all late ones.
+        staleness_discount: factor on the weight of an update per round of its staleness.
+        clip: an update whose norm exceeds that many times the round's median norm is scaled down to it; None for none.
+        weight_cap: an update counts at most that many times the round's median number of examples; None for no cap.
+        signatures: True refuses updates without a valid signature of an enrolled key.
+        sealing_key: public key that clients seal their messages to; None sends them readable.
+        tag_every: the Hub repo is tagged at every that many rounds.
+        share_saliency: clients that agree may send their token sensitivities, which are published in aggregate.
+        package_version: of the founder.
         id: drawn when the federation is founded, so that no client brings the state of another one of the same shape.
     """
 
@@ -77,11 +89,21 @@ class FederationSpec:
     seed: int = 0
     data: Mapping[str, Any] = field(default_factory=dict)
     client_defaults: Mapping[str, Any] = field(default_factory=dict)
+    clients_per_round: int | None = None
+    max_staleness: int = 0
+    staleness_discount: float = 0.5
+    clip: float | None = 10.0
+    weight_cap: float | None = 10.0
+    signatures: bool = False
+    sealing_key: str | None = None
+    tag_every: int = 10
+    share_saliency: bool = False
+    package_version: str = __version__
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
     format: int = FORMAT
 
     def __post_init__(self) -> None:
-        for name in ("rounds", "local_steps", "min_clients", "refresh_steps", "max_message_bytes"):
+        for name in ("rounds", "local_steps", "min_clients", "refresh_steps", "max_message_bytes", "tag_every"):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be a whole number of at least 1, not {getattr(self, name)!r}.")
         if self.round_seconds is not None and not (0 < self.round_seconds < math.inf):
@@ -90,6 +112,19 @@ class FederationSpec:
             )
         if not 0 <= self.error_feedback <= 1:
             raise ConfigError(f"error_feedback must lie in [0, 1] (0 switches it off), not {self.error_feedback!r}.")
+        if self.clients_per_round is not None and self.clients_per_round < self.min_clients:
+            raise ConfigError(
+                f"clients_per_round is {self.clients_per_round}, but min_clients = {self.min_clients} updates close a "
+                "round: no round could ever close. Ask at least min_clients clients."
+            )
+        if not isinstance(self.max_staleness, int) or self.max_staleness < 0:
+            raise ConfigError(f"max_staleness must be a whole number of at least 0, not {self.max_staleness!r}.")
+        if not 0 < self.staleness_discount <= 1:
+            raise ConfigError(f"staleness_discount must lie in (0, 1], not {self.staleness_discount!r}.")
+        for name in ("clip", "weight_cap"):
+            limit = getattr(self, name)
+            if limit is not None and not (1 <= limit < math.inf):
+                raise ConfigError(f"{name} is a multiple of the round's median: at least 1, or null; not {limit!r}.")
         if self.optimizer_state not in ("fresh", "kept"):
             raise ConfigError(f"optimizer_state must be 'fresh' or 'kept', not {self.optimizer_state!r}.")
         if unknown := sorted(set(self.training) - set(SHARED_TRAINING_ARGUMENTS)):
@@ -108,10 +143,7 @@ class FederationSpec:
         try:
             fields = json.loads(data)
             if fields.get("format") != FORMAT:
-                raise MailboxError(
-                    f"The federation's spec has format {fields.get('format')!r}; this version reads format {FORMAT}. "
-                    "Install the fedfstq_hf version that made the federation."
-                )
+                raise other_version("spec", fields, FORMAT)
             return cls(**fields)
         except (ValueError, TypeError, AttributeError) as error:
             raise MailboxError(f"The mailbox's spec cannot be read: {error}") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fedfstq_hf.errors import MailboxError
+from fedfstq_hf.federation.control import read_control
 from fedfstq_hf.federation.mailbox import RECORD_FILE, SPEC_FILE, Mailbox
 from fedfstq_hf.federation.record import RoundRecord
 from fedfstq_hf.federation.spec import FederationSpec
@@ -18,8 +19,14 @@ def describe_round(record: RoundRecord, spec: FederationSpec) -> str:
             f"round {record.round}/{spec.rounds}: {len(record.accepted)} updates, "
             f"{format_bytes(record.uplink_bytes)} up, adapter {record.adapter_sha256[:12]}"
         )
-    refused = [f"  refused {update.client_id}: {update.reason}" for update in record.refused]
-    return "\n".join([line, *refused])
+    if record.restored_from is not None:
+        line += f", rolled back to round {record.restored_from}"
+    others = [f"  refused {update.client_id}: {update.reason}" for update in record.refused]
+    others += [f"  late {update.client_id}: {update.reason}" for update in record.late]
+    clipped = [f"{update.client_id} ({update.scale:.3g}x)" for update in record.accepted if update.scale < 1]
+    if clipped:
+        others.append(f"  clipped {', '.join(clipped)}")
+    return "\n".join([line, *others])
 
 
 def render_status(mailbox: Mailbox) -> str:
@@ -36,12 +43,14 @@ def render_status(mailbox: Mailbox) -> str:
     spec = FederationSpec.from_json(mailbox.read(0, SPEC_FILE))
     lines = [f"{spec.name}: {spec.model}, codec {spec.codec}, {spec.rounds} rounds of {spec.local_steps} local steps"]
     uplink = 0
+    control = read_control(mailbox)
+    measured = mailbox.read_metrics(sorted(control.clients or ()))
     for round in range(head + 1):
         record = RoundRecord.from_json(mailbox.read(round, RECORD_FILE))
         uplink += record.uplink_bytes
         posted = [
             f"{source} {name} {value:.4f}"
-            for source, metrics in mailbox.read_metrics(round).items()
+            for source, metrics in measured.get(round, {}).items()
             for name, value in metrics.items()
             if isinstance(value, float)
         ]
@@ -50,7 +59,9 @@ def render_status(mailbox: Mailbox) -> str:
     if record.finished:
         lines.append("finished")
     else:
-        waiting = mailbox.list_updates(head)
+        waiting = mailbox.list_updates(head, None if control.clients is None else sorted(control.clients))
         names = ", ".join(ref.client_id for ref in waiting) or "none"
+        if control.paused is not None:
+            lines.append(f"paused: {control.paused}")
         lines.append(f"waiting for {spec.min_clients} updates of round {head}; here are {len(waiting)}: {names}")
     return "\n".join(lines)

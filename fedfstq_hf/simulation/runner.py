@@ -22,7 +22,7 @@ from transformers import PrinterCallback
 from fedfstq_hf.errors import ConfigError
 from fedfstq_hf.evaluation import Evaluator
 from fedfstq_hf.federation import storage
-from fedfstq_hf.federation.coordinator import found_federation
+from fedfstq_hf.federation.founding import found_federation
 from fedfstq_hf.federation.local import FolderMailbox
 from fedfstq_hf.federation.mailbox import ADAPTER_CONFIG_FILE, ADAPTER_FILE
 from fedfstq_hf.founding import Founding, found, make_spec, training_arguments

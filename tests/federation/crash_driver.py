@@ -239,7 +239,7 @@ def found_for_trainer(folder: Path) -> None:
 
     from fedfstq_hf.adapter import AdapterView, base_fingerprint, config_json
     from fedfstq_hf.federation import adapter_file
-    from fedfstq_hf.federation.coordinator import found_federation
+    from fedfstq_hf.federation.founding import found_federation
 
     model = make_tiny_model()
     view = AdapterView(model)

@@ -11,7 +11,8 @@ from torch import Tensor
 from fedfstq_hf.codec import Schema
 from fedfstq_hf.federation import adapter_file
 from fedfstq_hf.federation.client import LocalResult, MailboxParticipation
-from fedfstq_hf.federation.coordinator import Coordinator, found_federation
+from fedfstq_hf.federation.coordinator import Coordinator
+from fedfstq_hf.federation.founding import found_federation
 from fedfstq_hf.federation.local import FolderMailbox
 from fedfstq_hf.federation.session import ClientSession
 from fedfstq_hf.federation.spec import FederationSpec

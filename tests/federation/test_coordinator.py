@@ -11,7 +11,8 @@ from light import SCHEMA, LightClient, adapter_sha256, found, initial_state, mak
 from fedfstq_hf.codec import get_codec, message
 from fedfstq_hf.errors import ConfigError, MailboxError, NonFiniteError, RoundConflictError
 from fedfstq_hf.federation import adapter_file
-from fedfstq_hf.federation.coordinator import Coordinator, found_federation
+from fedfstq_hf.federation.coordinator import Coordinator
+from fedfstq_hf.federation.founding import found_federation
 from fedfstq_hf.federation.local import FolderMailbox
 from fedfstq_hf.federation.record import RoundRecord
 

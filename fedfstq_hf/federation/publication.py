@@ -1,0 +1,87 @@
+"""What a coordinator publishes: the round record, the packed global change, and the files at the mailbox's root."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from fedfstq_hf.codec import Schema, get_codec, message
+from fedfstq_hf.errors import MailboxError
+from fedfstq_hf.federation import adapter_file, history
+from fedfstq_hf.federation.mailbox import CARD_FILE, HISTORY_FILE, RootFiles, RootReader
+from fedfstq_hf.federation.record import RoundRecord
+from fedfstq_hf.federation.spec import FederationSpec
+
+
+@dataclass(frozen=True)
+class RoundFacts:
+    """What a card is made from: see `fedfstq_hf.reporting.card.root_files`."""
+
+    spec: FederationSpec
+    record: RoundRecord
+    history: Sequence[history.HistoryRow]
+    metrics: Mapping[int, Mapping[str, Mapping[str, Any]]]
+    adapter_config: Mapping[str, Any]
+    existing_card: bytes | None
+
+
+CardMaker = Callable[[RoundFacts], Mapping[str, bytes]]
+"""Makes the root's readable files from a round; the federation itself knows no plots and no templates."""
+
+
+def root_files(
+    spec: FederationSpec,
+    record: RoundRecord,
+    rows: Sequence[history.HistoryRow],
+    metrics: Mapping[int, Mapping[str, Mapping[str, Any]]],
+    adapter_config: bytes,
+    card: CardMaker | None,
+) -> RootFiles:
+    """What makes the root's files of a round, from what stands there."""
+
+    def files(read: RootReader) -> dict[str, bytes]:
+        made = {HISTORY_FILE: history.dump(rows)}
+        if card is not None:
+            made.update(card(RoundFacts(spec, record, rows, metrics, json.loads(adapter_config), read(CARD_FILE))))
+        return made
+
+    return files
+
+
+def make_record(
+    spec: FederationSpec, adapter: bytes, round: int, now: float, *, finished: bool = False, **fields: Any
+) -> RoundRecord:
+    """The record of an adapter to publish. Raises `MailboxError` if the adapter has not the spec's schema."""
+    schema = Schema.from_state_dict(adapter_file.load(adapter))
+    if schema.fingerprint != spec.schema:
+        raise MailboxError("The adapter to publish has other names or shapes than the federation's spec says.")
+    return RoundRecord(
+        round=round,
+        adapter_sha256=hashlib.sha256(adapter).hexdigest(),
+        adapter_bytes=len(adapter),
+        schema=schema.fingerprint,
+        opened_at=now,
+        deadline=now + spec.round_seconds if spec.round_seconds is not None and not finished else None,
+        finished=finished,
+        **fields,
+    )
+
+
+def pack_change(change: Tensor, base: RoundRecord, schema: Schema, num_examples: int) -> bytes:
+    """The global change of a round, (num_params,), as a lossless message based on the adapter before it."""
+    encoded = get_codec("sparse32").encode(schema.unflatten(change))
+    header = message.Header(
+        round=base.round + 1,
+        client_id="coordinator",
+        num_examples=num_examples,
+        base=base.adapter_sha256,
+        schema=schema.fingerprint,
+        codec="sparse32",
+        params=encoded.params,
+    )
+    return message.pack(header, encoded.payload)

@@ -1,0 +1,113 @@
+"""Screening: opening a message and refusing it, in words, unless it is what the open round asks for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from fedfstq_hf.codec import CodecContext, Schema, SparseUpdate, get_codec, message
+from fedfstq_hf.errors import MessageError
+from fedfstq_hf.federation import keys
+from fedfstq_hf.federation.control import Control
+from fedfstq_hf.federation.mailbox import UpdateRef
+from fedfstq_hf.federation.spec import FederationSpec
+
+Unseal = Callable[[bytes], bytes]
+
+
+@dataclass(frozen=True)
+class OpenedUpdate:
+    """A message that passed: its header, what it decodes to, and whether its signature was verified."""
+
+    header: message.Header
+    update: SparseUpdate
+    signed: bool
+
+
+class Screening:
+    """Opens the messages of one federation.
+
+    Args:
+        spec: what the federation shares.
+        schema: of its adapter.
+        control: who is enrolled, with which keys.
+        unseal: opens sealed messages with the coordinator's private key; None where it has none.
+    """
+
+    def __init__(self, spec: FederationSpec, schema: Schema, control: Control, unseal: Unseal | None = None) -> None:
+        self.spec = spec
+        self.control = control
+        self._schema = schema
+        self._unseal = unseal
+        self._codec = get_codec(spec.codec, **spec.codec_options)
+
+    @property
+    def max_bytes(self) -> int:
+        """The largest message that is read at all, in bytes."""
+        return self.spec.max_message_bytes + (keys.SEAL_OVERHEAD if self.spec.sealing_key else 0)
+
+    def check_sender(self, ref: UpdateRef, selected: tuple[str, ...] | None) -> None:
+        """Refuse an update before it is read: who sent it, and how large it is.
+
+        Raises:
+            MessageError: it is not wanted.
+        """
+        if not self.control.enrolled(ref.client_id):
+            raise MessageError(f"Client {ref.client_id} is not enrolled in this federation.")
+        if selected is not None and ref.client_id not in selected:
+            raise MessageError(f"Client {ref.client_id} was not selected for this round.")
+        if ref.num_bytes > self.max_bytes:
+            raise MessageError(f"It has {ref.num_bytes} bytes; this federation takes at most {self.max_bytes}.")
+
+    def open(self, ref: UpdateRef, data: bytes, base: str) -> OpenedUpdate:
+        """Decode a message.
+
+        Args:
+            ref: where it lay: the client it must come from and the round it must be for.
+            base: sha256 of the adapter file that it must be based on.
+
+        Raises:
+            MessageError: it is malformed, or not what `ref` and the federation say.
+        """
+        data = self._unsealed(data)
+        header, payload, digest, signature = message.unpack_signed(data, max_bytes=self.spec.max_message_bytes)
+        expected = {
+            "client": (header.client_id, ref.client_id),
+            "round": (header.round, ref.round),
+            "base adapter": (header.base, base),
+            "schema": (header.schema, self._schema.fingerprint),
+            "codec": (header.codec, self.spec.codec),
+        }
+        for what, (given, wanted) in expected.items():
+            if given != wanted:
+                raise MessageError(f"It names {what} {given}; expected {wanted}.")
+        if header.num_examples < 1:
+            raise MessageError(f"It says that it was trained on {header.num_examples} examples; expected at least 1.")
+        signed = self._verified(ref.client_id, digest, signature)
+        update = self._codec.decode(payload, self._schema, CodecContext(round=ref.round))
+        if not bool(update.values.isfinite().all()):
+            raise MessageError("It decodes to values that are not finite.")
+        return OpenedUpdate(header, update, signed)
+
+    def _unsealed(self, data: bytes) -> bytes:
+        sealed = keys.is_sealed(data)
+        if self.spec.sealing_key is None:
+            if sealed:
+                raise MessageError("It is sealed, but this federation has no sealing key.")
+            return data
+        if not sealed:
+            raise MessageError("It is not sealed; this federation takes sealed messages only.")
+        if self._unseal is None:
+            raise MessageError("It is sealed, and this coordinator was started without the key: give --key FILE.")
+        return self._unseal(data)
+
+    def _verified(self, client_id: str, digest: bytes, signature: bytes | None) -> bool:
+        key = self.control.enrolment(client_id).verify_key
+        if key is None:
+            if self.spec.signatures:
+                raise MessageError(f"No verify key is enrolled for client {client_id}: its signature proves nothing.")
+            return False
+        if signature is None:
+            raise MessageError(f"It is not signed; client {client_id} is enrolled with a verify key.")
+        keys.verify(key, self.spec.id, digest, signature)
+        return True
