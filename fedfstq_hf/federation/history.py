@@ -21,14 +21,17 @@ _OTHER = "other reasons"
 
 # The first pattern that a reason contains names its class; what stands in none keeps its own words, without values.
 _REASONS = (
-    (r"takes at most|at most \d+ were allowed", "too large"),
+    (r"not enrolled", "not enrolled"),
+    (r"not selected", "not selected for the round"),
+    (r"takes at most|at most \d+ (were allowed|are taken)", "too large"),
     (r"names client|another client|signed by", "not from the client it names"),
     (r"names round", "for another round"),
     (r"names base adapter|wrong base", "based on another adapter"),
     (r"names schema|for schema", "for an adapter of another shape"),
     (r"names codec", "another codec"),
     (r"format version", "from another package version"),
-    (r"signature", "signature missing or wrong"),
+    (r"signature|not signed|verify key", "signature missing or wrong"),
+    (r"sealed", "sealing missing or wrong"),
     (r"replay|already (used|counted)", "sent before"),
     (r"not finite|\bnan\b|infinity", "not finite"),
     (r"num_examples|trained on", "implausible number of examples"),
@@ -53,6 +56,7 @@ class HistoryRow:
         accepted, refused, late: numbers of updates.
         reasons: class of reason -> number of updates refused for it.
         restored_from: the round whose adapter this one took over, None for a round made from updates.
+        clipped: accepted updates that were scaled down for their norm.
     """
 
     round: int
@@ -67,9 +71,17 @@ class HistoryRow:
     late: int = 0
     reasons: Mapping[str, int] = field(default_factory=dict)
     restored_from: int | None = None
+    clipped: int = 0
 
 
-_DEFAULTS: Mapping[str, object] = {"accepted": 0, "refused": 0, "late": 0, "reasons": {}, "restored_from": None}
+_DEFAULTS: Mapping[str, object] = {
+    "accepted": 0,
+    "refused": 0,
+    "late": 0,
+    "reasons": {},
+    "restored_from": None,
+    "clipped": 0,
+}
 
 
 def row(record: RoundRecord, previous: RoundRecord | None) -> HistoryRow:
@@ -81,21 +93,20 @@ def row(record: RoundRecord, previous: RoundRecord | None) -> HistoryRow:
     given = None if previous is None else previous.round
     if given != (record.round - 1 if record.round else None):
         raise MailboxError(f"The row of round {record.round} needs the record of the round before it, not of {given}.")
-    late = getattr(record, "late", ())
-    updates = (*record.accepted, *record.refused, *late)
     return HistoryRow(
         round=record.round,
         opened_at=record.opened_at,
         num_examples=sum(update.num_examples for update in record.accepted),
-        uplink_bytes=sum(update.num_bytes for update in updates),
-        dense_uplink_bytes=previous.adapter_bytes * len(updates) if previous is not None else 0,
+        uplink_bytes=sum(update.num_bytes for update in record.updates),
+        dense_uplink_bytes=previous.adapter_bytes * len(record.updates) if previous is not None else 0,
         downlink_bytes=record.adapter_bytes if record.update_bytes is None else record.update_bytes,
         dense_downlink_bytes=record.adapter_bytes,
         accepted=len(record.accepted),
         refused=len(record.refused),
-        late=len(late),
+        late=len(record.late),
         reasons=_fewest(Counter(reason_class(update.reason) for update in record.refused)),
-        restored_from=getattr(record, "restored_from", None),
+        restored_from=record.restored_from,
+        clipped=sum(update.scale < 1 for update in record.accepted),
     )
 
 

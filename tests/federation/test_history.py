@@ -27,6 +27,7 @@ ROW = st.builds(
     late=COUNT,
     reasons=st.dictionaries(st.text(max_size=20), COUNT, max_size=3),
     restored_from=st.none() | COUNT,
+    clipped=COUNT,
 )
 
 
@@ -61,6 +62,25 @@ def test_a_round_counts_all_that_arrived():
     assert (made.downlink_bytes, made.dense_downlink_bytes) == (400, 1010)
     assert made.num_examples == 14
     assert made.reasons == {"not from the client it names": 1, "too large": 2}
+
+
+def test_late_updates_cost_bytes_too():
+    late = (RefusedUpdate("slow", "e" * 64, 60, "It arrived after round 1 was closed.", 1),)
+    made = history.row(record(3, accepted=1, late=late), record(2))
+    assert (made.late, made.refused, made.reasons) == (1, 0, {})
+    assert (made.uplink_bytes, made.dense_uplink_bytes) == (50 + 60, 2000)
+
+
+def test_clipped_updates_are_counted():
+    accepted = tuple(
+        AcceptedUpdate(f"c{i}", "d" * 64, 50, 7, 0.5, 9.0, scale=scale) for i, scale in enumerate((1.0, 0.1))
+    )
+    assert history.row(dataclasses.replace(record(1), accepted=accepted), record(0)).clipped == 1
+
+
+def test_a_rollback_to_the_first_round_is_kept():
+    made = history.row(record(4, restored_from=0), record(3))
+    assert history.load(history.dump([made]))[0].restored_from == 0
 
 
 def test_without_a_packed_change_the_adapter_is_downloaded():
@@ -147,6 +167,10 @@ def test_an_empty_history_has_no_rows():
         ("dense payload holds NaN or infinity; expected finite values", "not finite"),
         ("sparse32 payload of 12 bytes announces a support of 99 bytes", "malformed"),
         ("It says that it was trained on 0 examples; expected at least 1.", "implausible number of examples"),
+        ("Client c7 is not enrolled in this federation.", "not enrolled"),
+        ("Client c7 was not selected for this round.", "not selected for the round"),
+        ("It is not signed; client c7 is enrolled with a verify key.", "signature missing or wrong"),
+        ("It is not sealed; this federation takes sealed messages only.", "sealing missing or wrong"),
         ("The moon was 40 % full, 0xdeadbeef; wait.", "The moon was full"),
         ("", "other reasons"),
         ("1234 ###", "other reasons"),
