@@ -23,11 +23,19 @@ JSONScalar = str | int | float | bool | None
 # name -> module that registers it, relative to this package
 _BUILTIN = {
     "factored": ".factored",
+    "fedbat": ".baselines.fedbat",
+    "fedpaq": ".baselines.fedpaq",
     "fp16": ".baselines.fp16",
     "fp32": ".baselines.fp32",
     "fstq": ".fstq",
     "paper": ".baselines.paper",
+    "qsgd": ".baselines.qsgd",
+    "random": ".baselines.random_support",
+    "signsgd": ".baselines.signsgd",
     "sparse32": ".sparse32",
+    "sparseloco": ".baselines.sparseloco",
+    "topk": ".baselines.topk",
+    "uniform-fisher": ".baselines.uniform_fisher",
 }
 _REGISTRY: dict[str, Callable[..., Codec]] = {}
 _C = TypeVar("_C", bound="Callable[..., Any]")

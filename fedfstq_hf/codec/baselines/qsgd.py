@@ -1,0 +1,141 @@
+"""Codec `qsgd`: unbiased stochastic rounding to levels of each bucket's norm (Alistarh et al., NeurIPS 2017).
+
+Quantiser (arXiv 1610.02132, section 3.1): Q(v_i) = ||v|| * sgn(v_i) * xi_i with xi_i = l/s or (l+1)/s, drawn so that
+E[Q(v)] = v. Buckets and the maximum norm as in its experiments (section 4). b bits per coordinate give s = 2^(b-1) - 1.
+
+| bytes | content |
+|---|---|
+| 1 | b, 2 .. 8 |
+| 4 | bucket size d, little-endian uint32, at least 1 |
+| 4 * ceil(n / d) | norm of each bucket, float32 little-endian |
+| ceil(n * b / 8) | signed level + s of each coordinate, b bits each; 2^b - 1 is refused |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from ...errors import ConfigError, MessageError, NonFiniteError
+from ..dense import read_delta
+from ..registry import CodecContext, Encoded, register
+from ..schema import Schema
+from ..update import SparseUpdate
+from .bits import Float64, check_fits, draws, pack_bits, packed_bytes, read_floats, unpack_bits
+
+_MAX_BITS = 8
+_MAX_BUCKET = 2**32 - 1
+
+
+@register("qsgd")
+class QsgdCodec:
+    """QSGD with fixed-width levels.
+
+    bits: per coordinate, sign included (2 .. 8). bucket: coordinates that share a norm. norm: "l2" as in the analysis
+    or "max" as in the paper's experiments. seed: of the rounding, together with the round and the update itself.
+    """
+
+    name = "qsgd"
+
+    def __init__(self, bits: int = 4, bucket: int = 512, norm: Literal["l2", "max"] = "max", seed: int = 0) -> None:
+        if type(bits) is not int or not 2 <= bits <= _MAX_BITS:
+            raise ConfigError(f"qsgd bits is {bits!r}; expected an integer from 2 to {_MAX_BITS}")
+        if type(bucket) is not int or not 1 <= bucket <= _MAX_BUCKET:
+            raise ConfigError(f"qsgd bucket is {bucket!r}; expected an integer from 1 to 2**32 - 1, such as 512")
+        if norm not in ("l2", "max"):
+            raise ConfigError(f'qsgd norm is {norm!r}; expected "l2" or "max"')
+        if type(seed) is not int:
+            raise ConfigError(f"qsgd seed is {seed!r}; expected an integer")
+        self.bits, self.bucket, self.norm, self.seed = bits, bucket, norm, seed
+
+    def encode(
+        self,
+        delta: Mapping[str, Tensor],
+        fisher: Mapping[str, Tensor] | None = None,
+        *,
+        max_bytes: int | None = None,
+        context: CodecContext | None = None,
+    ) -> Encoded:
+        """Code all of `delta`; `fisher` is not used. Raises BudgetError if that exceeds `max_bytes`."""
+        schema, vector = read_delta(delta)
+        check_fits(
+            "qsgd", self._size(schema.num_params), max_bytes, f'lower its bits from {self.bits}, or use codec "fstq"'
+        )
+        scale = bucket_norms(vector.numpy().astype(np.float64), self.bucket, self.norm)
+        levels = stochastic_levels(
+            vector.numpy().astype(np.float64),
+            scale.astype(np.float64)[np.arange(schema.num_params) // self.bucket],
+            _steps(self.bits),
+            draws(vector, self.seed, context.round if context else 0),
+        )
+        head = bytes([self.bits]) + self.bucket.to_bytes(4, "little") + scale.astype("<f4").tobytes()
+        payload = head + pack_bits(levels + _steps(self.bits), self.bits)
+        return Encoded(payload, _update(levels, scale, self.bucket, _steps(self.bits)))
+
+    def decode(self, payload: bytes, schema: Schema, context: CodecContext | None = None) -> SparseUpdate:
+        """Dense update, each coordinate at most its bucket's norm. Raises MessageError on any malformed payload."""
+        if len(payload) < 5:
+            raise MessageError(f"qsgd payload has {len(payload)} bytes; expected at least 5")
+        bits, bucket = payload[0], int.from_bytes(payload[1:5], "little")
+        if not 2 <= bits <= _MAX_BITS or bucket < 1:
+            raise MessageError(f"qsgd payload says {bits} bits and buckets of {bucket}; expected 2 to 8 and at least 1")
+        buckets = -(-schema.num_params // bucket)
+        body = 5 + 4 * buckets
+        if len(payload) != body + packed_bytes(schema.num_params, bits):
+            raise MessageError(
+                f"qsgd payload has {len(payload)} bytes; expected {body + packed_bytes(schema.num_params, bits)}"
+            )
+        scale = read_floats(payload[5:body], buckets, "norm")
+        levels = unpack_bits(payload[body:], schema.num_params, bits, np.int16)
+        levels -= _steps(bits)
+        if levels.max(initial=0) > _steps(bits):
+            raise MessageError(f"qsgd payload holds a level above {_steps(bits)}")
+        return _update(levels, scale, bucket, _steps(bits))
+
+    def _size(self, num_params: int) -> int:
+        return 5 + 4 * -(-num_params // self.bucket) + packed_bytes(num_params, self.bits)
+
+
+def bucket_norms(values: Float64, bucket: int, norm: str) -> npt.NDArray[np.float32]:
+    """Norm of each run of `bucket` values, float32. Raises NonFiniteError if one exceeds float32."""
+    starts = np.arange(0, values.size, bucket)
+    if not starts.size:
+        return np.zeros(0, dtype=np.float32)
+    if norm == "max":
+        scale: Float64 = np.maximum.reduceat(np.abs(values), starts)
+    else:
+        scale = np.sqrt(np.add.reduceat(values * values, starts))
+    if scale.max() > np.finfo(np.float32).max:
+        raise NonFiniteError(
+            f"a bucket of the update has norm {scale.max():.3g}, beyond float32; scale the update down"
+        )
+    return scale.astype(np.float32)
+
+
+def stochastic_levels(values: Float64, scale: Float64, steps: int, uniform: Float64) -> npt.NDArray[np.int64]:
+    """Signed levels -steps .. steps of values / scale, rounded up where `uniform` lies below the fraction."""
+    ratio = np.divide(np.abs(values) * steps, scale, out=np.zeros_like(values), where=scale > 0)
+    lower = np.floor(ratio)
+    level = np.minimum(lower + (uniform < ratio - lower), steps)
+    signed: npt.NDArray[np.int64] = np.where(values < 0, -level, level).astype(np.int64)
+    return signed
+
+
+def _steps(bits: int) -> int:
+    return int((1 << (bits - 1)) - 1)
+
+
+def _update(
+    levels: npt.NDArray[np.signedinteger], scale: npt.NDArray[np.float32], bucket: int, steps: int
+) -> SparseUpdate:
+    values = levels.astype(np.float32)
+    values /= np.float32(steps)
+    whole = values.size // bucket * bucket
+    values[:whole].reshape(-1, bucket)[:] *= scale[: values.size // bucket, None]
+    values[whole:] *= scale[-1:]
+    return SparseUpdate(values.size, None, torch.from_numpy(values))
