@@ -341,6 +341,7 @@ class Coordinator:
             clients=len(record.updates),
             keep_rounds=self.spec.max_staleness + 2,
             tag=record.finished or record.round % self.spec.tag_every == 0,
+            finished=record.finished,
         )
         return self.record
 

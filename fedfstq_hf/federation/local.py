@@ -174,7 +174,7 @@ class FolderMailbox:
                 raise MailboxError(f"{path} holds no metrics ({error}). Remove it, or post them again.") from error
         return metrics
 
-    def housekeep(self, round: int, *, clients: int, keep_rounds: int, tag: bool) -> None:
+    def housekeep(self, round: int, *, clients: int, keep_rounds: int, tag: bool, finished: bool = False) -> None:
         """Nothing: a folder keeps every message, and its rounds need no tags."""
 
     def _publishing(self) -> AbstractContextManager[None]:

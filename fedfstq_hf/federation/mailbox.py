@@ -121,14 +121,18 @@ class Mailbox(Protocol):
     def read_metrics(self, clients: Sequence[str] = ()) -> dict[int, dict[str, dict[str, Any]]]:
         """All posted metrics: round -> source -> name -> value; those that `clients` posted included."""
 
-    def housekeep(self, round: int, *, clients: int, keep_rounds: int, tag: bool) -> None:
+    def housekeep(self, round: int, *, clients: int, keep_rounds: int, tag: bool, finished: bool = False) -> None:
         """After publishing `round`: tag it, drop messages that are older than `keep_rounds`. Best effort."""
 
 
-def open_mailbox(address: str, *, layout: str | None = None, token: str | None = None) -> Mailbox:
+def open_mailbox(
+    address: str, *, create: bool = False, layout: str | None = None, private: bool = True, token: str | None = None
+) -> Mailbox:
     """The mailbox at an address: `hf://org/repo`, or the path of a folder.
 
     Args:
+        create: a federation is going to be founded there, so the repo may be missing.
+        private: whether a new federation's Hub repos are private.
         layout: of a new Hub mailbox, one of `LAYOUTS`; an existing one knows its own.
         token: for the Hub, where it is not in `HF_TOKEN` or stored by `hf auth login`.
 
@@ -141,7 +145,7 @@ def open_mailbox(address: str, *, layout: str | None = None, token: str | None =
     if address.startswith("hf://"):
         from fedfstq_hf.federation.hub.mailbox import HubMailbox
 
-        return HubMailbox(address, layout=layout, token=token)
+        return HubMailbox(address, create=create, layout=layout, private=private, token=token)
     if "://" in address and not address.startswith("file://"):
         scheme = address.split("://", 1)[0]
         raise MailboxError(

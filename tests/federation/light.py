@@ -14,6 +14,7 @@ from fedfstq_hf.federation.client import LocalResult, MailboxParticipation
 from fedfstq_hf.federation.coordinator import Coordinator
 from fedfstq_hf.federation.founding import found_federation
 from fedfstq_hf.federation.local import FolderMailbox
+from fedfstq_hf.federation.mailbox import Mailbox
 from fedfstq_hf.federation.session import ClientSession
 from fedfstq_hf.federation.spec import FederationSpec
 
@@ -69,10 +70,10 @@ class LightClient:
     """One client with a real session; `step` does what can be done now, and never waits."""
 
     def __init__(
-        self, mailbox: FolderMailbox, client_id: str, folder: Path | None, *, max_bytes: int | None = None
+        self, mailbox: Mailbox, client_id: str, folder: Path | None, *, max_bytes: int | None = None
     ) -> None:
         spec = FederationSpec.from_json(mailbox.read(0, "spec.json"))
-        self.session = ClientSession(client_id, spec, SCHEMA, folder=folder, durable=mailbox.durable)
+        self.session = ClientSession(client_id, spec, SCHEMA, folder=folder, durable=getattr(mailbox, "durable", False))
         self.participation = MailboxParticipation(mailbox, self.session, max_bytes=max_bytes, sleep=pause)
         self.done = False
 

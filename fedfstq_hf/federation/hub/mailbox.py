@@ -1,0 +1,463 @@
+"""The Hub mailbox: a federation that no one has to host.
+
+```
+ORG/RUN               adapter_model.safetensors adapter_config.json README.md        what plain PEFT and people read
+                      fedfstq/  mailbox.json spec.json control.json round.json history.jsonl metrics.json
+                                server_optimizer.safetensors rounds/000012/{round.json,update.safetensors}
+ORG/RUN-CLIENT        rounds/000012.safetensors metrics.json                         layout own: one repo per client
+ORG/RUN-mailbox       rounds/000012/deltas/CLIENT.safetensors metrics/CLIENT.json    layout shared; and the repo that
+                                                                                     pull requests are made to
+```
+
+One commit per round, on top of the one it was made from: two coordinators cannot both publish a round. The adapter and
+the server optimizer's state of earlier rounds lie in the tags and commits of those rounds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import CommitOperationDelete, HfApi
+
+from fedfstq_hf.errors import MailboxError, MailboxUnavailableError
+from fedfstq_hf.federation.control import Control
+from fedfstq_hf.federation.hub import address as paths
+from fedfstq_hf.federation.hub.layouts import LAYOUTS, Layout, Place
+from fedfstq_hf.federation.hub.posting import open_pull_request, post, push_file
+from fedfstq_hf.federation.hub.publishing import Reader, Swap, refuse_foreign, round_taken
+from fedfstq_hf.federation.hub.repo import HubRepo
+from fedfstq_hf.federation.hub.waiting import DEFAULT_PATIENCE, Patience
+from fedfstq_hf.federation.mailbox import (
+    ADAPTER_CONFIG_FILE,
+    RECORD_FILE,
+    SPEC_FILE,
+    RootFiles,
+    UpdateRef,
+    checked_name,
+)
+
+logger = logging.getLogger(__name__)
+
+_FORMAT = 1
+_MAX_JSON = 64 * 10**6
+_MAX_METRICS = 10**6
+_TIDYING_SECONDS = 30.0
+_TIDY_EVERY = 10  # rounds between two deletions of old messages in a shared repo
+_SQUASH_COMMITS = 500
+
+
+class HubMailbox:
+    """A mailbox in Hub repos; many may be open on the same federation, and any may be killed at any moment.
+
+    Args:
+        address: `hf://org/repo`, the global repo.
+        create: the federation may be missing: it is going to be founded here.
+        layout: of a new federation.
+        private: whether new repos are private.
+        token: where it is not in `HF_TOKEN` or stored by `hf auth login`.
+        patience: seconds for which a request is repeated while the Hub is busy, silent or broken.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        *,
+        create: bool = False,
+        layout: str | None = None,
+        private: bool = True,
+        token: str | None = None,
+        patience: float = DEFAULT_PATIENCE,
+    ) -> None:
+        self.address = address
+        self._address = paths.parse_address(address)
+        self._api = HfApi(token=token, library_name="fedfstq_hf")
+        self._patience = Patience(patience)
+        self._repo = HubRepo(self._address.repo_id, self._api, self._patience)
+        self._create = create
+        self._new_layout = layout or "own"
+        self._private = private
+        self._layout: Layout | None = None
+        self._head: int | None = None
+        self._head_etag = ""
+        self._commit: str | None = None
+        self._control: tuple[str, bytes | None] | None = None
+        self._first_control: bytes | None = None
+        self._warned: set[str] = set()
+        self._kept: dict[str, bytes] = {}
+        self._found: dict[tuple[int, str], UpdateRef] = {}
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
+
+    # -- rounds -----------------------------------------------------------------------------------------------------
+
+    def head(self) -> int | None:
+        """The newest published round; one HEAD request while nothing is new. It never goes back."""
+        state = self._repo.state(paths.HEAD_PATH)
+        if state is None:
+            if self._head is None and not self._create and not self._repo.exists():
+                raise MailboxError(
+                    f"There is no repo {self._address.repo_id}, or this token may not see it. Check the address; type "
+                    "`hf auth login` (or set HF_TOKEN) with an account that may read it; or found a federation with "
+                    f"`fedfstq init {self.address} ...`."
+                )
+            return self._head
+        if state.etag != self._head_etag:
+            file = self._repo.read(paths.HEAD_PATH, revision=state.commit, max_bytes=_MAX_JSON)
+            round = _round_in(file.data if file is not None else None, self.address)
+            if self._head is None or round >= self._head:
+                self._head, self._head_etag, self._commit = round, state.etag, state.commit
+        elif self._head is not None:
+            self._commit = state.commit
+        return self._head
+
+    def read(self, round: int, name: str) -> bytes:
+        """A file of a published round, at the commit that was seen to hold it."""
+        path = paths.round_path(round, name) or paths.head_path(name)
+        constant = name in (SPEC_FILE, ADAPTER_CONFIG_FILE)
+        if constant and path in self._kept:
+            return self._kept[path]
+        if self._head is None or round > self._head:
+            self.head()
+        revision = self._commit
+        if paths.round_path(round, name) is None and not constant and round != self._head:
+            revision = self._revision_of(round)
+        file = self._repo.read(path, revision=revision or "main") if self._head is not None else None
+        if file is None:
+            raise MailboxError(
+                f"{self.address} has no file {name} of round {round}. Expected a federation made by "
+                f"`fedfstq init {self.address} ...`."
+            )
+        if constant:
+            self._kept[path] = file.data
+        return file.data
+
+    def read_root(self, name: str) -> bytes | None:
+        """A file for people as it is now, None where there is none."""
+        file = self._repo.read(paths.root_path(name), revision=self._commit or "main")
+        return None if file is None else file.data
+
+    def publish(self, round: int, files: Mapping[str, bytes], root: RootFiles | None = None) -> None:
+        """Publish a round in one commit on top of the previous one.
+
+        What people changed in between (the card, say) is left as it is: the commit is then made again on top of it.
+        """
+        written = paths.publication(round, dict(files))
+        if round == 0:
+            self._found_repos()
+            written[paths.LAYOUT_PATH] = _json({"format": _FORMAT, "layout": self._new_layout})
+            if self._first_control is not None:
+                written[paths.CONTROL_PATH] = self._first_control
+        record = files[RECORD_FILE]
+
+        def make(read: Reader) -> dict[str, bytes]:
+            made = {} if root is None else root(lambda name: read(paths.root_path(name)))
+            return {**{paths.root_path(name): data for name, data in made.items()}, **written}
+
+        def check(read: Reader) -> bool:
+            present = read(paths.HEAD_PATH)
+            if present == record:
+                return True  # an answer was lost, the commit was not
+            if present is not None and _round_in(present, self.address) >= round:
+                raise round_taken(round, self.address)
+            if present is None:
+                refuse_foreign(read, written, self._address.repo_id)
+            return False
+
+        # Only a commit that was seen to hold the previous round can be built on without looking.
+        parent = self._commit if self._head == round - 1 and round > 0 else None
+        commit = Swap(self._repo, f"Round {round}", make, check, parent).run()
+        self._head, self._head_etag, self._commit = round, "", commit
+
+    def refresh_root(self, root: RootFiles | None = None) -> None:
+        """Renew the files for people, where they are not what they should be."""
+        if root is None or self._head is None:
+            return
+        head = self._head
+
+        def changed(read: Reader) -> dict[str, bytes]:
+            made = {paths.root_path(name): data for name, data in root(lambda n: read(paths.root_path(n))).items()}
+            return {path: data for path, data in made.items() if read(path) != data}
+
+        def check(read: Reader) -> bool:  # nothing to do, or a newer round that has its own files
+            return _round_in(read(paths.HEAD_PATH), self.address) != head or not changed(read)
+
+        self._commit = Swap(self._repo, "Model card", changed, check).run()
+
+    # -- control ----------------------------------------------------------------------------------------------------
+
+    def read_control(self) -> bytes | None:
+        """The control file as of the last look at the head."""
+        if self._commit is None:
+            self.head()
+        commit = self._commit
+        if commit is None:
+            return self._first_control
+        if self._control is None or self._control[0] != commit:
+            file = self._repo.read(paths.CONTROL_PATH, revision=commit, max_bytes=_MAX_JSON)
+            self._control = (commit, None if file is None else file.data)
+        return self._control[1]
+
+    def write_control(self, data: bytes, *, expected: bytes | None) -> bool:
+        """Replace the control file if it still is `expected`."""
+        if self._head is None and self._create:  # it goes with the first commit, or not at all
+            self._first_control = data
+            return True
+        present: list[bytes | None] = []
+
+        def check(read: Reader) -> bool:
+            present[:] = [read(paths.CONTROL_PATH)]
+            return present[0] != expected
+
+        commit = Swap(self._repo, "Control", lambda read: {paths.CONTROL_PATH: data}, check).run()
+        if self._head is not None:
+            self._commit = commit
+        written = present[0] in (expected, data)
+        self._control = (commit, data if written else present[0])
+        return written
+
+    # -- updates ----------------------------------------------------------------------------------------------------
+
+    def post_update(self, round: int, client_id: str, message: bytes, *, patience: float | None = None) -> None:
+        """Post a client's message where its layout says."""
+        layout, enrolment = self._layouts(), self._enrolments().enrolment(checked_name(client_id))
+        place = layout.own_place(client_id, enrolment)
+        if place is None:
+            repo = layout.repo(self._address.mailbox_repo)
+            open_pull_request(
+                repo,
+                self._api,
+                round,
+                client_id,
+                message,
+                lambda: layout.own_place(client_id, enrolment),
+                seconds=patience,
+            )
+            return
+        post(place, round, client_id, message, seconds=patience)
+
+    def list_updates(self, round: int, clients: Sequence[str] | None = None) -> list[UpdateRef]:
+        """The round's messages: one request for each client that none was found of yet, or one for all."""
+        layout = self._layouts()
+        listed = layout.list_folder(round)
+        if listed is not None:
+            for ref in listed:
+                self._found.setdefault((round, ref.client_id), ref)
+        else:
+            for client in layout.clients() if clients is None else clients:
+                if (round, client) not in self._found:
+                    self._look_for(round, client)
+        return sorted(
+            ref
+            for (of_round, client), ref in self._found.items()
+            if of_round == round and (clients is None or client in clients)
+        )
+
+    def read_update(self, ref: UpdateRef, *, max_bytes: int) -> bytes:
+        """One message; kept on disk, since a round reads it twice."""
+        kept = self._kept_update(ref.sha256)
+        if kept is not None and kept.is_file():
+            return kept.read_bytes()
+        place = self._place(ref.client_id)
+        if place is None:
+            raise MailboxError(f"The pull request of client {ref.client_id} was closed; its update cannot be read.")
+        path = place.update_path(ref.round, ref.client_id)
+        file = place.repo.read(path, revision=ref.location or place.revision, max_bytes=max_bytes, squashed=True)
+        if file is None:  # the client squashed its history: the same file is on its branch
+            file = place.repo.read(path, revision=place.revision, max_bytes=max_bytes)
+        if file is None or (ref.sha256 and hashlib.sha256(file.data).hexdigest() != ref.sha256):
+            raise MailboxError(
+                f"The message of client {ref.client_id} for round {ref.round} is no longer what it was when it was "
+                "listed. Nothing was published; start the coordinator again."
+            )
+        if kept is not None:
+            kept.write_bytes(file.data)
+        return file.data
+
+    # -- metrics and housekeeping -----------------------------------------------------------------------------------
+
+    def post_metric(self, round: int, source: str, metrics: Mapping[str, Any], *, client_id: str | None = None) -> None:
+        """Post to the global repo, or to the place of `client_id` where that is given."""
+        checked_name(source)
+        if client_id is None:
+
+            def merged(read: Reader) -> dict[str, bytes]:
+                return {paths.METRICS_PATH: _with_metric(read(paths.METRICS_PATH), round, source, metrics)}
+
+            def check(read: Reader) -> bool:
+                return read(paths.METRICS_PATH) == merged(read)[paths.METRICS_PATH]
+
+            self._commit = Swap(self._repo, "Metrics", merged, check).run()
+            return
+        place = self._layouts().own_place(client_id, self._enrolments().enrolment(client_id))
+        if place is None:
+            raise MailboxError(f"Client {client_id!r} has no pull request yet. Post metrics after its first update.")
+        path = place.metrics_path(client_id)
+        file = place.repo.read(path, revision=place.revision, max_bytes=_MAX_METRICS)
+        data = _with_metric(None if file is None else file.data, round, source, metrics)
+        push_file(place, path, data, "Metrics")
+
+    def read_metrics(self, clients: Sequence[str] = ()) -> dict[int, dict[str, dict[str, Any]]]:
+        """All posted metrics; what a client posted is named after it as well."""
+        found: dict[int, dict[str, dict[str, Any]]] = {}
+        for client in clients:
+            place = self._place(client)
+            if place is None or place.repo.state(place.metrics_path(client), revision=place.revision) is None:
+                continue
+            file = place.repo.read(place.metrics_path(client), revision=place.revision, max_bytes=_MAX_METRICS)
+            for round, sources in _metrics(None if file is None else file.data).items():
+                for source, values in sources.items():
+                    found.setdefault(round, {})[f"{source}@{client}"] = values
+        file = self._repo.read(paths.METRICS_PATH, revision=self._commit or "main")
+        for round, sources in _metrics(None if file is None else file.data).items():
+            found.setdefault(round, {}).update(sources)
+        return found
+
+    def housekeep(self, round: int, *, clients: int, keep_rounds: int, tag: bool, finished: bool = False) -> None:
+        """Tag the round; forget, and in a shared repo delete and squash away, messages that are no longer wanted."""
+        self._found = {key: ref for key, ref in self._found.items() if key[0] > round - keep_rounds}
+        if self._folder is not None:
+            wanted = {ref.sha256 for ref in self._found.values()}
+            for file in Path(self._folder.name).iterdir():
+                if file.name not in wanted:
+                    file.unlink(missing_ok=True)
+        with contextlib.suppress(MailboxError):
+            if tag:
+                self._repo.call("tag", lambda: self._tag(round), seconds=_TIDYING_SECONDS)
+        layout = self._layouts()
+        if layout.name == "shared" and round and round % _TIDY_EVERY == 0:
+            with contextlib.suppress(MailboxError):
+                self._tidy(layout, round, clients, keep_rounds)
+        if finished:
+            with contextlib.suppress(MailboxError):
+                layout.close()
+
+    # -- inside -----------------------------------------------------------------------------------------------------
+
+    def _found_repos(self) -> None:
+        self._repo.create(private=self._private)
+        LAYOUTS[self._new_layout](self._address, self._api, self._patience, private=self._private).found()
+
+    def _layouts(self) -> Layout:
+        if self._layout is None:
+            if self._commit is None:
+                self.head()
+            file = self._repo.read(paths.LAYOUT_PATH, revision=self._commit or "main", max_bytes=_MAX_JSON)
+            try:
+                fields = json.loads(file.data if file is not None else b"")
+                layout = LAYOUTS[fields["layout"]] if fields["format"] == _FORMAT else None
+            except (ValueError, KeyError, TypeError):
+                layout = None
+            if layout is None:
+                raise MailboxError(
+                    f"{self.address} does not say how its clients' messages are laid out ({paths.LAYOUT_PATH} is "
+                    "missing, damaged or of a newer version). Restore it from the repo's history, or update fedfstq_hf."
+                )
+            self._layout = layout(self._address, self._api, self._patience, private=self._private)
+        return self._layout
+
+    def _enrolments(self) -> Control:
+        return Control.from_json(self.read_control())
+
+    def _place(self, client_id: str) -> Place | None:
+        return self._layouts().place(client_id, self._enrolments().enrolment(client_id))
+
+    def _look_for(self, round: int, client: str) -> None:
+        try:
+            place = self._place(client)
+            if place is None:
+                return
+            state = place.repo.state(place.update_path(round, client), revision=place.revision)
+        except MailboxUnavailableError:
+            raise
+        except MailboxError as error:  # one client's closed repo must not stop the others
+            if client not in self._warned:
+                logger.warning("Cannot look for the updates of client %s: %s", client, error)
+                self._warned.add(client)
+            return
+        if state is not None:
+            sha256 = state.etag if len(state.etag) == 64 else ""
+            self._found[round, client] = UpdateRef(client, round, state.size, sha256, state.commit)
+
+    def _kept_update(self, sha256: str) -> Path | None:
+        if len(sha256) != 64 or not sha256.isalnum():
+            return None
+        if self._folder is None:
+            self._folder = tempfile.TemporaryDirectory(prefix="fedfstq-")
+        return Path(self._folder.name) / sha256
+
+    def _revision_of(self, round: int) -> str:
+        """The tag or commit of an earlier round."""
+        tags = self._repo.call("list the tags of", lambda: self._api.list_repo_refs(self._repo.repo_id).tags)
+        named = [tag.target_commit for tag in tags if tag.name == _tag_name(round)]
+        commits = self._repo.call("list the commits of", lambda: self._api.list_repo_commits(self._repo.repo_id))
+        named += [commit.commit_id for commit in commits if commit.title == f"Round {round}"]
+        for commit in named:
+            file = self._repo.read(paths.HEAD_PATH, revision=commit, max_bytes=_MAX_JSON)
+            if file is not None and _round_in(file.data, self.address) == round:
+                return commit
+        raise MailboxError(
+            f"{self.address} no longer holds round {round}: its history was squashed. Rounds with a tag are kept; "
+            f"there are {', '.join(tag.name for tag in tags) or 'none'}."
+        )
+
+    def _tag(self, round: int) -> None:
+        self._api.create_tag(self._repo.repo_id, tag=_tag_name(round), revision=self._commit, exist_ok=True)
+
+    def _tidy(self, layout: Layout, round: int, clients: int, keep_rounds: int) -> None:
+        repo = layout.repo(self._address.mailbox_repo)
+        oldest = round - keep_rounds
+        entries = repo.call(
+            "list the rounds of",
+            lambda: [entry.path for entry in self._api.list_repo_tree(repo.repo_id, "rounds")],
+            seconds=_TIDYING_SECONDS,
+        )
+        old = [path for path in entries if os.path.basename(path).isdigit() and int(os.path.basename(path)) < oldest]
+        if old:
+            deletions = [CommitOperationDelete(f"{path}/", is_folder=True) for path in old]
+            repo.call("tidy", lambda: repo.commit_once(deletions, f"Rounds before {oldest}"), seconds=_TIDYING_SECONDS)
+        if round % max(_TIDY_EVERY, _SQUASH_COMMITS // (clients + 1)) < _TIDY_EVERY:
+            repo.call("squash", lambda: self._api.super_squash_history(repo.repo_id), seconds=_TIDYING_SECONDS)
+
+
+def _tag_name(round: int) -> str:
+    return f"round-{round:06d}"
+
+
+def _json(value: Any) -> bytes:
+    return (json.dumps(value, indent=1, sort_keys=True) + "\n").encode()
+
+
+def _round_in(data: bytes | None, address: str) -> int:
+    try:
+        round = json.loads(data or b"")["round"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise MailboxError(f"The round record of {address} cannot be read: {error}") from error
+    if not isinstance(round, int) or round < 0:
+        raise MailboxError(f"The round record of {address} names round {round!r:.40}.")
+    return round
+
+
+def _metrics(data: bytes | None) -> dict[int, dict[str, dict[str, Any]]]:
+    """Posted metrics; what cannot be understood is left out, since any client may have written it."""
+    try:
+        found = json.loads(data or b"{}")
+        return {
+            int(round): {str(source): dict(values) for source, values in sources.items()}
+            for round, sources in found.items()
+        }
+    except (ValueError, TypeError, AttributeError, RecursionError):
+        logger.warning("A file of posted metrics cannot be read; it is left out.")
+        return {}
+
+
+def _with_metric(data: bytes | None, round: int, source: str, metrics: Mapping[str, Any]) -> bytes:
+    found = _metrics(data)
+    found.setdefault(round, {})[source] = dict(metrics)
+    return _json({str(round): sources for round, sources in sorted(found.items())})

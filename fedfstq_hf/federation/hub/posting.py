@@ -1,0 +1,98 @@
+"""Posting: a client's push loop. A unique path and no parent commit, so that writers cannot undo one another."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import suppress
+
+from huggingface_hub import CommitOperationAdd, HfApi
+from huggingface_hub.errors import HfHubHTTPError
+
+from fedfstq_hf.errors import MailboxError, UpdateConflictError
+from fedfstq_hf.federation.hub.layouts import PULL_REQUEST_TITLE, Place
+from fedfstq_hf.federation.hub.repo import HubRepo, additions, has_digest
+from fedfstq_hf.federation.hub.waiting import Outcome, diagnose
+
+_SQUASH_EVERY = 200  # rounds; a repo degrades after a few thousand commits
+_TIDYING_SECONDS = 30.0
+
+
+def push_file(place: Place, path: str, data: bytes, message: str, *, seconds: float | None = None) -> None:
+    """Commit one file to a place, whatever else is committed there meanwhile; unchanged content makes no commit.
+
+    Raises:
+        MailboxUnavailableError: it could not be done within `seconds`; whether it was done is then unknown.
+    """
+    pending: list[CommitOperationAdd] = []
+
+    def request() -> None:
+        if not pending:
+            pending.extend(additions({path: data}))
+        try:
+            place.repo.commit_once(pending, message, revision=place.revision)
+        except Exception as error:
+            # After a busy answer the same upload is sent again, in one request. After a lost one it has to be asked
+            # anew whether the file is there, or there would be a second commit.
+            if diagnose(error).outcome is not Outcome.BUSY:
+                pending.clear()
+            raise
+
+    place.repo.call(f"send {path} to", request, seconds=seconds)
+
+
+def post(place: Place, round: int, client_id: str, data: bytes, *, seconds: float | None = None) -> None:
+    """Post a message at its path; the same bytes again change nothing.
+
+    Raises:
+        UpdateConflictError: other bytes are there already.
+    """
+    path = place.update_path(round, client_id)
+    there = place.repo.state(path, revision=place.revision, seconds=seconds)
+    if there is not None:
+        if there.size != len(data) or not has_digest(data, there.etag):
+            raise UpdateConflictError(
+                f"Client {client_id!r} already posted another message for round {round} to {place.repo.repo_id}. Is a "
+                "second process running under the same client_id? Give each client an id and a state folder of its own."
+            )
+        return
+    if not place.shared and place.revision == "main" and round and round % _SQUASH_EVERY == 0:
+        with suppress(MailboxError):  # tidying may wait; all earlier messages are used or late by now
+            place.repo.call(
+                "squash the history of",
+                lambda: place.repo.api.super_squash_history(place.repo.repo_id),
+                seconds=_TIDYING_SECONDS,
+            )
+    push_file(place, path, data, f"Round {round}", seconds=seconds)
+
+
+def open_pull_request(
+    repo: HubRepo,
+    api: HfApi,
+    round: int,
+    client_id: str,
+    data: bytes,
+    find: Callable[[], Place | None],
+    *,
+    seconds: float | None = None,
+) -> None:
+    """Open a client's pull request with its first message. `find` looks for one, since an answer may be lost."""
+    found: list[Place] = []
+
+    def request() -> None:
+        place = find()
+        if place is not None:
+            found.append(place)
+            return
+        path = Place(repo, "main").update_path(round, client_id)
+        try:
+            api.create_commit(
+                repo.repo_id, additions({path: data}), commit_message=PULL_REQUEST_TITLE + client_id, create_pr=True
+            )
+        except HfHubHTTPError as error:
+            if error.response is not None and error.response.status_code == 412:
+                raise ConnectionError("the repo was changed meanwhile") from None
+            raise
+
+    repo.call("open a pull request to", request, seconds=seconds)
+    if found:
+        post(found[0], round, client_id, data, seconds=seconds)
