@@ -144,9 +144,12 @@ def test_an_oversized_message_is_not_even_read(tmp_path, monkeypatch):
     post(mailbox, "a", delta(1))
     post(mailbox, "c", delta(3))
     read, original = [], mailbox.read_update
-    monkeypatch.setattr(mailbox, "read_update", lambda ref: (read.append(ref.client_id), original(ref))[1])
+    monkeypatch.setattr(
+        mailbox, "read_update", lambda ref, **limit: (read.append(ref.client_id), original(ref, **limit))[1]
+    )
     Coordinator(mailbox).close_round()
-    assert read == ["a", "c"]
+    assert "bad" not in read
+    assert set(read) == {"a", "c"}
 
 
 def test_a_message_of_an_older_round_is_refused(tmp_path):
@@ -232,7 +235,7 @@ def test_serve_polls_until_the_end(tmp_path):
     rounds = []
 
     def sleep(seconds):
-        assert seconds == 0.25
+        assert 0.2 <= seconds <= 0.3  # nothing has to be waited for long: each wait is the first one
         for client in clients:
             client.step()
 

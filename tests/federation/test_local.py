@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 import threading
 
 import pytest
@@ -26,7 +27,7 @@ def all_names(path):
 def test_it_is_a_mailbox(tmp_path):
     assert isinstance(FolderMailbox(tmp_path), Mailbox)
     assert isinstance(open_mailbox(f"file://{tmp_path}"), FolderMailbox)
-    with pytest.raises(MailboxError, match=r"No mailbox serves ftp:// addresses .* give the path of a folder"):
+    with pytest.raises(MailboxError, match=r"No mailbox serves ftp:// addresses .* give hf://ORG/REPO or the path of a folder"):
         open_mailbox("ftp://somewhere/else")
 
 
@@ -60,7 +61,7 @@ def test_of_two_publishers_one_wins_and_its_round_is_whole(tmp_path):
         mailbox = FolderMailbox(tmp_path)
         barrier.wait()
         try:
-            mailbox.publish(0, {"a": content, "b": content, "c": content})
+            mailbox.publish(0, dict.fromkeys(FILES, content))
             outcomes.append(content)
         except RoundConflictError:
             outcomes.append(None)
@@ -76,11 +77,9 @@ def test_of_two_publishers_one_wins_and_its_round_is_whole(tmp_path):
         winners = [outcome for outcome in outcomes if outcome]
         assert len(winners) == 1, number
         mailbox = FolderMailbox(tmp_path)
-        assert {mailbox.read(0, name) for name in "abc"} == set(winners)
-        assert all_names(tmp_path) == ["rounds/000000/a", "rounds/000000/b", "rounds/000000/c"]
-        for name in "abc":
-            (tmp_path / "rounds/000000" / name).unlink()
-        (tmp_path / "rounds/000000").rmdir()
+        assert {mailbox.read(0, name) for name in FILES} == set(winners)
+        assert all_names(tmp_path / "rounds") == sorted(f"000000/{name}" for name in FILES)
+        shutil.rmtree(tmp_path / "rounds/000000")
 
 
 def test_publishing_cleans_up_after_a_killed_coordinator(tmp_path):
@@ -114,13 +113,13 @@ def test_an_update_is_posted_once(tmp_path):
     mailbox.post_update(0, "a", b"message")
     mailbox.post_update(0, "a", b"message")
     assert mailbox.list_updates(0) == [UpdateRef("a", 0, 7), UpdateRef("b", 0, 12)]
-    assert mailbox.read_update(UpdateRef("a", 0, 7)) == b"message"
+    assert mailbox.read_update(UpdateRef("a", 0, 7), max_bytes=7) == b"message"
     assert mailbox.list_updates(1) == []
     with pytest.raises(
         UpdateConflictError, match=r"second process running under the same client_id\? Give each client"
     ):
         mailbox.post_update(0, "a", b"another")
-    assert mailbox.read_update(UpdateRef("a", 0, 7)) == b"message"
+    assert mailbox.read_update(UpdateRef("a", 0, 7), max_bytes=7) == b"message"
 
 
 def test_updates_under_way_and_foreign_files_are_not_listed(tmp_path):
@@ -153,17 +152,21 @@ def test_names_that_could_leave_the_folder_are_refused(tmp_path, name):
     with pytest.raises(MailboxError, match="cannot name a client"):
         mailbox.post_metric(0, name, {})
     with pytest.raises(MailboxError, match="cannot name a client"):
-        mailbox.read_update(UpdateRef(name, 0, 7))
+        mailbox.read_update(UpdateRef(name, 0, 7), max_bytes=7)
     assert all_names(tmp_path) == []
 
 
 def test_metrics_replace_earlier_ones_of_their_source(tmp_path):
     mailbox = FolderMailbox(tmp_path)
-    assert mailbox.read_metrics(3) == {}
+    assert mailbox.read_metrics() == {}
     mailbox.post_metric(3, "held-out", {"eval_loss": 2.0})
     mailbox.post_metric(3, "held-out", {"eval_loss": 1.5})
     mailbox.post_metric(3, "other", {"exact_match": 0.5})
-    assert mailbox.read_metrics(3) == {"held-out": {"eval_loss": 1.5}, "other": {"exact_match": 0.5}}
+    mailbox.post_metric(5, "held-out", {"eval_loss": 1.0})
+    assert mailbox.read_metrics() == {
+        3: {"held-out": {"eval_loss": 1.5}, "other": {"exact_match": 0.5}},
+        5: {"held-out": {"eval_loss": 1.0}},
+    }
 
 
 def test_metrics_that_are_none_are_named(tmp_path):
@@ -171,7 +174,7 @@ def test_metrics_that_are_none_are_named(tmp_path):
     mailbox.post_metric(3, "held-out", {})
     (tmp_path / "metrics/000003/held-out.json").write_text("[1, 2]")
     with pytest.raises(MailboxError, match=r"held-out\.json holds no metrics"):
-        mailbox.read_metrics(3)
+        mailbox.read_metrics()
 
 
 @pytest.mark.parametrize(("call", "number"), [("mkdir", 0), ("fsync", 0), ("fsync", 1), ("fsync", 2), ("rename", 0)])
@@ -212,7 +215,7 @@ def test_a_read_only_disk_gives_one_clear_line(tmp_path, monkeypatch):
 
 def test_a_second_federation_is_refused(tmp_path):
     found(tmp_path)
-    with pytest.raises(RoundConflictError, match=r"already holds a federation\. Give a new folder, or go on with"):
+    with pytest.raises(RoundConflictError, match=r"already holds a federation\. Give a new address, or go on with"):
         found(tmp_path)
 
 

@@ -6,6 +6,7 @@ import json
 import pytest
 from light import make_spec
 
+from fedfstq_hf import __version__
 from fedfstq_hf.errors import ConfigError, MailboxError
 from fedfstq_hf.federation.record import AcceptedUpdate, RefusedUpdate, RoundRecord
 from fedfstq_hf.federation.spec import SHARED_TRAINING_ARGUMENTS, FederationSpec
@@ -40,9 +41,17 @@ def test_impossible_values_are_refused(changes, match):
 
 
 def test_a_spec_of_another_format_says_which_version_to_install():
-    fields = json.loads(make_spec().to_json()) | {"format": 2}
-    with pytest.raises(MailboxError, match=r"has format 2; this version reads format 1\. Install the fedfstq_hf"):
-        FederationSpec.from_json(json.dumps(fields).encode())
+    fields = json.loads(make_spec().to_json()) | {"format": 99}
+    for version, remedy in (
+        ("7.3.1", r"Type: pip install fedfstq_hf==7\.3\.1"),
+        (__version__, "Install the fedfstq_hf version that the federation's coordinator runs"),
+        (None, "Install the fedfstq_hf version that the federation's coordinator runs"),
+    ):
+        data = json.dumps(fields | {"package_version": version}).encode()
+        with pytest.raises(MailboxError, match=rf"spec has format 99; fedfstq_hf .* reads format 2\. {remedy}"):
+            FederationSpec.from_json(data)
+        with pytest.raises(MailboxError, match=rf"round record has format 99; .* reads format 2\. {remedy}"):
+            RoundRecord.from_json(data)
 
 
 @pytest.mark.parametrize("data", [b"", b"[]", b"null", b'"x"', b'{"format": 1}', b'{"format": 1, "what": 2}', b"\xff"])
