@@ -11,6 +11,8 @@ __all__ = [
     "FedFSTQConfig",
     "FedFSTQError",
     "FedFSTQTrainer",
+    "TokenReducer",
+    "TokenReductionLogitsProcessor",
     "__version__",
 ]
 
@@ -19,11 +21,15 @@ _LAZY = {
     "FedFSTQConfig": "fedfstq_hf.config",
     "FedFSTQError": "fedfstq_hf.errors",
     "FedFSTQTrainer": "fedfstq_hf.trainer",
+    "TokenReducer": "fedfstq_hf.generation.reducer",
+    "TokenReductionLogitsProcessor": "fedfstq_hf.generation.logits_processor",
 }
 
 if TYPE_CHECKING:
     from fedfstq_hf.config import FedFSTQConfig
     from fedfstq_hf.errors import FedFSTQError
+    from fedfstq_hf.generation.logits_processor import TokenReductionLogitsProcessor
+    from fedfstq_hf.generation.reducer import TokenReducer
     from fedfstq_hf.trainer import FedFSTQTrainer
 
 

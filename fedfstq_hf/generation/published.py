@@ -1,0 +1,96 @@
+"""What a repo or folder publishes beside an adapter for token reduction: saliency and tokenizer."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+from fedfstq_hf.errors import AdapterMismatchError, ConfigError
+from fedfstq_hf.generation.saliency import Saliency, tokenizer_fingerprint
+from fedfstq_hf.generation.saliency_file import FILE_NAME, unpack
+from fedfstq_hf.generation.scorer import Scorer
+from fedfstq_hf.generation.scorers import Combined, QueryAttention, TokenTable
+
+logger = logging.getLogger(__name__)
+_told: set[str] = set()
+
+QUERY_WEIGHT = 0.9
+"""Share of the query-aware scorer in the combination with a published table."""
+
+
+def published_file(repo: str, name: str) -> Path | None:
+    """A file of a folder or Hub repo (`org/name` or `hf://org/name`); None if the repo has no such file.
+
+    Raises huggingface_hub's errors if the repo cannot be reached or does not exist.
+    """
+    if not repo.startswith("hf://") and Path(repo).is_dir():
+        path = Path(repo) / name
+        return path if path.is_file() else None
+    try:
+        return Path(hf_hub_download(repo.removeprefix("hf://"), name))
+    except LocalEntryNotFoundError:
+        raise
+    except EntryNotFoundError:
+        return None
+
+
+def published_tokenizer(repo: str) -> Any:
+    """The repo's own tokenizer, else that of the base its adapter names; None if there is neither."""
+    from transformers import AutoTokenizer
+
+    own = published_file(repo, "tokenizer_config.json")
+    if own is not None:
+        return AutoTokenizer.from_pretrained(repo.removeprefix("hf://"))
+    adapter = published_file(repo, "adapter_config.json")
+    base = json.loads(adapter.read_text()).get("base_model_name_or_path") if adapter is not None else None
+    if not base:
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(base)
+    except (OSError, ValueError):  # the base is somewhere else by now; whoever needs a tokenizer says so
+        return None
+
+
+def published_scorer(repo: str, tokenizer: Any, model: Any = None) -> Scorer:
+    """Query-aware scores combined with the published table; without one, the former alone, which is logged once.
+
+    Raises AdapterMismatchError for a table of another tokenizer or base, ConfigError where neither can be checked.
+    """
+    path = published_file(repo, FILE_NAME)
+    if path is None:
+        if repo not in _told:
+            _told.add(repo)
+            logger.warning("%s publishes no %s; token reduction uses the query-aware scorer alone", repo, FILE_NAME)
+        return QueryAttention()
+    saliency = unpack(path.read_bytes())
+    check_saliency(saliency, tokenizer, model)
+    return Combined([QueryAttention(), TokenTable(saliency.scores())], [QUERY_WEIGHT, 1.0 - QUERY_WEIGHT])
+
+
+def check_saliency(saliency: Saliency, tokenizer: Any, model: Any = None) -> None:
+    """Raise AdapterMismatchError unless the table is for this tokenizer, and for this base if `model` is given."""
+    if tokenizer is None:
+        raise ConfigError(
+            "a saliency file speaks of token ids; pass the tokenizer: from_pretrained(..., tokenizer=...)"
+        )
+    mine = tokenizer_fingerprint(tokenizer)
+    if mine != saliency.tokenizer:
+        raise AdapterMismatchError(
+            f"{FILE_NAME} is for tokenizer {saliency.tokenizer[:12]} with {saliency.vocab_size} ids, this tokenizer is "
+            f"{mine[:12]} with {len(tokenizer)}; use the base model's own tokenizer, or scorer=QueryAttention()"
+        )
+    if model is None or not saliency.base:
+        return
+    config = model.config.get_text_config(decoder=True)
+    theirs = {name: saliency.base.get(name) for name in ("model_type", "hidden_size", "num_hidden_layers")}
+    ours = {"model_type": model.config.model_type} | {name: getattr(config, name) for name in list(theirs)[1:]}
+    wrong = {name: value for name, value in theirs.items() if value is not None and value != ours[name]}
+    if wrong:
+        raise AdapterMismatchError(
+            f"{FILE_NAME} belongs to a base with {wrong}, this model has {ours}; load the adapter's own base model"
+        )
