@@ -12,7 +12,8 @@ from torch import Tensor
 from ...errors import BudgetError, MessageError
 
 Float64 = npt.NDArray[np.float64]
-_BLOCK = 1 << 16  # values packed at a time; a multiple of 8, so that blocks end on bytes
+_INFINITY = 0x7F800000  # as bits of a float32
+_BLOCK = 1 << 13  # values packed at a time, to save memory; a multiple of 8, so that blocks end on bytes
 
 
 def packed_bytes(count: int, width: int) -> int:
@@ -31,7 +32,7 @@ def pack_bits(values: npt.NDArray[Any], width: int) -> bytes:
     return b"".join(parts)
 
 
-def unpack_bits(data: bytes, count: int, width: int, dtype: npt.DTypeLike = np.int64) -> npt.NDArray[Any]:
+def unpack_bits(data: bytes | memoryview, count: int, width: int, dtype: npt.DTypeLike = np.int64) -> npt.NDArray[Any]:
     """Inverse of `pack_bits`. Raises MessageError unless `data` is exactly what packing `count` values gives."""
     if len(data) != packed_bytes(count, width):
         raise MessageError(
@@ -41,12 +42,14 @@ def unpack_bits(data: bytes, count: int, width: int, dtype: npt.DTypeLike = np.i
     if count * width % 8 and raw[-1] >> (count * width % 8):
         raise MessageError("payload has bits set behind its last value; expected zeros")
     values = np.empty(count, dtype=dtype)
-    weights = np.int64(1) << np.arange(width, dtype=np.int64)
     for start in range(0, count, _BLOCK):
         size = min(_BLOCK, count - start)
-        block = raw[start * width // 8 :][: packed_bytes(size, width)]
-        bits = np.unpackbits(block, count=size * width, bitorder="little").reshape(size, width)
-        values[start : start + size] = bits @ weights
+        packed = raw[start * width // 8 :][: packed_bytes(size, width)]
+        bits = np.unpackbits(packed, count=size * width, bitorder="little").reshape(size, width)
+        block = np.zeros(size, dtype=np.int64)
+        for place in range(width):
+            block |= bits[:, place].astype(np.int64) << place
+        values[start : start + size] = block
     return values
 
 
@@ -67,9 +70,10 @@ def check_fits(codec: str, size: int, max_bytes: int | None, remedy: str) -> Non
         raise BudgetError(f"codec {codec} takes {size} bytes of payload here, the budget leaves {max_bytes}; {remedy}")
 
 
-def read_floats(data: bytes, count: int, what: str) -> npt.NDArray[np.float32]:
+def read_floats(data: bytes | memoryview, count: int, what: str) -> npt.NDArray[np.float32]:
     """`count` little-endian float32, all of `data`. Raises MessageError unless they are finite and not negative."""
     values = np.frombuffer(data, dtype="<f4").astype(np.float32)
-    if values.size != count or not np.isfinite(values).all() or (values < 0).any() or np.signbit(values).any():
+    # infinity and NaN are the largest as unsigned integers, and so is everything with its sign bit set
+    if values.size != count or values.view(np.uint32).max(initial=0) >= _INFINITY:
         raise MessageError(f"payload holds a {what} that is negative or not finite")
     return values

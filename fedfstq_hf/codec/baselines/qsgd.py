@@ -6,7 +6,7 @@ E[Q(v)] = v. Buckets and the maximum norm as in its experiments (section 4). b b
 | bytes | content |
 |---|---|
 | 1 | b, 2 .. 8 |
-| 4 | bucket size d, little-endian uint32, at least 1 |
+| 4 | bucket size d, little-endian uint32, at least 8 |
 | 4 * ceil(n / d) | norm of each bucket, float32 little-endian |
 | ceil(n * b / 8) | signed level + s of each coordinate, b bits each; 2^b - 1 is refused |
 """
@@ -29,15 +29,15 @@ from ..update import SparseUpdate
 from .bits import Float64, check_fits, draws, pack_bits, packed_bytes, read_floats, unpack_bits
 
 _MAX_BITS = 8
-_MAX_BUCKET = 2**32 - 1
+_MIN_BUCKET, _MAX_BUCKET = 8, 2**32 - 1
 
 
 @register("qsgd")
 class QsgdCodec:
     """QSGD with fixed-width levels.
 
-    bits: per coordinate, sign included (2 .. 8). bucket: coordinates that share a norm. norm: "l2" as in the analysis
-    or "max" as in the paper's experiments. seed: of the rounding, together with the round and the update itself.
+    bits: per coordinate, sign included (2 .. 8). bucket: coordinates that share a norm (at least 8). norm: "l2" as in
+    the analysis or "max" as in the paper's experiments. seed: of the rounding, with the round and the update itself.
     """
 
     name = "qsgd"
@@ -45,8 +45,8 @@ class QsgdCodec:
     def __init__(self, bits: int = 4, bucket: int = 512, norm: Literal["l2", "max"] = "max", seed: int = 0) -> None:
         if type(bits) is not int or not 2 <= bits <= _MAX_BITS:
             raise ConfigError(f"qsgd bits is {bits!r}; expected an integer from 2 to {_MAX_BITS}")
-        if type(bucket) is not int or not 1 <= bucket <= _MAX_BUCKET:
-            raise ConfigError(f"qsgd bucket is {bucket!r}; expected an integer from 1 to 2**32 - 1, such as 512")
+        if type(bucket) is not int or not _MIN_BUCKET <= bucket <= _MAX_BUCKET:
+            raise ConfigError(f"qsgd bucket is {bucket!r}; expected an integer from 8 to 2**32 - 1, such as 512")
         if norm not in ("l2", "max"):
             raise ConfigError(f'qsgd norm is {norm!r}; expected "l2" or "max"')
         if type(seed) is not int:
@@ -82,8 +82,8 @@ class QsgdCodec:
         if len(payload) < 5:
             raise MessageError(f"qsgd payload has {len(payload)} bytes; expected at least 5")
         bits, bucket = payload[0], int.from_bytes(payload[1:5], "little")
-        if not 2 <= bits <= _MAX_BITS or bucket < 1:
-            raise MessageError(f"qsgd payload says {bits} bits and buckets of {bucket}; expected 2 to 8 and at least 1")
+        if not 2 <= bits <= _MAX_BITS or bucket < _MIN_BUCKET:
+            raise MessageError(f"qsgd payload says {bits} bits and buckets of {bucket}; expected 2 to 8 and at least 8")
         buckets = -(-schema.num_params // bucket)
         body = 5 + 4 * buckets
         if len(payload) != body + packed_bytes(schema.num_params, bits):
@@ -91,7 +91,7 @@ class QsgdCodec:
                 f"qsgd payload has {len(payload)} bytes; expected {body + packed_bytes(schema.num_params, bits)}"
             )
         scale = read_floats(payload[5:body], buckets, "norm")
-        levels = unpack_bits(payload[body:], schema.num_params, bits, np.int16)
+        levels = unpack_bits(memoryview(payload)[body:], schema.num_params, bits, np.int16)
         levels -= _steps(bits)
         if levels.max(initial=0) > _steps(bits):
             raise MessageError(f"qsgd payload holds a level above {_steps(bits)}")

@@ -7,7 +7,7 @@ top k; the authors cut matrices into 64 x 64 blocks). Their quantiser, per tenso
 | bytes | content |
 |---|---|
 | 1 | form: 0 = a byte per value, as the authors' code stores it; 1 = 2 bits, as the paper counts; 2 = entropy-coded |
-| 2 | k per 4096, little-endian uint16, 1 .. 4096; a chunk of m coordinates sends ceil(k * m / 4096) |
+| 2 | k per 4096, little-endian uint16, 1 .. 1024; a chunk of m coordinates sends ceil(k * m / 4096) |
 | 16 * tensors | the four levels of each non-empty tensor, float32 little-endian |
 | ceil(12 * sent / 8) | forms 0 and 1: place within the chunk, ascending, 12 bits each |
 | sent, or ceil(2 * sent / 8) | forms 0 and 1: level numbers |
@@ -40,6 +40,7 @@ from ..update import SparseUpdate
 from .bits import pack_bits, packed_bytes, unpack_bits
 
 CHUNK = 4096
+MAX_K = 1024  # beyond a quarter, dense codecs are smaller
 _INDEX_BITS = 12
 _LEVELS = 4
 _SIGMAS = 6
@@ -52,15 +53,15 @@ Int64 = npt.NDArray[np.int64]
 class SparselocoCodec:
     """Chunked top-k with 2-bit values.
 
-    top_k: per 4096 coordinates where no `max_bytes` is given; with it, the k is the largest that fits. packed: 2 bits
+    top_k: per 4096 coordinates where no `max_bytes` is given; with it, the largest that fits. packed: 2 bits
     per value (False: one byte, as the authors' code stores it). entropy_coded: the same symbols, entropy-coded.
     """
 
     name = "sparseloco"
 
     def __init__(self, top_k: int = 64, packed: bool = True, entropy_coded: bool = False) -> None:
-        if type(top_k) is not int or not 1 <= top_k <= CHUNK:
-            raise ConfigError(f"sparseloco top_k is {top_k!r}; expected an integer from 1 to {CHUNK}, such as 64")
+        if type(top_k) is not int or not 1 <= top_k <= MAX_K:
+            raise ConfigError(f"sparseloco top_k is {top_k!r}; expected an integer from 1 to {MAX_K}, such as 64")
         for option, value in (("packed", packed), ("entropy_coded", entropy_coded)):
             if not isinstance(value, bool):
                 raise ConfigError(f"sparseloco {option} is {value!r}; expected true or false")
@@ -86,7 +87,7 @@ class SparselocoCodec:
         best = (
             draft(self.top_k)
             if max_bytes is None
-            else fill(draft, lambda k: 8.0 * _estimate(schema, k, self._form), CHUNK, max_bytes, self.top_k)
+            else fill(draft, lambda k: 8.0 * _estimate(schema, k, self._form), MAX_K, max_bytes, self.top_k)
         )
         return Encoded(best.payload, best.update)
 
@@ -97,8 +98,8 @@ class SparselocoCodec:
         if not schema.num_params:
             raise MessageError(f"sparseloco payload has {len(payload)} bytes for an adapter without coordinates")
         form, k = payload[0], int.from_bytes(payload[1:3], "little")
-        if form > _CODED or len(payload) < 3 or not 1 <= k <= CHUNK:
-            raise MessageError(f"sparseloco payload says form {form} and k {k}; expected 0 to 2 and 1 to {CHUNK}")
+        if form > _CODED or len(payload) < 3 or not 1 <= k <= MAX_K:
+            raise MessageError(f"sparseloco payload says form {form} and k {k}; expected 0 to 2 and 1 to {MAX_K}")
         chunks = Chunks.of(schema, k)
         count, body = int(chunks.sent.sum()), 3 + 4 * _LEVELS * chunks.tensors
         if len(payload) < body:
@@ -116,8 +117,8 @@ class SparselocoCodec:
             reader.finish()
         else:
             middle = body + packed_bytes(count, _INDEX_BITS)
-            places = unpack_bits(payload[body:middle], count, _INDEX_BITS)
-            numbers = unpack_bits(payload[middle:], count, 8 if form == _STORED else 2, np.uint8)
+            places = unpack_bits(memoryview(payload)[body:middle], count, _INDEX_BITS)
+            numbers = unpack_bits(memoryview(payload)[middle:], count, 8 if form == _STORED else 2, np.uint8)
             if numbers.max() >= _LEVELS:
                 raise MessageError(f"sparseloco payload holds level number {numbers.max()}; expected 0 to 3")
         indices = chunks.indices(places)
@@ -226,7 +227,7 @@ def _estimate(schema: Schema, k: int, form: int) -> float:
     count, head = int(chunks.sent.sum()), 3 + 4 * _LEVELS * chunks.tensors
     if form != _CODED:
         return head + packed_bytes(count, _INDEX_BITS) + packed_bytes(count, 8 if form == _STORED else 2)
-    rate = min(k / CHUNK, 1 - 1e-9)
+    rate = k / CHUNK
     index = -math.log2(rate) - (1 - rate) / rate * math.log2(1 - rate)
     return head + count * (index + 1.3) / 8
 

@@ -6,7 +6,7 @@ feedback; n coordinates cost ceil(log2 n) bits per index.
 | bytes | content |
 |---|---|
 | 1 | v, bits per value: 32 (float32), 16 (float16), 8 or 4 |
-| 4 | k, little-endian uint32, 1 .. n |
+| 4 | k, little-endian uint32, 1 .. ceil(n / 4) |
 | ceil(k * w / 8) | indices, strictly ascending, w = max(1, ceil(log2 n)) bits each |
 | 4 | only if v < 16: largest magnitude m, float32 little-endian |
 | ceil(k * v / 8) | values, little-endian; if v < 16 integers q + Q, Q = 2^(v-1) - 1, standing for q * m / Q |
@@ -37,13 +37,16 @@ _FLOATS = {32: "<f4", 16: "<f2"}
 
 @register("topk")
 class TopkCodec:
-    """Magnitude top-k. density: share sent where no `max_bytes` is given. value_bits: 32, 16, 8 or 4 per value."""
+    """Magnitude top-k. value_bits: 32, 16, 8 or 4 per value.
+
+    density: share sent where no `max_bytes` is given; at most 1/4, also with it: beyond, dense codecs are smaller.
+    """
 
     name = "topk"
 
     def __init__(self, density: float = 0.01, value_bits: int = 32) -> None:
-        if isinstance(density, bool) or not isinstance(density, (int, float)) or not 0.0 < density <= 1.0:
-            raise ConfigError(f"topk density is {density!r}; expected a share above 0 and at most 1, such as 0.01")
+        if isinstance(density, bool) or not isinstance(density, (int, float)) or not 0.0 < density <= 0.25:
+            raise ConfigError(f"topk density is {density!r}; expected a share above 0 and at most 0.25, such as 0.01")
         if value_bits not in _VALUE_BITS:
             raise ConfigError(f"topk value_bits is {value_bits!r}; expected 32, 16, 8 or 4")
         self.density, self.value_bits = density, value_bits
@@ -78,24 +81,29 @@ class TopkCodec:
         if not payload:
             return _update(num_params, np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.float32))
         value_bits, count = payload[0], int.from_bytes(payload[1:5], "little")
-        if value_bits not in _VALUE_BITS or len(payload) < 5 or not 1 <= count <= num_params:
+        if value_bits not in _VALUE_BITS or len(payload) < 5 or not 1 <= count <= _limit(num_params):
             raise MessageError(
-                f"topk payload says {count} values of {value_bits} bits; expected 1 to {num_params} of 32, 16, 8 or 4"
+                f"topk payload says {count} values of {value_bits} bits; expected up to {_limit(num_params)} of 32, 16, "
+                "8 or 4"
             )
         expected = _size(num_params, count, value_bits)
         if len(payload) != expected:
             raise MessageError(f"topk payload has {len(payload)} bytes; expected {expected} for {count} values")
         body = 5 + packed_bytes(count, _index_bits(num_params))
-        indices = unpack_bits(payload[5:body], count, _index_bits(num_params))
+        indices = unpack_bits(memoryview(payload)[5:body], count, _index_bits(num_params))
         if indices[-1] >= num_params or (indices[1:] <= indices[:-1]).any():
             raise MessageError("topk payload holds indices that do not ascend, or lie beyond the adapter")
-        return _update(num_params, indices, _decode(payload[body:], count, value_bits))
+        return _update(num_params, indices, _decode(memoryview(payload)[body:], count, value_bits))
 
     def _most(self, num_params: int, max_bytes: int) -> int:
         count = max(0, 8 * (max_bytes - 5) // (_index_bits(num_params) + self.value_bits))
         while count and _size(num_params, count, self.value_bits) > max_bytes:
             count -= 1
-        return min(count, num_params)
+        return min(count, _limit(num_params))
+
+
+def _limit(num_params: int) -> int:
+    return -(-num_params // 4)
 
 
 def _index_bits(num_params: int) -> int:
@@ -123,7 +131,7 @@ def _code(values: npt.NDArray[np.float32], value_bits: int) -> tuple[npt.NDArray
     return _points(largest, value_bits)[levels + steps], coded
 
 
-def _decode(data: bytes, count: int, value_bits: int) -> npt.NDArray[np.float32]:
+def _decode(data: memoryview, count: int, value_bits: int) -> npt.NDArray[np.float32]:
     if value_bits in _FLOATS:
         values = np.frombuffer(data, dtype=_FLOATS[value_bits]).astype(np.float32)
         if not np.isfinite(values).all():

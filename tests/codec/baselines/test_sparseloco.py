@@ -10,7 +10,7 @@ from fedfstq_hf.codec import Schema, get_codec
 from fedfstq_hf.codec.baselines.sparseloco import Chunks, quantize
 from fedfstq_hf.errors import MessageError
 
-DELTA = {"a": torch.tensor([0.5, -3.0, 0.1, 1.0, 3.0, 0.2, -1.0, 0.0])}
+DELTA = {"a": torch.tensor([0.5, -3.0, 0.1, 1.0, 3.0, 0.2, -1.0, *[0.0] * 9])}
 SCHEMA = Schema.from_state_dict(DELTA)
 LEVELS = struct.pack("<ffff", 0, -3, 0, 3)
 PLACES = bytes([1, 0x30, 0, 4, 0x60, 0])  # 1, 3, 4, 6 in 12 bits each
@@ -34,9 +34,9 @@ def test_quantiser_of_equal_values_and_of_one():
     ("packed", "form", "values"), [(False, 0, bytes([1, 2, 3, 2])), (True, 1, bytes([0b10_11_10_01]))]
 )
 def test_payload_byte_by_byte(packed, form, values):
-    # k = 2048 per 4096 is 4 of these 8
-    encoded = get_codec("sparseloco", top_k=2048, packed=packed).encode(DELTA)
-    assert encoded.payload == bytes([form]) + struct.pack("<H", 2048) + LEVELS + PLACES + values
+    # k = 1024 per 4096 is a quarter: 4 of these 16
+    encoded = get_codec("sparseloco", top_k=1024, packed=packed).encode(DELTA)
+    assert encoded.payload == bytes([form]) + struct.pack("<H", 1024) + LEVELS + PLACES + values
     assert encoded.reconstruction.indices.tolist() == [1, 3, 4, 6]
     assert encoded.reconstruction.values.tolist() == [-3.0, 0.0, 3.0, 0.0]
 
@@ -86,7 +86,7 @@ def test_coded_places_cost_at_most_the_entropy_of_a_fair_draw(clumpy):
     assert len(payload) - 3 - 16 <= 1.003 * bound + 8
 
 
-def _with(form, k=2048, levels=LEVELS, places=PLACES, values=bytes([0b10_11_10_01])):
+def _with(form, k=1024, levels=LEVELS, places=PLACES, values=bytes([0b10_11_10_01])):
     return bytes([form]) + struct.pack("<H", k) + levels + places + values
 
 
@@ -96,15 +96,15 @@ def _with(form, k=2048, levels=LEVELS, places=PLACES, values=bytes([0b10_11_10_0
         b"\1",
         _with(3),
         _with(1, k=0),
-        _with(1, k=4097),
-        _with(1, k=1024),
+        _with(1, k=1025),
+        _with(1, k=512),
         _with(1)[:10],
         _with(1) + b"\0",
         _with(1)[:-1],
         _with(1, levels=struct.pack("<ffff", 0, float("nan"), 0, 3)),
         _with(1, places=bytes([3, 0x10, 0, 4, 0x60, 0])),
         _with(1, places=bytes([1, 0x10, 0, 4, 0x60, 0])),
-        _with(1, places=bytes([1, 0x30, 0, 4, 0x80, 0])),
+        _with(1, places=bytes([1, 0x30, 0, 4, 0, 1])),
         _with(0, values=bytes([1, 2, 4, 2])),
         _with(2),
     ],
