@@ -28,6 +28,7 @@ KINDS = {
     "429": _ANY,  # with Retry-After
     "429-ratelimit": _ANY,  # with the RateLimit header instead
     "commit-rate": _COMMIT,  # 429, "128 per hour"
+    "create-busy": r"POST /api/repos/create",  # 409 that the client repeats for ever
     "quota": _UPLOAD,  # 403, storage limit
     "507": _UPLOAD,
     "500": _ANY,  # nothing was done
@@ -142,6 +143,8 @@ class Faults:
                 raise HubError(429, "Too Many Requests", headers=limits)
             case "commit-rate":
                 raise HubError(429, _COMMIT_RATE)
+            case "create-busy":
+                raise HubError(409, "Cannot create repo: another conflicting operation is in progress")
             case "quota":
                 raise HubError(403, "Private repository storage limit reached, please upgrade your plan")
             case "507":

@@ -28,17 +28,16 @@ def remote_hub(tmp_path: Path) -> Iterator[RemoteHub]:
 
 
 @pytest.fixture
-def hub_here(hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> LoopbackHub:
+def hub_here(hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch) -> Iterator[LoopbackHub]:
     """The loopback Hub as this process's Hub.
 
-    huggingface_hub reads HF_* at import, so its constants are set here: endpoint, online, no Xet, an empty cache. What
-    other packages copied from them at their own import (transformers' and peft's default endpoint is not copied)
-    stays.
+    huggingface_hub reads HF_* at import, so its constants are set here: endpoint, online, no Xet, an empty cache.
     """
     home = Path(hub.env()["HF_HOME"])
-    for name in ("NO_PROXY", "no_proxy"):
-        monkeypatch.setenv(name, "127.0.0.1,localhost")
-    values = {
+    own = {"NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1", "HF_HUB_OFFLINE": "0", "HF_ENDPOINT": hub.endpoint}
+    for name, text in own.items():
+        monkeypatch.setenv(name, text)
+    values: dict[str, object] = {
         "ENDPOINT": hub.endpoint,
         "HUGGINGFACE_CO_URL_TEMPLATE": hub.endpoint + "/{repo_id}/resolve/{revision}/{filename}",
         "HF_HUB_OFFLINE": False,
@@ -51,7 +50,8 @@ def hub_here(hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     monkeypatch.delenv("HF_TOKEN", raising=False)
     monkeypatch.setattr("huggingface_hub.hf_api.api.endpoint", hub.endpoint)
     close_session()  # an earlier one would keep the proxies it was made with
-    return hub
+    yield hub
+    close_session()
 
 
 @pytest.fixture

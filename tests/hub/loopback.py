@@ -106,7 +106,7 @@ class RemoteHub(_Homes):
         hub._process = process
         return hub
 
-    def call(self, on: str, method: str, *args: Any, **kwargs: Any) -> Any:
+    def call(self, on: str, method: str, /, *args: Any, **kwargs: Any) -> Any:
         """The result of a method there. ValueError with the server's words if it raised."""
         connection = http.client.HTTPConnection(urlsplit(self.endpoint).netloc, timeout=60)
         body = rpc.dumps({"on": on, "method": method, "args": args, "kwargs": kwargs})

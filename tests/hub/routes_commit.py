@@ -42,7 +42,7 @@ def pushable(hub: HubState, request: Request, type: str, id: str, revision: str)
 @route("POST", f"{REPOSITORY}/preupload/(?P<revision>[^/]+)")
 def preupload(hub: HubState, request: Request, type: str, id: str, revision: str) -> Response:
     repository, ref = pushable(hub, request, type, id, revision)
-    present = repository.commit_at(ref, request.lag, request.back).files
+    present = repository.commit_at(ref, back=request.back).files
     asked = request.json()
     files = asked.get("files", [])
     if len(files) > MAX_PREUPLOAD_FILES:

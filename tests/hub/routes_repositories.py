@@ -135,4 +135,4 @@ def grant_access(hub: HubState, request: Request, type: str, id: str) -> Respons
     if user not in hub.accounts.users:
         raise repository_not_found()
     repository.granted.add(user)
-    return Response()
+    return answer_json({})

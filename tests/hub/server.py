@@ -41,10 +41,27 @@ class Server(ThreadingHTTPServer):
     def __init__(self, hub: HubState, origin: str, port: int = 0) -> None:
         super().__init__(("127.0.0.1", port), Handler)
         self.hub, self.origin = hub, origin
+        self._connections: set[socket.socket] = set()
 
     @property
     def endpoint(self) -> str:
         return f"http://127.0.0.1:{self.server_address[1]}"
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        self._connections.add(request)
+        super().process_request(request, client_address)
+
+    def shutdown_request(self, request: Any) -> None:
+        self._connections.discard(request)
+        super().shutdown_request(request)
+
+    def close(self) -> None:
+        """Stop listening and drop every connection, as if the machine went away."""
+        self.shutdown()
+        self.server_close()
+        for connection in list(self._connections):
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Clients that go away in the middle are part of the tests; anything else is a bug worth seeing."""
@@ -171,9 +188,8 @@ class RunningServers:
     storage: Server
 
     def close(self) -> None:
-        for server in (self.hub, self.storage):
-            server.shutdown()
-            server.server_close()
+        self.hub.close()
+        self.storage.close()
 
 
 def serve(state: HubState, port: int = 0) -> RunningServers:

@@ -80,8 +80,7 @@ class HubState:
 
     def read_commit(self, request: Request, repository: Repository, revision: str) -> Commit:
         """The commit that a read sees, which may be a stale one."""
-        lag = max(request.lag, self.faults.stale_seconds)
-        return repository.commit_at(revision, lag, request.back)
+        return repository.commit_at(revision, self.faults.stale_seconds, request.back)
 
     def signed(self, request: Request, path: str) -> str:
         """A link into the object storage that needs no token, as the Hub's are."""

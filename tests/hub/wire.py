@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from email.message import Message
 from typing import TYPE_CHECKING, Any
-from urllib.parse import parse_qs, unquote
+from urllib.parse import parse_qs, unquote, urlencode
 
 from tests.hub.errors import HubError
 
@@ -22,7 +22,7 @@ REPOSITORY = r"/api/(?P<type>model|dataset)s/(?P<id>[^/]+/[^/]+)"
 
 @dataclass
 class Request:
-    """A request as routes see it. `lag` (seconds) and `back` (moves of the ref) make its reads stale."""
+    """A request as routes see it. `back` makes its reads stale by that many moves of the ref."""
 
     method: str
     path: str  # raw, without the query
@@ -32,7 +32,6 @@ class Request:
     origin: str
     host: str
     token: Token | None = None
-    lag: float = 0.0
     back: int = 0
 
     @property
@@ -99,8 +98,7 @@ def next_page(
     if following >= len(items):
         return page, {}
     query = {**request.query, cursor_name: [str(following)]}
-    parts = "&".join(f"{name}={value}" for name, values in query.items() for value in values)
-    return page, {"Link": f'<{request.endpoint}{request.path}?{parts}>; rel="next"'}
+    return page, {"Link": f'<{request.endpoint}{request.path}?{urlencode(query, doseq=True)}>; rel="next"'}
 
 
 Route = Callable[..., Response]
