@@ -28,7 +28,9 @@ class FedFSTQConfig:
     here. Without one, `train()` trains locally and `FedFSTQTrainer.pack_update()` returns the message.
     """
 
-    mailbox: str | None = field(default=None, metadata={"help": "Address of the federation: a folder path."})
+    mailbox: str | None = field(
+        default=None, metadata={"help": "Address of the federation: hf://ORG/REPO, or a folder."}
+    )
     client_id: str = field(
         default="client",
         metadata={"help": "Name of this client, unique in the federation: 1 to 64 letters, digits, '.', '_' or '-'."},
@@ -40,6 +42,10 @@ class FedFSTQConfig:
     state_dir: str | None = field(
         default=None,
         metadata={"help": "Folder of this client's residual and pending message; OUTPUT_DIR/fedfstq when not given."},
+    )
+    signing_key: str | None = field(
+        default=None,
+        metadata={"help": "Key file that signs this client's messages; `fedfstq keys new KEYFILE` makes one."},
     )
     poll_seconds: float = field(default=2.0, metadata={"help": "Mean seconds between two looks at the mailbox."})
     wait_seconds: float | None = field(

@@ -89,8 +89,10 @@ def wrap_base(base: Any, adapter_config: bytes) -> PeftModel:
     return get_peft_model(base, config)
 
 
-def make_spec(recipe: Recipe, method: str, founding: Founding, *, seed: int, min_clients: int) -> FederationSpec:
-    """The spec of a federation that runs `method` of a recipe."""
+def make_spec(
+    recipe: Recipe, method: str, founding: Founding, *, seed: int, min_clients: int, **rules: Any
+) -> FederationSpec:
+    """The spec of a federation that runs `method` of a recipe; `rules` are fields of the spec that no recipe sets."""
     settings: MethodSettings = recipe.methods[method]
     training = recipe.training
     return FederationSpec(
@@ -117,6 +119,7 @@ def make_spec(recipe: Recipe, method: str, founding: Founding, *, seed: int, min
             "per_device_train_batch_size": training.per_device_train_batch_size,
             "gradient_accumulation_steps": training.gradient_accumulation_steps,
         },
+        **rules,
     )
 
 

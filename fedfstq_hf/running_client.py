@@ -51,6 +51,7 @@ def _trainer(settings: ClientFile, mailbox: Mailbox, spec: FederationSpec) -> Fe
             mailbox=settings.mailbox,
             client_id=settings.client_id,
             uplink_budget=settings.uplink_budget,
+            signing_key=settings.signing_key,
             poll_seconds=settings.poll_seconds,
             wait_seconds=settings.wait_seconds,
         ),

@@ -26,6 +26,7 @@ from fedfstq_hf.config import FedFSTQConfig
 from fedfstq_hf.errors import BudgetError, ConfigError, DataError, MailboxError, NonFiniteError
 from fedfstq_hf.federation import adapter_file
 from fedfstq_hf.federation.client import Assignment, LocalResult, MailboxParticipation, Participation
+from fedfstq_hf.federation.key_files import client_signer
 from fedfstq_hf.federation.mailbox import ADAPTER_CONFIG_FILE, SPEC_FILE, open_mailbox
 from fedfstq_hf.federation.session import ClientSession, Settlement
 from fedfstq_hf.federation.spec import FederationSpec
@@ -173,6 +174,7 @@ class FedFSTQMixin(_TrainerLike):  # type: ignore[misc]
             spec,
             self.adapter_view.schema,
             folder=config.state_dir or Path(self.args.output_dir) / "fedfstq",
+            sign=client_signer(mailbox, spec, config.client_id, config.signing_key),
         )
         try:
             participation = MailboxParticipation(

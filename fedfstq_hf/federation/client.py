@@ -124,9 +124,11 @@ class MailboxParticipation:
 
     def next(self) -> Assignment | None:
         """Wait until a round is open that this client has not trained in."""
-        started, announced, wait = time.monotonic(), "", self._poll_seconds
+        started, newest, announced, wait = time.monotonic(), -1, "", self._poll_seconds
         while True:
             record = self._newest_record()
+            if record.round > newest:  # it goes on, though perhaps without this client
+                started, newest = time.monotonic(), record.round
             if self._settled(record):
                 if record.finished:
                     return None

@@ -38,7 +38,7 @@ class Collector:
     Args:
         round: the open round.
         base: round -> sha256 of the adapter that its updates start from.
-        selected: clients whose updates of this round are wanted, None for all.
+        selected: round -> clients whose updates of it are wanted, None for all.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class Collector:
         *,
         num_params: int,
         base: Callable[[int], str],
-        selected: tuple[str, ...] | None,
+        selected: Callable[[int], tuple[str, ...] | None],
     ) -> None:
         self.round = round
         self._mailbox = mailbox
@@ -85,7 +85,7 @@ class Collector:
     def _screen(self, ref: UpdateRef, screening: Screening) -> tuple[UpdateRef, AcceptedUpdate | None]:
         sha256 = ref.sha256
         try:
-            screening.check_sender(ref, self._selected if ref.round == self.round else None)
+            screening.check_sender(ref, self._selected(ref.round))
             data = self._mailbox.read_update(ref, max_bytes=screening.max_bytes)
             sha256 = hashlib.sha256(data).hexdigest()
             opened = screening.open(ref, data, self._base(ref.round))

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fedfstq_hf.errors import ConfigError, MailboxError
+from fedfstq_hf.federation.keys import parse_public_key
 from fedfstq_hf.federation.mailbox import Mailbox, checked_name
 
 FORMAT = 1
@@ -38,6 +39,8 @@ class Enrolment:
     def __post_init__(self) -> None:
         if self.max_examples is not None and (not isinstance(self.max_examples, int) or self.max_examples < 1):
             raise ConfigError(f"max_examples must be a whole number of at least 1, not {self.max_examples!r}.")
+        if self.verify_key is not None:
+            parse_public_key(self.verify_key, "ed25519")
 
 
 @dataclass(frozen=True)

@@ -99,9 +99,8 @@ class Coordinator:
         """Whether enough messages have arrived, or the deadline has passed and there is at least one."""
         if self.paused is not None:
             return False
-        refs = self._refs(self.record.round)
-        waiting = [ref for ref in (*self._stale_refs(), *refs) if not self._collector.refused(ref)]
-        return self._enough(len(waiting))
+        usable, _ = self._arrived(self.spec.max_staleness)
+        return self._enough(sum(not self._collector.refused(ref) for ref in usable))
 
     def close_round(self) -> RoundRecord | None:
         """Aggregate the messages that lie in the mailbox and publish the next round.
@@ -118,7 +117,9 @@ class Coordinator:
     def stop(self) -> RoundRecord:
         """End the federation now: what has arrived is used, and the round made from it is the last one."""
         self._refuse_finished("stopped")
-        return self._publish_mean(self._collect(), finished=True)
+        while not self.finished:  # a coordinator that publishes at this moment only delays it
+            self._publish_mean(self._collect(), finished=True)
+        return self.record
 
     def rollback(self, round: int) -> RoundRecord:
         """Publish the adapter and server state of an earlier round as the next one; waiting updates are refused.
@@ -134,16 +135,18 @@ class Coordinator:
             )
         adapter = self.mailbox.read(round, ADAPTER_FILE)
         adapter_file.load(adapter, expected_sha256=self._record(round).adapter_sha256)
-        refused = tuple(
-            RefusedUpdate(
-                ref.client_id, ref.sha256 or self._sha256(ref), ref.num_bytes, f"Rolled back to round {round}."
+        while True:
+            usable, late = self._arrived(self.spec.max_staleness + 1)
+            record = self._next_record(
+                adapter,
+                finished=self.record.round + 1 >= self.spec.rounds,
+                refused=tuple(self._unused(ref, f"Rolled back to round {round}.") for ref in usable),
+                late=self._late(late),
+                restored_from=round,
             )
-            for ref in self._refs(self.record.round)
-        )
-        record = self._next_record(
-            adapter, finished=self.record.round + 1 >= self.spec.rounds, refused=refused, restored_from=round
-        )
-        return self._publish(record, adapter, self._server_state(round), None)
+            if self._publish(record, adapter, self._server_state(round), None) is record:
+                return record
+            self._refuse_finished("rolled back")  # somebody else published first, and perhaps the last round
 
     def refresh(self) -> None:
         """Renew the root's files, with the metrics that were posted meanwhile."""
@@ -196,7 +199,7 @@ class Coordinator:
             self.record.round,
             num_params=self.schema.num_params,
             base=lambda round: self._record(round).adapter_sha256,
-            selected=self.record.selected,
+            selected=lambda round: self._record(round).selected,
         )
 
     def _other_head(self) -> RoundRecord | None:
@@ -243,23 +246,30 @@ class Coordinator:
             refs += [ref for ref in self._refs(round) if ref.client_id not in named]
         return refs
 
-    def _stale_refs(self) -> list[UpdateRef]:
-        """Late updates that may still be used."""
-        return self._earlier_refs(self.spec.max_staleness) if self.spec.max_staleness else []
+    def _arrived(self, rounds_back: int) -> tuple[list[UpdateRef], list[UpdateRef]]:
+        """Updates to collect now, in client-id order, and late ones of up to `rounds_back` rounds that came too late.
 
-    def _late(self, stale: Sequence[UpdateRef]) -> tuple[RefusedUpdate, ...]:
-        """Late updates that may not be used; each appears in one record."""
-        return tuple(
-            RefusedUpdate(
-                ref.client_id,
-                ref.sha256 or self._sha256(ref),
-                ref.num_bytes,
-                f"It arrived after round {ref.round} was closed.",
-                ref.round,
-            )
-            for ref in self._earlier_refs(self.spec.max_staleness + 1)
-            if ref not in stale
-        )
+        A client counts once: beside a newer update, an old one of its own is not used.
+        """
+        earlier, oldest = self._earlier_refs(rounds_back), self._oldest_usable()
+        in_time = [ref for ref in earlier if ref.round >= oldest]
+        newest = {ref.client_id: ref for ref in (*in_time, *self._refs(self.record.round))}
+        usable = sorted(newest.values())
+        return usable, [ref for ref in earlier if ref not in usable]
+
+    def _oldest_usable(self) -> int:
+        """The earliest round whose updates may still be used: none from before a rollback, which is to undo them."""
+        head = self.record.round
+        oldest = max(head - self.spec.max_staleness, 0)
+        return next((r for r in range(head, oldest, -1) if self._record(r).restored_from is not None), oldest)
+
+    def _late(self, refs: Sequence[UpdateRef]) -> tuple[RefusedUpdate, ...]:
+        return tuple(self._unused(ref, f"It arrived after round {ref.round} was closed.") for ref in refs)
+
+    def _unused(self, ref: UpdateRef, reason: str) -> RefusedUpdate:
+        """An update that is refused unread."""
+        other = ref.round if ref.round != self.record.round else None
+        return RefusedUpdate(ref.client_id, ref.sha256 or self._sha256(ref), ref.num_bytes, reason, other)
 
     def _sha256(self, ref: UpdateRef) -> str:
         if ref.num_bytes > self._screening().max_bytes:
@@ -270,13 +280,8 @@ class Coordinator:
         return Screening(self.spec, self.schema, read_control(self.mailbox), self._unseal)
 
     def _collect(self) -> Collected:
-        stale = self._stale_refs()
-        refs = self._refs(self.record.round)
-        present = {ref.client_id for ref in refs}
-        # a client has one update in the making; beside a newer one, an old one of the same client is not used
-        usable = sorted([ref for ref in stale if ref.client_id not in present] + list(refs))
-        collected = self._collector.collect(usable, self._screening())
-        return dataclasses.replace(collected, late=self._late([ref for ref in stale if ref in usable]))
+        usable, late = self._arrived(self.spec.max_staleness + 1)
+        return dataclasses.replace(self._collector.collect(usable, self._screening()), late=self._late(late))
 
     def _publish_mean(self, collected: Collected, *, finished: bool) -> RoundRecord:
         server_state: bytes | None
@@ -329,7 +334,7 @@ class Coordinator:
             self.mailbox.publish(record.round, files, self._root(record, rows))
         except RoundConflictError:
             logger.warning("Another coordinator published round %d first; going on from its result.", record.round)
-            self._adopt(record.round)
+            self._adopt(max(self.mailbox.head() or 0, record.round))
             self.refresh()
             return self.record
         self.record, self._history = record, rows

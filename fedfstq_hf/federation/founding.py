@@ -68,8 +68,8 @@ def found_federation(
         ADAPTER_FILE: adapter,
         ADAPTER_CONFIG_FILE: adapter_config,
     }
-    if control != Control():
-        mailbox.write_control(control.to_json(), expected=mailbox.read_control())
+    if control.to_json() != (left := mailbox.read_control()) and (left is not None or control != Control()):
+        mailbox.write_control(control.to_json(), expected=left)  # where a founding was interrupted, one may be there
     rows = [history.row(record, None)]
     mailbox.publish(0, files, root_files(spec, record, rows, {}, adapter_config, card))
     mailbox.housekeep(0, clients=0, keep_rounds=0, tag=True)

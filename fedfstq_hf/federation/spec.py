@@ -12,6 +12,7 @@ from typing import Any
 
 from fedfstq_hf import __version__
 from fedfstq_hf.errors import ConfigError, MailboxError
+from fedfstq_hf.federation.keys import parse_public_key
 from fedfstq_hf.federation.record import other_version
 
 FORMAT = 2
@@ -125,6 +126,8 @@ class FederationSpec:
             limit = getattr(self, name)
             if limit is not None and not (1 <= limit < math.inf):
                 raise ConfigError(f"{name} is a multiple of the round's median: at least 1, or null; not {limit!r}.")
+        if self.sealing_key is not None:
+            parse_public_key(self.sealing_key, "x25519")
         if self.optimizer_state not in ("fresh", "kept"):
             raise ConfigError(f"optimizer_state must be 'fresh' or 'kept', not {self.optimizer_state!r}.")
         if unknown := sorted(set(self.training) - set(SHARED_TRAINING_ARGUMENTS)):

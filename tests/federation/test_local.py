@@ -27,7 +27,9 @@ def all_names(path):
 def test_it_is_a_mailbox(tmp_path):
     assert isinstance(FolderMailbox(tmp_path), Mailbox)
     assert isinstance(open_mailbox(f"file://{tmp_path}"), FolderMailbox)
-    with pytest.raises(MailboxError, match=r"No mailbox serves ftp:// addresses .* give hf://ORG/REPO or the path of a folder"):
+    with pytest.raises(
+        MailboxError, match=r"No mailbox serves ftp:// addresses .* give hf://ORG/REPO or the path of a folder"
+    ):
         open_mailbox("ftp://somewhere/else")
 
 

@@ -1,0 +1,38 @@
+"""`fedfstq serve | stop | rollback | evaluate`: a coordinator with the card and the key that a person's one has."""
+
+from __future__ import annotations
+
+import os
+
+from fedfstq_hf.errors import MailboxError
+from fedfstq_hf.federation.coordinator import Coordinator
+from fedfstq_hf.federation.key_files import coordinator_unseal
+from fedfstq_hf.federation.mailbox import SPEC_FILE, Mailbox, open_mailbox
+from fedfstq_hf.federation.spec import FederationSpec
+from fedfstq_hf.reporting.card_maker import card_maker
+
+
+def open_federation(address: str) -> tuple[Mailbox, FederationSpec]:
+    """The mailbox at an address, and the spec of the federation in it.
+
+    Raises:
+        MailboxError: no federation lies there.
+    """
+    mailbox = open_mailbox(address)
+    if mailbox.head() is None:
+        raise MailboxError(f"{address} holds no federation. Make one with `fedfstq init {address} ...`.")
+    return mailbox, FederationSpec.from_json(mailbox.read(0, SPEC_FILE))
+
+
+def make_coordinator(
+    address: str, *, key_file: str | os.PathLike[str] | None = None, reads_messages: bool = True
+) -> Coordinator:
+    """The coordinator of a federation, which renews the card with every round.
+
+    Args:
+        key_file: opens sealed messages.
+        reads_messages: False for one that will close no round, and so needs no key.
+    """
+    mailbox, spec = open_federation(address)
+    unseal = coordinator_unseal(address, spec, key_file) if reads_messages else None
+    return Coordinator(mailbox, card=card_maker(address), unseal=unseal)
