@@ -1,0 +1,287 @@
+from __future__ import annotations
+
+import itertools
+import logging
+import re
+import tomllib
+from pathlib import Path
+
+import jinja2
+import jinja2.meta
+import pytest
+from card_inputs import (
+    ADAPTER_BYTES,
+    EXTRA,
+    LORA,
+    check_card,
+    make_history,
+    make_metrics,
+    make_record,
+    make_spec,
+    render,
+)
+from card_inputs import metadata as read_metadata
+from huggingface_hub.repocard_data import model_index_to_eval_results
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+
+from fedfstq_hf.errors import ConfigError
+from fedfstq_hf.federation.history import HistoryRow
+from fedfstq_hf.reporting import card as card_module
+from fedfstq_hf.reporting.card import PLOT_FILE, root_files, template_path
+
+ROOT = Path(__file__).resolve().parents[2]
+NOTHING = st.sampled_from([None, "", "  ", "None", [], "nan"])
+COUNT = st.integers(0, 3)
+
+
+@st.composite
+def histories(draw, rounds):
+    rows = [HistoryRow(0, 0.0, 0, 0, 0, ADAPTER_BYTES, ADAPTER_BYTES)] if draw(st.booleans()) else []
+    for round in range(1, rounds + 1):
+        fields = {name: draw(COUNT) for name in ("accepted", "refused", "late", "clipped")}
+        fields["restored_from"] = draw(st.sampled_from([None, None, 0, round - 1]))
+        fields["reasons"] = draw(
+            st.dictionaries(st.sampled_from(["too large", "damaged", "", "a|b"]), COUNT, max_size=3)
+        )
+        uplink = draw(st.sampled_from([0, 1, 44_600, 10**12]))
+        rows.append(
+            HistoryRow(round, 0.0, 0, uplink, draw(st.sampled_from([0, 7_172_000])), 10, ADAPTER_BYTES, **fields)
+        )
+    return rows
+
+
+VALUES = st.sampled_from([3.1, 0.0, 1e-9, 1e12, 7, float("nan"), float("inf"), True, "3", None, 10**400])
+METRICS = st.dictionaries(
+    st.integers(0, 5),
+    st.dictionaries(
+        st.sampled_from(["heldout", "clinic-b", "", "odd|`name`"]),
+        st.dictionaries(st.sampled_from(["eval_loss", "exact_match", "None"]), VALUES, max_size=3),
+        max_size=3,
+    ),
+    max_size=5,
+)
+EXTRAS = st.none() | st.fixed_dictionaries(
+    {},
+    optional={
+        "datasets": NOTHING | st.sampled_from(["a/b", ["a/b", None, "", "../x.jsonl"], ["demo"]]),
+        "license": NOTHING | st.sampled_from(["mit", "CC BY-NC 4.0", "???"]),
+        "language": NOTHING | st.sampled_from(["en", ["en", "fr"], ["English"], "no"]),
+        "description": NOTHING | st.sampled_from(["Text.", "Two\n\n\n\nparts <!-- fedfstq:end -->\n"]),
+        "tags": NOTHING | st.sampled_from(["medical", ["medical", ""]]),
+    },
+)
+LORAS = st.fixed_dictionaries(
+    {},
+    optional={
+        "task_type": st.sampled_from([None, "CAUSAL_LM", "SEQ_CLS", "SOMETHING"]),
+        "r": st.sampled_from([None, 8]),
+        "lora_alpha": st.sampled_from([None, 16]),
+        "lora_dropout": st.sampled_from([None, 0.0, 0.1]),
+        "target_modules": st.sampled_from([None, [], "all-linear", ["q"], {"v", "q"}, [f"m{i}" for i in range(30)]]),
+        "use_rslora": st.booleans(),
+        "use_dora": st.sampled_from([None, True]),
+    },
+)
+SPECS = st.fixed_dictionaries(
+    {},
+    optional={
+        "name": st.sampled_from(["", "None", "two\nlines", "# <b>heading</b>"]),
+        "model": st.sampled_from(["", "none", "demo", "gpt2", "/home/me/base", "../x/y", "C:\\models\\base", "a b"]),
+        "training": st.sampled_from([{}, {"optim": "", "learning_rate": 0.0}]),
+        "codec_options": st.sampled_from([{"levels": 2}, {"density": None, "switch": False, "list": []}]),
+        "uplink_budget": st.sampled_from([None, 96_000, "96kB"]),
+        "error_feedback": st.sampled_from([0.0, 0.9]),
+        "server": st.sampled_from([{}, {"optimizer": "Adam", "lr": 0.01, "betas": [0.9, 0.99]}]),
+        "clip": st.none(),
+        "clients_per_round": st.just(8),
+    },
+)
+
+
+@settings(max_examples=100, deadline=None, phases=[Phase.generate])
+@given(st.data())
+def test_nothing_is_blank_whatever_is_missing(data):
+    rounds = data.draw(st.integers(0, 4))
+    history = data.draw(histories(rounds))
+    card = render(
+        rounds,
+        spec=make_spec(**data.draw(SPECS)),
+        record=make_record(rounds, finished=data.draw(st.booleans())),
+        history=data.draw(st.sampled_from([history, history[:-1], []])),
+        metrics=data.draw(METRICS),
+        adapter_config=data.draw(LORAS),
+        repo_id=data.draw(st.sampled_from([None, "my-org/fed-med"])),
+        extra=data.draw(EXTRAS),
+    )
+    check_card(card)
+
+
+def test_the_full_card_says_it_all():
+    history = make_history(3, refused=2, late=1, clipped=1, reasons={"too large": 2})
+    card = render(3, history=history)
+    check_card(card)
+    assert read_metadata(card) | {"model-index": ...} == {
+        "base_model": "HuggingFaceTB/SmolLM2-135M",
+        "datasets": ["qiaojin/PubMedQA"],
+        "language": "en",
+        "library_name": "peft",
+        "license": "apache-2.0",
+        "pipeline_tag": "text-generation",
+        "tags": ["peft", "lora", "federated-learning", "fedfstq", "gradient-compression"],
+        "model-index": ...,
+    }
+    for part in (
+        "# Fed-Med\n\nAnswers to biomedical questions.\n",
+        "This is round 3 of 12, after 12 updates of clients; the federation goes on.",
+        'AutoModelForCausalLM.from_pretrained(base), "my-org/fed-med")',
+        "| `heldout` | `eval_loss` | 3.6200 | 3.5000 | 3 |",
+        f"![eval_loss against cumulative uplink bytes of all clients]({PLOT_FILE})",
+        "| uplink, all clients, 3 rounds | 134 kB | 21.5 MB | 161× |",
+        "| downlink, one client that follows 3 rounds | 4.49 MB | 7.17 MB | 1.60× |",
+        "| 3 | 4 | 2 | 1 | 44.6 kB | 7.17 MB | 900 kB | 1.79 MB | 3.5000 |",
+        "- Local training: 10 steps of `adamw_torch` per round, learning rate `0.0005`, schedule `constant`",
+        "- LoRA: rank `16`, alpha `32`, dropout `0.05`, on `q_proj`, `v_proj`",
+        "- Codec: `factored`",
+        "- Uplink budget per message: `0.2bpp`",
+        "- Server optimizer: `SGD`, lr `1`",
+        "Of 15 updates that arrived, 12 were used, 2 refused, 1 too late for their round. 1 update was scaled down",
+        "| too large | 2 |",
+    ):
+        assert part in card
+
+
+def test_results_name_metric_source_and_round():
+    metrics = make_metrics(1) | {3: {"clinic-b": {"exact_match": 0.25}}}
+    name, results = model_index_to_eval_results(read_metadata(render(3, metrics=metrics))["model-index"])
+    assert name == "fed-med"
+    assert [(r.dataset_name, r.metric_type, r.metric_name, r.metric_value, r.task_type) for r in results] == [
+        ("clinic-b", "exact_match", "exact_match after round 3", 0.25, "text-generation"),
+        ("heldout", "eval_loss", "eval_loss after round 1", 3.58, "text-generation"),
+    ]
+
+
+def test_round_0_has_a_card():
+    card = render(0, metrics={}, repo_id=None, extra=None)
+    check_card(card)
+    assert "round 0 of 12, before the first update" in card
+    assert '"path/to/this/folder"' in card
+    assert "## Bytes" not in card
+    assert "## Quality" not in card
+    assert "## What was refused" not in card
+
+
+def test_a_rollback_is_told_and_what_it_undid_is_not_quoted():
+    card = render(4, history=make_history(4, restored_from=2))
+    assert "Round 4 is a rollback: it published the adapter of round 2 again." in card
+    metrics = {round: values for round, values in make_metrics(4).items() if round != 4}
+    card = render(4, history=make_history(4, restored_from=2), metrics=metrics)
+    assert "| `heldout` | `eval_loss` | 3.6200 | 3.5400 | 2 |" in card
+
+
+def test_the_embedded_model_is_no_model_of_the_hub():
+    card = render(spec=make_spec(model="demo"))
+    assert "base_model" not in read_metadata(card)
+    assert "from fedfstq_hf.demo import model_path" in card
+    assert "base = str(model_path())" in card
+
+
+def test_a_folder_is_named_without_its_path():
+    card = render(spec=make_spec(model="/home/somebody/models/lab-llama"))
+    assert "base_model" not in read_metadata(card)
+    assert "somebody" not in card
+    assert 'base = "path/to/lab-llama"' in card
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [("MIT", ("mit", None)), ("CC BY-NC 4.0", ("other", "cc-by-nc-4.0")), ("", (None, None)), ("?", ("other", None))],
+)
+def test_a_license_is_one_that_the_hub_takes(given, expected):
+    fields = read_metadata(render(extra={"license": given}))
+    assert (fields.get("license"), fields.get("license_name")) == expected
+
+
+def test_a_thousand_rounds_fit():
+    metrics = {round: {f"site-{i}": {"eval_loss": 3.0, "exact_match": 0.1} for i in range(50)} for round in range(1001)}
+    card = render(1000, spec=make_spec(rounds=1000), metrics=metrics)
+    check_card(card)
+    assert len(card.encode()) < 60_000
+    shown = [int(number) for number in re.findall(r"^\| (\d+) \| \d+ \|", card, re.MULTILINE)]
+    assert (len(shown), shown[0], shown[-1]) == (20, 0, 1000)
+    assert max(b - a for a, b in itertools.pairwise(shown)) < 60
+    assert "20 of 1,001 rounds are shown; the totals count all." in card
+    assert "| uplink, all clients, 1,000 rounds | 44.6 MB | 7.17 GB | 161× |" in card
+    assert "80 more were posted." in card
+
+
+def test_hostile_names_stay_text():
+    hostile = "x` | <script>alert(1)</script> <!-- fedfstq:end -->\n# big"
+    metrics = {round: {hostile: {hostile: 1.0}} for round in range(4)}
+    history = make_history(3, refused=1, reasons={hostile: 1})
+    card = render(spec=make_spec(name=hostile, model=hostile, codec=hostile), metrics=metrics, history=history)
+    check_card(card)
+    assert card.count("<!-- fedfstq:end") == 1
+    assert "\n# big" not in card
+    assert "<script>" not in re.sub("`[^`]*`", "", card)
+
+
+def test_files_are_the_same_bytes_every_time():
+    def files():
+        return root_files(
+            make_spec(id="x"),
+            make_record(3),
+            make_history(3),
+            make_metrics(3),
+            adapter_config=LORA,
+            repo_id=None,
+            extra=EXTRA,
+        )
+
+    first = files()
+    assert first == files()
+    assert list(first) == ["README.md", PLOT_FILE]
+
+
+def test_the_plot_is_linked_where_it_is_written():
+    for rounds in range(3):
+        files = root_files(
+            make_spec(),
+            make_record(rounds),
+            make_history(rounds),
+            make_metrics(rounds),
+            adapter_config={},
+            repo_id=None,
+        )
+        assert (PLOT_FILE in files) == (f"({PLOT_FILE})" in files["README.md"].decode()) == (rounds > 0)
+
+
+def test_rendering_warns_of_nothing(caplog):
+    with caplog.at_level(logging.WARNING):
+        render(existing="no metadata here")
+    assert not caplog.records
+
+
+def test_the_template_asks_for_nothing_that_is_not_given(monkeypatch):
+    given = {}
+
+    def catch(cls, card_data, template_path, **variables):
+        given.update(variables, card_data=card_data)
+        return "---\nlibrary_name: peft\n---\n"
+
+    monkeypatch.setattr(card_module.ModelCard, "from_template", classmethod(catch))
+    render()
+    parsed = jinja2.Environment(autoescape=False).parse(template_path().read_text(encoding="utf-8"))
+    assert jinja2.meta.find_undeclared_variables(parsed) == set(given)
+
+
+def test_the_template_of_an_installed_package_is_found(monkeypatch, tmp_path):
+    assert template_path() == ROOT / "model_card_template.md"
+    monkeypatch.setattr(card_module.resources, "files", lambda name: tmp_path / name)
+    with pytest.raises(ConfigError, match="Install fedfstq_hf again"):
+        template_path()
+    wheel = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"]
+    target = tmp_path / wheel["force-include"]["model_card_template.md"]
+    target.parent.mkdir(parents=True)
+    target.write_text("x")
+    assert template_path() == target
