@@ -83,8 +83,8 @@ class TopkCodec:
         value_bits, count = payload[0], int.from_bytes(payload[1:5], "little")
         if value_bits not in _VALUE_BITS or len(payload) < 5 or not 1 <= count <= _limit(num_params):
             raise MessageError(
-                f"topk payload says {count} values of {value_bits} bits; expected up to {_limit(num_params)} of 32, 16, "
-                "8 or 4"
+                f"topk payload says {count} values of {value_bits} bits; expected up to {_limit(num_params)} of 32, "
+                "16, 8 or 4"
             )
         expected = _size(num_params, count, value_bits)
         if len(payload) != expected:
