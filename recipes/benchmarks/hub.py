@@ -54,7 +54,7 @@ def main() -> None:
         print(json.dumps(result))
     if options.out:
         options.out.write_text(json.dumps({"command": " ".join(sys.argv), "results": results}, indent=1) + "\n")
-    if not all(result["identical"] and result["counted_once"] for result in results):
+    if not all(result["identical"] and result["counted_once"] and not result["kills"]["crashes"] for result in results):
         sys.exit(1)
 
 
@@ -100,7 +100,11 @@ def run_layout(layout: str, options: argparse.Namespace) -> dict[str, Any]:
             )
             started = time.perf_counter()
             done = subprocess.run(
-                [*crew, json.dumps(work | {"task": "work"})], env=environment, check=True, stdout=subprocess.PIPE, text=True
+                [*crew, json.dumps(work | {"task": "work"})],
+                env=environment,
+                check=True,
+                stdout=subprocess.PIPE,
+                text=True,
             )
             seconds = time.perf_counter() - started
             counts = hub.log.per_user()
@@ -182,7 +186,7 @@ class Crew:
             parts[name] = lambda name=name: self.take_part(name)
         running = {name: self.start(part) for name, part in parts.items()}
         left = {"coordinator": self.work["kills"], "clients": self.work["kills"]}
-        kills = dict.fromkeys(left, 0)
+        kills = {**dict.fromkeys(left, 0), "crashes": 0}
         started = time.monotonic()
         while running:
             time.sleep(self.random.uniform(0.02, 0.2) if any(left.values()) else 0.2)
@@ -192,7 +196,8 @@ class Crew:
                 if not process.is_alive():
                     if process.exitcode == 0:
                         del running[name]
-                    else:
+                    else:  # a process must end by itself or by our hand, never by an error
+                        kills["crashes"] += process.exitcode != -signal.SIGKILL
                         running[name] = self.start(parts[name])
             self.kill_one(running, left, kills)
         return kills

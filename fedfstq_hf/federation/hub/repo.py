@@ -18,7 +18,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from huggingface_hub.hf_api import RepoFile
-from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
+from huggingface_hub.utils import build_hf_headers, disable_progress_bars, get_session, hf_raise_for_status
 
 from fedfstq_hf.errors import MailboxError, MessageError
 from fedfstq_hf.federation.hub.timeouts import install_timeouts, request_timeout, timeout_seconds
@@ -163,9 +163,10 @@ class HubRepo:
             HeadMovedError: `parent` is not the newest commit any more.
         """
         try:
-            info = self.api.create_commit(
-                self.repo_id, operations, commit_message=message, revision=revision, parent_commit=parent
-            )
+            with disable_progress_bars():  # a few kilobytes; the Trainer's bar is the one to see
+                info = self.api.create_commit(
+                    self.repo_id, operations, commit_message=message, revision=revision, parent_commit=parent
+                )
         except HfHubHTTPError as error:
             if parent is not None and error.response is not None and error.response.status_code == 412:
                 raise HeadMovedError(f"{self.repo_id} was changed by somebody else meanwhile.") from None

@@ -66,6 +66,7 @@ class DamagedDownloadError(Exception):
 
 def diagnose(error: BaseException) -> Diagnosis:
     """What a client error means for the request."""
+    error = _cause(error)
     if isinstance(error, (OfflineModeIsEnabled, LocalTokenNotFoundError)):
         return Diagnosis(Outcome.FINAL)
     if isinstance(error, RevisionNotFoundError):
@@ -125,11 +126,12 @@ class Patience:
                 raise
             except HFValidationError as error:
                 raise MailboxError(f"Could not {what}: {error}") from None
-            except Exception as error:
+            except Exception as raised:
+                error = _cause(raised)
                 diagnosis = diagnose(error)
                 if diagnosis.outcome is Outcome.FINAL:
                     if _is_foreign(error):
-                        raise
+                        raise  # with its own type and traceback
                     raise MailboxError(f"Could not {what}: {explain(error)}") from None
                 wait = self._wait(attempt, diagnosis.wait)
                 if self._clock() + wait > give_up:
@@ -200,6 +202,13 @@ def _asked_wait(error: HfHubHTTPError) -> float | None:
         return None
     count = 1.0 if words[1].startswith("a") else float(words[1])
     return count * _UNIT[words[2].lower()]
+
+
+def _cause(error: BaseException) -> BaseException:
+    """The client wraps what happens in an upload in a RuntimeError."""
+    while type(error) is RuntimeError and error.__cause__ is not None:
+        error = error.__cause__
+    return error
 
 
 def _is_foreign(error: BaseException) -> bool:

@@ -1,0 +1,52 @@
+"""A federation on the loopback Hub, its coordinator and clients in this process, each with a token of its own."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from fedfstq_hf.federation import adapter_file
+from fedfstq_hf.federation.coordinator import Coordinator
+from fedfstq_hf.federation.founding import found_federation
+from fedfstq_hf.federation.hub.mailbox import HubMailbox
+from tests.federation.light import LightClient, initial_state, make_spec
+from tests.hub.loopback import LoopbackHub
+
+LAYOUTS = ("own", "shared", "pull-request")
+CLIENTS = ("a", "b", "c")
+# layout -> the token's role and the account's role in the organisation, the least that do
+ROLES = {"own": ("contributor", None), "shared": ("write", None), "pull-request": ("write", "read")}
+
+
+class HubFederation:
+    """`org/run`, founded by `owner`, for the clients a, b and c."""
+
+    def __init__(self, hub: LoopbackHub, layout: str, *, org: bool = True, **changes: object) -> None:
+        self.hub = hub
+        if org:
+            hub.org("org")
+        self.owner = hub.user("owner", "write", org="org")
+        role, member = ROLES[layout]
+        self.tokens = {name: hub.user(f"user-{name}", role, org="org", member=member) for name in CLIENTS}
+        mailbox = self.mailbox(self.owner, create=True, layout=layout)
+        settings: dict[str, object] = {"codec": "fp32", "min_clients": 3, "rounds": 3}
+        spec = make_spec(**(settings | changes))
+        found_federation(mailbox, spec, adapter_file.dump(initial_state()), b"{}\n", now=0.0)
+
+    def mailbox(self, token: str, **options: Any) -> HubMailbox:
+        return HubMailbox("hf://org/run", token=token, patience=20.0, **options)
+
+    def coordinator(self) -> Coordinator:
+        return Coordinator(self.mailbox(self.owner), clock=lambda: 0.0)
+
+    def client(self, name: str, folder: Path | None = None) -> LightClient:
+        return LightClient(self.mailbox(self.tokens[name]), name, folder)
+
+    def records(self) -> list[dict[str, Any]]:
+        """The records of rounds 1, 2, ... as published."""
+        newest = json.loads(self.hub.read("org/run", "fedfstq/round.json"))["round"]
+        return [
+            json.loads(self.hub.read("org/run", f"fedfstq/rounds/{round:06d}/round.json"))
+            for round in range(1, newest + 1)
+        ]
