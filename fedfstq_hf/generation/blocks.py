@@ -34,6 +34,15 @@ def decoder_blocks(model: Any) -> nn.ModuleList:
     )
 
 
+def can_cut(model: Any) -> bool:
+    """Whether tokens may be dropped between two blocks.
+
+    Decoders of GPT-2's generation, whose stack is called `h`, give their result the shape of their input: they run the
+    first blocks for the scores and begin again with the kept tokens.
+    """
+    return any(name == "layers" for name, _ in base_of(model).get_decoder().named_children())
+
+
 def block_at(model: Any, layer: int) -> nn.Module:
     """Block number `layer`. Raises ConfigError if the model has too few."""
     blocks = decoder_blocks(model)

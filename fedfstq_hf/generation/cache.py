@@ -19,12 +19,23 @@ class Cut:
     """What all layers of a cut cache share.
 
     dropped: tokens of the text that have no entry. mask: (B, entries) 1 = real, or None if no entry is padding, as it
-    was at the end of the last prefill or call. access: "closed", "decode" (one token at a time) or "open".
+    was at the end of the last prefill or call. access: "closed", "decode" (one token at a time) or "open". even: whether
+    all layers lack the same tokens; if not, nobody can go on with it.
     """
 
     dropped: int = 0
     mask: Tensor | None = None
     access: str = "open"
+    even: bool = True
+
+    def reopen(self) -> None:
+        """Let the owner of a call append whatever it wants. Raises ConfigError for layers that differ."""
+        if not self.even:
+            raise ConfigError(
+                "this cache was cut after a prefill in its full-attention layers only, its sliding-window layers hold "
+                "other tokens; start the next turn with an empty cache"
+            )
+        self.access = "open"
 
     def check(self, num_new: int) -> None:
         """Raise ConfigError unless `num_new` tokens may be appended now."""

@@ -24,6 +24,8 @@ class TokenReductionLogitsProcessor(LogitsProcessor):  # type: ignore[misc]
         processor = TokenReductionLogitsProcessor(reducer, model)
         model.generate(**inputs, past_key_values=processor.cache, logits_processor=[processor])
 
+    Sliding-window layers are left as they are: they hold no more than their window anyway.
+
     One processor serves one call. Padded batches are refused, since plain generate() goes on with the mask of the whole
     prompt. Afterwards the cache refuses plain generate(); a `TokenReducer` can go on with it.
 
@@ -58,9 +60,12 @@ class TokenReductionLogitsProcessor(LogitsProcessor):  # type: ignore[misc]
         dropped = input_ids.shape[1] - kept.shape[1]
         if not dropped:
             return
-        for layer in self.cache.layers:
+        full = [layer for layer in self.cache.layers if not layer.is_sliding]
+        for layer in full:
             drop_entries(layer, kept, past=0)
-        mark_cut(self.cache, dropped, mask.gather(1, kept)).access = "decode"
+        if full:
+            cut = mark_cut(self.cache, dropped, mask.gather(1, kept))
+            cut.access, cut.even = "decode", len(full) == len(self.cache.layers)
 
     def _refuse_padding(self, input_ids: Tensor) -> None:
         config = base_of(self.model).generation_config

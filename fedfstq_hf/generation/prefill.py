@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fedfstq_hf.errors import DataError
-from fedfstq_hf.generation.blocks import cut_before, decoder_blocks
+from fedfstq_hf.generation.blocks import can_cut, cut_before, decoder_blocks
 from fedfstq_hf.generation.cache import Cut, check_cuttable, cut_of, drop_entries, mark_cut, tokens_seen
 from fedfstq_hf.generation.scorer import BlockInput, EarlyScorer, Scorer
 
@@ -64,12 +64,12 @@ class ReducedModel:
             return self.model._prefill(input_ids, generation_config, model_kwargs, **kwargs)
         check_cuttable(cache)
         if self._cut is not None:
-            self._cut.access = "open"
+            self._cut.reopen()
         past = int(cache.get_seq_length())
         before = self._entries_mask(model_kwargs.get("attention_mask"), cache, past, prompt)
         if not reduce:
             outputs, kept = self._forward(prompt, before, model_kwargs), None
-        elif isinstance(self._scorer, EarlyScorer):
+        elif isinstance(self._scorer, EarlyScorer) and can_cut(self.model):
             outputs, kept = self._forward_and_cut(prompt, before, model_kwargs, past, self._scorer)
         else:
             scores = self._scorer.scores(self.model, prompt.input_ids, prompt.attention_mask)

@@ -226,7 +226,7 @@ class TokenReducer:
     def positions(self, input_ids: Tensor, attention_mask: Tensor, model: Any = None) -> Tensor:
         """Kept positions (B, K) of prompts (B, T), ascending; all of them where reduction would not pay."""
         prompt = self._prompt(input_ids, attention_mask, None)
-        if not self._pays(prompt, model, input_ids.shape[1]):
+        if not self._pays(prompt, None, input_ids.shape[1]):
             return torch.arange(input_ids.shape[1], device=input_ids.device).expand(input_ids.shape)
         scores = self.scorer.scores(model, prompt.input_ids, prompt.attention_mask)
         return self._choose(model)(prompt, scores)
