@@ -1,0 +1,182 @@
+"""Hostile payloads behind a valid digest: every decoder refuses them, or decodes them to a sane update."""
+
+import random
+import struct
+
+import numpy as np
+import pytest
+import torch
+import zstandard
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedfstq_hf.codec import Schema, get_codec, support
+from fedfstq_hf.codec.entropy import Adaptive, Writer, table, uniform
+from fedfstq_hf.codec.support import Layout
+from fedfstq_hf.errors import MessageError
+from tests.attacks.corpus import CODECS, SCHEMA, TARGETS, outcome, shortest
+
+# codecs whose payload has a fixed size, or a length that a shorter or longer one contradicts
+EXACT = ["fedbat", "fp16", "fp32", "qsgd", "signsgd", "topk"]
+OTHER = Schema.from_state_dict({"a": torch.zeros(16, 16)})
+BAD_FLOATS = [float("nan"), float("inf"), -float("inf"), struct.unpack("<f", b"\1\0\x80\x7f")[0]]
+
+
+@pytest.mark.parametrize("name", CODECS)
+def test_the_sources_are_valid(name):
+    for payload in TARGETS[name].payloads:
+        assert outcome(name, payload) == "decoded"
+
+
+@pytest.mark.parametrize("name", CODECS)
+def test_truncated_at_every_byte(name):
+    payload = shortest(name)
+    outcomes = [outcome(name, payload[:size]) for size in range(1, len(payload))]
+    allowed = 0 if name in EXACT else 0.1 * len(payload) + 2
+    assert outcomes.count("decoded") <= allowed
+
+
+@pytest.mark.parametrize("name", CODECS)
+def test_extended(name):
+    payload = shortest(name)
+    for extra in (b"\0", b"\1", b"\xff", payload, bytes(1000)):
+        assert outcome(name, payload + extra) == "refused" or name not in EXACT
+        assert outcome(name, extra + payload) == "refused" or name not in EXACT
+
+
+@pytest.mark.parametrize("name", CODECS)
+def test_every_bit_flipped(name):
+    payload = shortest(name)
+    for bit in range(0, min(8 * len(payload), 700), 3):
+        flipped = bytearray(payload)
+        flipped[bit // 8] ^= 1 << bit % 8
+        outcome(name, bytes(flipped))
+
+
+@pytest.mark.parametrize("name", CODECS)
+def test_payloads_of_other_codecs(name):
+    for other in CODECS:
+        if {name, other} not in ({"fstq", "uniform-fisher"}, {"fedbat", "signsgd"}):
+            for payload in TARGETS[other].payloads[:2]:
+                outcome(name, payload)
+
+
+@pytest.mark.parametrize("name", CODECS)
+def test_a_payload_for_another_adapter(name):
+    # an entropy-coded payload of another adapter is well formed by chance only, one of fixed size never
+    refused = [outcome(name, payload, OTHER) == "refused" for payload in TARGETS[name].payloads]
+    assert all(refused) if name in EXACT else any(refused)
+
+
+@pytest.mark.parametrize("name", CODECS)
+@pytest.mark.parametrize("size", [0, 1, 2, 3, 4, 5, 8, 9, 64, 1000, 100_000])
+def test_constant_and_random_bytes(name, size):
+    for payload in (bytes(size), b"\xff" * size, b"\1" * size, random.Random(size).randbytes(size)):
+        outcome(name, payload)
+
+
+@pytest.mark.parametrize("name", CODECS)
+@pytest.mark.parametrize("bad", BAD_FLOATS)
+def test_nan_and_infinity_at_every_byte(name, bad):
+    payload = max(TARGETS[name].payloads, key=len) if name == "fp16" else shortest(name)
+    for position in range(min(len(payload) - 3, 100)):
+        outcome(name, payload[:position] + struct.pack("<f", bad) + payload[position + 4 :])
+
+
+@pytest.mark.parametrize("name", CODECS)
+@settings(max_examples=30, deadline=None)
+@given(data=st.binary(max_size=300))
+def test_any_bytes(name, data):
+    outcome(name, data)
+
+
+@pytest.mark.parametrize("name", CODECS)
+@settings(max_examples=30, deadline=None)
+@given(data=st.data())
+def test_any_splice_of_two_valid_payloads(name, data):
+    one, two = (data.draw(st.sampled_from(TARGETS[name].payloads)) for _ in range(2))
+    cut, start = data.draw(st.integers(0, len(one))), data.draw(st.integers(0, len(two)))
+    outcome(name, one[:cut] + two[start:])
+
+
+@pytest.mark.parametrize("size", [None, 1, 4 * SCHEMA.num_params - 1, 4 * SCHEMA.num_params + 1, 20_000_000, 2**62])
+def test_sparse32_bombs(size):
+    frame = zstandard.ZstdCompressor(level=19, write_content_size=size is not None)
+    data = frame.compress(bytes(min(size or 1316, 20_000_000)))
+    if size == 2**62:
+        # a frame header that promises four exabytes
+        data = data[:5].replace(data[4:5], b"\xe0") + struct.pack("<Q", 2**62) + data[9:]
+    for mode in (4 | 1, 4 | 2):
+        assert outcome("sparse32", bytes([mode]) + data) == "refused"
+
+
+def test_sparse32_frames_after_frames():
+    honest = zstandard.ZstdCompressor().compress(bytes(4 * SCHEMA.num_params))
+    skippable = struct.pack("<II", 0x184D2A50, 2**32 - 1)
+    assert outcome("sparse32", b"\5" + honest) == "decoded"
+    for data in (honest + honest, honest[:-1], skippable + honest, honest + skippable, skippable * 1000):
+        assert outcome("sparse32", b"\5" + data) == "refused"
+
+
+@pytest.mark.parametrize("length", [0, 1, 2**31, 2**32 - 1])
+def test_sparse32_lengths_of_the_support(length):
+    assert outcome("sparse32", b"\0" + struct.pack("<I", length) + b"abc") == "refused"
+
+
+def _support(writer, indices):
+    layout = Layout.of(SCHEMA)
+    support.write(writer, layout, indices, support.plan(layout, layout.columns_of(indices)[0]))
+    return layout
+
+
+@pytest.mark.parametrize("scale", [float("nan"), float("inf"), -float("inf"), -1.0])
+def test_paper_scales_inside_a_well_formed_stream(scale):
+    writer = Writer()
+    _support(writer, np.array([0]))
+    writer.put([1, 0, 0], uniform(64))
+    writer.put([0], table([1, 0, 0]))
+    writer.put(np.frombuffer(struct.pack("<f", scale), dtype=np.uint8), uniform(256))
+    writer.put([2], uniform(4))
+    with pytest.raises(MessageError, match="scale"):
+        get_codec("paper").decode(writer.finish(), SCHEMA)
+
+
+def test_paper_values_beyond_their_width():
+    writer = Writer()
+    _support(writer, np.array([0]))
+    writer.put([1, 0, 0], uniform(64))
+    writer.put([0], table([1, 0, 0]))
+    writer.put(np.frombuffer(struct.pack("<f", 1.0), dtype=np.uint8), uniform(256))
+    writer.put([3], uniform(4))
+    with pytest.raises(MessageError, match="2-bit value"):
+        get_codec("paper").decode(writer.finish(), SCHEMA)
+
+
+def test_random_at_the_largest_magnitude_of_the_grid():
+    # the grid ends below float32's largest: everything that can be said is finite
+    writer = Writer()
+    indices = np.arange(SCHEMA.num_params)
+    _support(writer, indices)
+    writer.put_adaptive([511] * len(SCHEMA.tensors), Adaptive(512))
+    assert outcome("random", writer.finish(tail=np.ones(indices.size))) == "decoded"
+
+
+def test_factored_at_the_largest_magnitudes_of_the_grid():
+    # 15 components of the largest magnitude in every tensor add up to a finite sum
+    writer, model = Writer(), Adaptive(256)
+    writer.put_adaptive([15] * len(SCHEMA.tensors), Adaptive(16))
+    sides = [(4, 48), (4, 32), (1, 9)]
+    for r, _ in sides:
+        for _ in range(15):
+            writer.put_adaptive([255] * r, model)
+    payload = writer.finish(tail=np.zeros(sum(15 * (r + f - 1) for r, f in sides)))
+    assert outcome("factored", payload) == "decoded"
+
+
+def test_coordinators_can_add_up_a_thousand_of_the_largest():
+    acc = torch.zeros(SCHEMA.num_params, dtype=torch.float64)
+    largest = np.full(SCHEMA.num_params, np.finfo(np.float32).max, dtype="<f4").tobytes()
+    update = get_codec("fp32").decode(largest, SCHEMA)
+    for _ in range(1000):
+        update.add_to(acc, float(2**53))
+    assert torch.isfinite(acc).all()
