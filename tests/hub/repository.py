@@ -91,7 +91,7 @@ class Repository:
         """The commit and its ancestors along first parents, newest first."""
         with self._lock:
             commits = [commit]
-            while parents := commits[-1].parents:
+            while (parents := commits[-1].parents) and parents[0] in self._commits:  # a squash may have come between
                 commits.append(self._commits[parents[0]])
             return commits
 
