@@ -33,7 +33,7 @@ from fedfstq_hf.federation.hub import address as paths
 from fedfstq_hf.federation.hub.layouts import LAYOUTS, Layout, Place
 from fedfstq_hf.federation.hub.posting import open_pull_request, post, push_file
 from fedfstq_hf.federation.hub.publishing import Reader, Swap, refuse_foreign, round_taken
-from fedfstq_hf.federation.hub.repo import HubRepo
+from fedfstq_hf.federation.hub.repo import FileState, HubRepo
 from fedfstq_hf.federation.hub.waiting import DEFAULT_PATIENCE, Patience
 from fedfstq_hf.federation.mailbox import (
     ADAPTER_CONFIG_FILE,
@@ -50,6 +50,7 @@ _FORMAT = 1
 _MAX_JSON = 64 * 10**6
 _MAX_METRICS = 10**6
 _TIDYING_SECONDS = 30.0
+_FIRST_LOOKS = (0.5, 1.0, 2.0)  # seconds
 _TIDY_EVERY = 10  # rounds between two deletions of old messages in a shared repo
 _SQUASH_COMMITS = 500
 
@@ -100,6 +101,8 @@ class HubMailbox:
     def head(self) -> int | None:
         """The newest published round; one HEAD request while nothing is new. It never goes back."""
         state = self._repo.state(paths.HEAD_PATH)
+        if state is None and self._head is None and not self._create:
+            state = self._first_look()
         if state is None:
             if self._head is None and not self._create and not self._repo.exists():
                 raise MailboxError(
@@ -116,6 +119,15 @@ class HubMailbox:
         elif self._head is not None:
             self._commit = state.commit
         return self._head
+
+    def _first_look(self) -> FileState | None:
+        """What is read back may lag: a federation that was founded a moment ago is given some seconds to show."""
+        for wait in _FIRST_LOOKS:
+            self._patience.sleep(wait)
+            state = self._repo.state(paths.HEAD_PATH)
+            if state is not None:
+                return state
+        return None
 
     def read(self, round: int, name: str) -> bytes:
         """A file of a published round, at the commit that was seen to hold it."""

@@ -102,7 +102,7 @@ class Patience:
     ) -> None:
         self.seconds = seconds
         self._clock = clock
-        self._sleep = sleep
+        self.sleep = sleep
 
     def call(self, what: str, request: Callable[[], T], *, seconds: float | None = None) -> T:
         """The result of `request`.
@@ -140,7 +140,7 @@ class Patience:
                         "Nothing is lost: start again later."
                     ) from None
                 logger.debug("Could not %s (%s); trying again in %.1f s.", what, explain(error), wait)
-                self._sleep(wait)
+                self.sleep(wait)
                 attempt += 1
 
     def _wait(self, attempt: int, asked: float | None) -> float:
