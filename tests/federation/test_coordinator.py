@@ -7,6 +7,7 @@ import shutil
 import pytest
 import torch
 from light import SCHEMA, LightClient, adapter_sha256, found, initial_state, make_spec, run_rounds
+from light_updates import SIZE, delta, make_message, post
 
 from fedfstq_hf.codec import get_codec, message
 from fedfstq_hf.errors import ConfigError, MailboxError, NonFiniteError, RoundConflictError
@@ -15,22 +16,6 @@ from fedfstq_hf.federation.coordinator import Coordinator
 from fedfstq_hf.federation.founding import found_federation
 from fedfstq_hf.federation.local import FolderMailbox
 from fedfstq_hf.federation.record import RoundRecord
-
-SIZE = SCHEMA.num_params
-
-
-def delta(number):
-    return torch.linspace(-number, 2 * number, SIZE)
-
-
-def post(mailbox, client_id, update, *, num_examples=1, round=0, path_id=None, **changes):
-    record = RoundRecord.from_json(mailbox.read(mailbox.head(), "round.json"))
-    settings = {"base": record.adapter_sha256, "schema": SCHEMA.fingerprint, "codec": "fp32"} | changes
-    header = message.Header(round=round, client_id=client_id, num_examples=num_examples, **settings)
-    payload = get_codec("fp32").encode(SCHEMA.unflatten(update)).payload
-    data = message.pack(header, payload)
-    mailbox.post_update(round, path_id or client_id, data)
-    return data
 
 
 def test_the_weighted_mean_is_added(tmp_path):
@@ -109,13 +94,6 @@ def test_a_wrong_message_is_refused_with_its_reason(tmp_path, name):
     assert record.uplink_bytes == sum(ref.num_bytes for ref in mailbox.list_updates(0))
 
 
-def good_message(mailbox, client_id):
-    record = RoundRecord.from_json(mailbox.read(0, "round.json"))
-    payload = get_codec("fp32").encode(SCHEMA.unflatten(delta(1))).payload
-    header = message.Header(0, client_id, 1, record.adapter_sha256, SCHEMA.fingerprint, "fp32")
-    return message.pack(header, payload)
-
-
 @pytest.mark.parametrize(
     ("spoil", "reason"),
     [
@@ -130,7 +108,7 @@ def good_message(mailbox, client_id):
 )
 def test_a_damaged_message_is_refused(tmp_path, spoil, reason):
     mailbox = found(tmp_path)
-    mailbox.post_update(0, "bad", spoil(good_message(mailbox, "bad")))
+    mailbox.post_update(0, "bad", spoil(make_message(mailbox, "bad", delta(1))))
     post(mailbox, "a", delta(1))
     post(mailbox, "c", delta(3))
     record = Coordinator(mailbox).close_round()

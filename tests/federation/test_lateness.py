@@ -1,0 +1,247 @@
+"""Updates that arrive after their round: counted once, or used once; the client's residual follows what was done."""
+
+import pytest
+import torch
+from light import SCHEMA, LightClient, fake_training, found, run_rounds
+from light_updates import found_enrolled, make_message, ones, post
+
+from fedfstq_hf.codec import get_codec, message
+from fedfstq_hf.errors import MailboxError
+from fedfstq_hf.federation.client import local_seed
+from fedfstq_hf.federation.coordinator import Coordinator
+from fedfstq_hf.federation.local import FolderMailbox
+
+BUDGET = 400
+
+
+def close(mailbox, names, round, coordinator=None):
+    """Close a round with updates of these clients."""
+    for name in names:
+        post(mailbox, name, ones(1), round=round)
+    return (coordinator or Coordinator(mailbox)).close_round()
+
+
+def late_ids(record):
+    return [(update.client_id, update.round) for update in record.late]
+
+
+# Refused and counted
+
+
+def test_a_late_update_is_counted_once_and_never_used(tmp_path):
+    mailbox = found(tmp_path, rounds=6)
+    coordinator = Coordinator(mailbox)
+    late = make_message(mailbox, "c", ones(9))
+    assert late_ids(close(mailbox, "ab", 0, coordinator)) == []
+    mailbox.post_update(0, "c", late)
+    second = close(mailbox, "ab", 1, coordinator)
+    (entry,) = second.late
+    assert (entry.client_id, entry.round, entry.num_bytes) == ("c", 0, len(late))
+    assert entry.reason == "It arrived after round 0 was closed."
+    assert [update.client_id for update in second.accepted] == ["a", "b"]
+    assert second.uplink_bytes == sum(ref.num_bytes for ref in mailbox.list_updates(1)) + len(late)
+    for round in (2, 3):
+        assert late_ids(close(mailbox, "ab", round)) == []  # also by a coordinator that was started anew
+
+
+def test_an_update_that_was_used_or_refused_in_time_is_not_late(tmp_path):
+    mailbox = found(tmp_path, rounds=6, max_staleness=2)
+    post(mailbox, "bad", ones(1), base="0" * 64)
+    records = [close(mailbox, "ab", round) for round in range(4)]
+    assert [len(record.refused) for record in records] == [1, 0, 0, 0]
+    assert [late_ids(record) for record in records] == [[], [], [], []]
+    assert [len(record.accepted) for record in records] == [2, 2, 2, 2]
+
+
+def test_a_late_message_that_is_too_large_is_not_read(tmp_path, monkeypatch):
+    mailbox = found(tmp_path, rounds=6)
+    close(mailbox, "ab", 0)
+    mailbox.post_update(0, "c", bytes(5000))
+    read, original = [], mailbox.read_update
+    monkeypatch.setattr(
+        mailbox, "read_update", lambda ref, **limit: (read.append(ref.client_id), original(ref, **limit))[1]
+    )
+    record = close(mailbox, "ab", 1)
+    assert late_ids(record) == [("c", 0)]
+    assert record.late[0].sha256 == ""
+    assert "c" not in read
+
+
+# Used at a discount
+
+
+def test_a_stale_update_is_used_once(tmp_path):
+    mailbox = found(tmp_path, rounds=8, max_staleness=2)
+    stale = make_message(mailbox, "c", ones(1))
+    close(mailbox, "ab", 0)
+    mailbox.post_update(0, "c", stale)
+    records = [close(mailbox, "ab", round) for round in range(1, 5)]
+    used = [[u.client_id for u in record.accepted if u.staleness] for record in records]
+    assert used == [["c"], [], [], []]
+    assert records[0].accepted[2].staleness == 1
+    assert all(late_ids(record) == [] and record.refused == () for record in records)
+
+
+def test_a_stale_update_helps_to_close_a_round(tmp_path):
+    mailbox = found(tmp_path, rounds=8, max_staleness=1)
+    stale = make_message(mailbox, "c", ones(1))
+    coordinator = Coordinator(mailbox)
+    close(mailbox, "ab", 0, coordinator)
+    post(mailbox, "a", ones(1), round=1)
+    assert not coordinator.ready()
+    mailbox.post_update(0, "c", stale)
+    assert coordinator.ready()
+    assert [u.client_id for u in coordinator.close_round().accepted] == ["a", "c"]
+
+
+def test_beyond_max_staleness_it_is_late(tmp_path):
+    mailbox = found(tmp_path, rounds=8, max_staleness=1)
+    stale = make_message(mailbox, "c", ones(1))
+    for round in (0, 1):
+        close(mailbox, "ab", round)
+    mailbox.post_update(0, "c", stale)
+    record = close(mailbox, "ab", 2)
+    assert late_ids(record) == [("c", 0)]
+    assert [u.client_id for u in record.accepted] == ["a", "b"]
+    assert late_ids(close(mailbox, "ab", 3)) == []
+
+
+def test_beside_a_newer_update_of_the_same_client_the_old_one_is_late(tmp_path):
+    """Both would hold what error feedback owed in between twice."""
+    mailbox = found(tmp_path, rounds=8, max_staleness=1)
+    stale = make_message(mailbox, "a", ones(1))
+    close(mailbox, "bc", 0)
+    mailbox.post_update(0, "a", stale)
+    coordinator = Coordinator(mailbox)
+    post(mailbox, "a", ones(1), round=1)
+    assert not coordinator.ready()  # two messages, but of one client
+    record = close(mailbox, "b", 1, coordinator)
+    assert [(u.client_id, u.staleness) for u in record.accepted] == [("a", 0), ("b", 0)]
+    assert late_ids(record) == [("a", 0)]
+
+
+def test_a_stale_update_is_screened_by_its_own_round(tmp_path):
+    mailbox = found(tmp_path, rounds=8, max_staleness=1)
+    wrong = make_message(mailbox, "c", ones(1), base="0" * 64)
+    close(mailbox, "ab", 0)
+    replayed = make_message(mailbox, "d", ones(1), round=1)
+    mailbox.post_update(0, "c", wrong)
+    mailbox.post_update(0, "d", replayed)
+    record = close(mailbox, "ab", 1)
+    assert [(u.client_id, u.round) for u in record.refused] == [("c", 0), ("d", 0)]
+    assert "It names base adapter" in record.refused[0].reason
+    assert record.refused[1].reason == "It names round 1; expected 0."
+    assert late_ids(close(mailbox, "ab", 2)) == []
+
+
+def test_a_client_that_was_not_selected_cannot_come_late_instead(tmp_path):
+    mailbox = found_enrolled(tmp_path, "abcd", clients_per_round=2, min_clients=2, max_staleness=1, rounds=8)
+    coordinator = Coordinator(mailbox)
+    chosen = coordinator.record.selected
+    other = next(name for name in "abcd" if name not in chosen)
+    uninvited = make_message(mailbox, other, ones(1))
+    close(mailbox, chosen, 0, coordinator)
+    mailbox.post_update(0, other, uninvited)
+    following = close(mailbox, coordinator.record.selected, 1, coordinator)
+    refused = [*following.refused, *following.late]  # late, where the client is selected and sent a newer one
+    assert [(u.client_id, u.round) for u in refused] == [(other, 0)]
+
+
+# The clients
+
+
+def delayed(mailbox, path, coordinator, others):
+    """A client whose message of round 0 arrives after that round; returns it."""
+    slow = LightClient(mailbox, "s", path, max_bytes=BUDGET)
+    assignment = slow.participation.next()
+    run_rounds(coordinator, others, 1)
+    slow.participation.complete(assignment, fake_training(assignment.adapter, assignment.seed, {}))
+    return slow
+
+
+def clients(mailbox, path, names):
+    return [LightClient(mailbox, name, path / name, max_bytes=BUDGET) for name in names]
+
+
+def test_a_client_settles_a_stale_update_as_accepted(tmp_path):
+    mailbox = found(tmp_path, rounds=6, max_staleness=1, codec="fstq")
+    coordinator, others = Coordinator(mailbox), clients(mailbox, tmp_path, "ab")
+    slow = delayed(mailbox, tmp_path / "s", coordinator, others)
+    pending = slow.session.pending
+    assert not slow.step()  # what becomes of it is not known yet, though round 1 is open
+    assert slow.session.pending is pending
+    run_rounds(coordinator, others, 1)
+    assert [u.client_id for u in coordinator.record.accepted] == ["a", "b", "s"]
+    carried = dict(slow.session.carried)
+    assert slow.step()  # trains in round 2
+    (settlement,) = slow.participation.settlements
+    assert (settlement.round, settlement.outcome) == (0, "accepted")
+    _, payload = message.unpack(pending.message)
+    residual = pending.corrected - get_codec("fstq").decode(payload, SCHEMA).to_dense()
+    assert residual.any()
+    result = fake_training(coordinator.adapter, local_seed(0, "s", 2), carried)
+    assert slow.session.pending.round == 2
+    assert torch.equal(slow.session.pending.corrected, result.adapter - coordinator.adapter + residual)
+
+
+def test_a_client_whose_update_came_too_late_keeps_all_of_it(tmp_path):
+    mailbox = found(tmp_path, rounds=6, max_staleness=0, codec="fstq")
+    coordinator, others = Coordinator(mailbox), clients(mailbox, tmp_path, "ab")
+    slow = delayed(mailbox, tmp_path / "s", coordinator, others)
+    whole = slow.session.pending.corrected
+    assert slow.participation.next().round == 1
+    assert slow.participation.settlements[0].outcome == "late"
+    assert torch.equal(slow.session.residual, whole)
+
+
+def test_a_client_that_was_away_for_long_posts_nothing_and_keeps_all_of_it(tmp_path, monkeypatch):
+    mailbox = found(tmp_path, rounds=8, max_staleness=1, codec="fstq")
+    coordinator, others = Coordinator(mailbox), clients(mailbox, tmp_path, "ab")
+    slow = LightClient(mailbox, "s", tmp_path / "s", max_bytes=BUDGET)
+    with monkeypatch.context() as patch:
+        patch.setattr(FolderMailbox, "post_update", _away)
+        with pytest.raises(MailboxError):
+            slow.step()
+    whole = slow.session.pending.corrected
+    slow.session.close()
+    run_rounds(coordinator, others, 4)
+    back = LightClient(mailbox, "s", tmp_path / "s", max_bytes=BUDGET)
+    assert back.participation.next().round == 4
+    assert torch.equal(back.session.residual, whole)
+    assert mailbox.list_updates(0, ["s"]) == []
+
+
+def _away(*arguments, **options):
+    raise MailboxError("The mailbox is away.")
+
+
+def test_everything_a_client_did_reaches_the_adapter_or_its_residual(tmp_path):
+    """Over a federation with late, stale and timely updates: sent plus kept is what was trained."""
+    mailbox = found(tmp_path, rounds=9, max_staleness=1, min_clients=1, codec="fstq", clip=None, error_feedback=1.0)
+    coordinator = Coordinator(mailbox)
+    client, other = clients(mailbox, tmp_path, "ab")
+    trained = torch.zeros(SCHEMA.num_params, dtype=torch.float64)
+    original = client.session.finish
+
+    def summed(round, base, delta, **options):
+        nonlocal trained
+        trained = trained + delta.double()
+        return original(round, base, delta, **options)
+
+    client.session.finish = summed
+    for steps in ("ab", "b", "a", "b", "b", "ab", "a", "b", "ab"):
+        for name in steps:
+            (client if name == "a" else other).step()
+        if coordinator.ready() and not coordinator.finished:
+            coordinator.close_round()
+    client.step()
+    sent = torch.zeros_like(trained)
+    for round in range(9):
+        for ref in mailbox.list_updates(round, ["a"]):
+            data = mailbox.read_update(ref, max_bytes=BUDGET)
+            if any(s.round == round and s.outcome == "accepted" for s in client.participation.settlements):
+                _, payload = message.unpack(data)
+                sent += get_codec("fstq").decode(payload, SCHEMA).to_dense().double()
+    kept = client.session.pending.corrected if client.session.pending else client.session.residual
+    assert len(client.participation.settlements) >= 3
+    assert torch.allclose(sent + kept.double(), trained, atol=1e-4)
