@@ -124,8 +124,8 @@ class Patience:
                 return request()
             except FedFSTQError:
                 raise
-            except HFValidationError as error:
-                raise MailboxError(f"Could not {what}: {error}") from None
+            except HFValidationError as invalid:
+                raise MailboxError(f"Could not {what}: {invalid}") from None
             except Exception as raised:
                 error = _cause(raised)
                 diagnosis = diagnose(error)
