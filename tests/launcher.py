@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -98,6 +99,22 @@ class Launcher:
         self._parent.stdin.write(json.dumps(request) + "\n")
         self._parent.stdin.flush()
         return json.loads(self._parent.stdout.readline())
+
+
+def fails(launcher: Launcher, *arguments: object, code: int = 2, cwd: Path | None = None) -> str:
+    """The command ends with this code and one message, without a traceback; returns the message on one line."""
+    command = launcher.start(*arguments, cwd=cwd)
+    assert command.wait() == code, command.stderr[-2000:]
+    assert "Traceback" not in command.stderr
+    return " ".join(command.stderr.split())
+
+
+def wait_for(condition: Callable[[], object], seconds: float = 60) -> None:
+    """Until it holds."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def _child(request: dict[str, Any]) -> None:

@@ -4,11 +4,10 @@ import json
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 import yaml
-from launcher import environment
+from launcher import environment, fails, wait_for
 from tiny_workload import write_client_file
 
 from fedfstq_hf import __version__
@@ -44,18 +43,11 @@ def test_nothing_heavy_is_imported(code):
     assert "HEAVY []" in out
 
 
-def fails(launcher, *arguments, code=2, cwd=None):
-    """The command ends with this code and one message, without a traceback; returns the message on one line."""
-    command = launcher.start(*arguments, cwd=cwd)
-    assert command.wait() == code, command.stderr[-2000:]
-    assert "Traceback" not in command.stderr
-    return " ".join(command.stderr.split())
-
-
 def test_version_and_help(launcher):
     assert launcher.run("--version").stdout.strip() == __version__
     shown = launcher.run("--help").stdout
-    for command in ("simulate", "init", "serve", "train", "status", "inspect", "recipes"):
+    commands = "simulate init serve stop rollback train status evaluate pause resume enrol inspect recipes keys"
+    for command in commands.split():
         assert command in shown
 
 
@@ -87,9 +79,28 @@ def test_recipes(launcher, tmp_path):
         (["simulate", "nowhere.yaml"], "no recipe called 'nowhere.yaml'; Known:"),
         (["init", "box", "--recipe", "quickstart", "--method", "fstk"], "no method 'fstk'; it has fedavg, fstq."),
         (["train", "nowhere.yaml"], "There is no client file nowhere.yaml. Write one with the keys mailbox"),
-        (["serve", "nowhere"], "nowhere holds no federation yet. Make one with `fedfstq init nowhere ...`."),
+        (["serve", "nowhere"], "nowhere holds no federation. Make one with `fedfstq init nowhere ...`."),
         (["status", "nowhere"], "nowhere holds no federation. Make one with `fedfstq init nowhere ...`."),
-        (["serve", "hf://org/repo"], "No mailbox serves hf:// addresses"),
+        (["serve", "ftp://org/repo"], "No mailbox serves ftp:// addresses"),
+        (["serve", "hf://org"], "hf://"),
+        (["stop", "nowhere"], "nowhere holds no federation."),
+        (["pause", "nowhere"], "nowhere holds no federation."),
+        (["resume", "nowhere"], "nowhere holds no federation."),
+        (["rollback", "nowhere", "0"], "nowhere holds no federation."),
+        (["enrol", "nowhere", "a"], "nowhere holds no federation."),
+        (["evaluate", "nowhere"], "nowhere holds no federation."),
+        (["evaluate", "nowhere", "--rund", "1"], "There is no option --rund. Keys of the data section begin with"),
+        (["evaluate", "nowhere", "--dtype", "int8"], "--dtype must be one of float32, bfloat16, not 'int8'."),
+        (["init", "box", "--recipe", "quickstart", "--clients", "a,a"], "--clients takes distinct names"),
+        (["init", "box", "--recipe", "quickstart", "--clients", "a,b c"], "'b c' cannot name a client"),
+        (["init", "box", "--recipe", "quickstart", "--public"], "--public is for the Hub"),
+        (["init", "box", "--recipe", "quickstart", "--layout", "own"], "A folder mailbox has no layouts"),
+        (["init", "box", "--recipe", "quickstart", "--layout", "mine"], "Unknown mailbox layout 'mine'; choose one of"),
+        (["init", "box", "--recipe", "quickstart", "--seal-to", "key"], "There is no key file key. Make one:"),
+        (
+            ["init", "box", "--recipe", "quickstart", "--seal-to", "x25519:12"],
+            "Expected a public key of the form x25519",
+        ),
         (["inspect", "nowhere.safetensors"], "There is no file nowhere.safetensors. Messages lie in MAILBOX/updates/"),
     ],
 )
@@ -126,7 +137,7 @@ def client(tiny_recipe, box, tmp_path, **changes):
 
 def test_init_into_a_used_mailbox(launcher, tiny_recipe, box):
     message = fails(launcher, "init", box, "--recipe", tiny_recipe)
-    assert f"already holds a federation. Give a new folder, or go on with `fedfstq serve {box}`." in message
+    assert f"already holds a federation. Give a new address, or go on with `fedfstq serve {box}`." in message
 
 
 def test_init_refuses_impossible_rounds(launcher, tiny_recipe, tmp_path):
@@ -134,6 +145,14 @@ def test_init_refuses_impossible_rounds(launcher, tiny_recipe, tmp_path):
     assert "min_clients must be a whole number of at least 1, not 0" in message
     message = fails(launcher, "init", tmp_path / "b", "--recipe", tiny_recipe, "--round-seconds", "-5")
     assert "round_seconds must be a positive number" in message
+    message = fails(launcher, "init", tmp_path / "b", "--recipe", tiny_recipe, "--max-staleness", "-1")
+    assert "max_staleness must be a whole number of at least 0" in message
+    message = fails(launcher, "init", tmp_path / "b", "--recipe", tiny_recipe, "--clip", "0.5")
+    assert "clip is a multiple of the round's median: at least 1" in message
+    message = fails(launcher, "init", tmp_path / "b", "--recipe", tiny_recipe, "--clients-per-round", "2")
+    assert "none are enrolled by name. Type --clients" in message
+    message = fails(launcher, "init", tmp_path / "b", "--recipe", tiny_recipe, "--clients", "a,b", "--min-clients", "3")
+    assert "2 clients are enrolled, but 3 updates close a round" in message
     assert not (tmp_path / "b").exists()
 
 
@@ -197,13 +216,6 @@ def test_an_override_on_the_command_line(launcher, tiny_recipe, box, tmp_path):
 
 
 # Ctrl-C, and going on
-
-
-def wait_for(condition, seconds=60):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def test_a_federation_that_is_interrupted_and_goes_on(launcher, tiny_recipe, tmp_path):

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from fedfstq_hf.errors import MailboxError, MessageError
 from fedfstq_hf.federation.aggregation import WeightedMean
+from fedfstq_hf.federation.control import Control
 from fedfstq_hf.federation.mailbox import Mailbox, UpdateRef
 from fedfstq_hf.federation.record import AcceptedUpdate, RefusedUpdate
 from fedfstq_hf.federation.screening import Screening
@@ -56,13 +57,17 @@ class Collector:
         self._base = base
         self._selected = selected
         self._refused: dict[UpdateRef, RefusedUpdate] = {}
+        self._refused_by = Control()
 
-    def refused(self, ref: UpdateRef) -> bool:
-        """Whether this very message was refused before."""
-        return ref in self._refused
+    def refused(self, ref: UpdateRef, control: Control) -> bool:
+        """Whether this very message was refused before, when the same clients were enrolled."""
+        return control.clients == self._refused_by.clients and ref in self._refused
 
     def collect(self, refs: Sequence[UpdateRef], screening: Screening) -> Collected:
         """Screen, weigh and average the messages, in the order given."""
+        if screening.control.clients != self._refused_by.clients:
+            self._refused.clear()
+        self._refused_by = screening.control
         screened = [self._screen(ref, screening) for ref in refs if ref not in self._refused]
         found = [(ref, entry) for ref, entry in screened if entry is not None]
         accepted = self._weighed([entry for _, entry in found], screening)

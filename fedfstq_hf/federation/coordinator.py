@@ -97,10 +97,11 @@ class Coordinator:
 
     def ready(self) -> bool:
         """Whether enough messages have arrived, or the deadline has passed and there is at least one."""
-        if self.paused is not None:
+        control = read_control(self.mailbox)
+        if control.paused is not None:
             return False
         usable, _ = self._arrived(self.spec.max_staleness)
-        return self._enough(sum(not self._collector.refused(ref) for ref in usable))
+        return self._enough(sum(not self._collector.refused(ref, control) for ref in usable))
 
     def close_round(self) -> RoundRecord | None:
         """Aggregate the messages that lie in the mailbox and publish the next round.

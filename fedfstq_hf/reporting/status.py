@@ -61,6 +61,10 @@ def render_status(mailbox: Mailbox) -> str:
     else:
         waiting = mailbox.list_updates(head, None if control.clients is None else sorted(control.clients))
         names = ", ".join(ref.client_id for ref in waiting) or "none"
+        if control.clients is not None:
+            lines.append(f"enrolled: {', '.join(sorted(control.clients)) or 'nobody'}")
+        if record.selected is not None:
+            lines.append(f"asked for round {head}: {', '.join(record.selected)}")
         if control.paused is not None:
             lines.append(f"paused: {control.paused}")
         lines.append(f"waiting for {spec.min_clients} updates of round {head}; here are {len(waiting)}: {names}")

@@ -6,13 +6,14 @@ from light import LightClient, NothingToDo, fake_training, found, initial_state,
 from light_updates import found_enrolled, ones, post
 
 from fedfstq_hf.errors import ConfigError, MailboxError
-from fedfstq_hf.federation import adapter_file, control
+from fedfstq_hf.federation import adapter_file, control, keys
 from fedfstq_hf.federation.client import MailboxParticipation
 from fedfstq_hf.federation.control import Control, Enrolment, change_control
 from fedfstq_hf.federation.coordinator import Coordinator
 from fedfstq_hf.federation.founding import found_federation
 from fedfstq_hf.federation.local import FolderMailbox
 from fedfstq_hf.federation.record import RoundRecord
+from fedfstq_hf.federation.spec import FederationSpec
 
 
 def join(mailbox, path, names):
@@ -53,6 +54,27 @@ def test_a_dismissed_client_s_waiting_update_is_not_used(tmp_path):
     change_control(mailbox, control.enrol(["b"]))
     assert clients[1].step()  # it returns, with all of its update in the residual
     assert clients[1].participation.settlements[0].outcome == "late"
+
+
+def test_what_was_refused_is_looked_at_again_when_enrolments_change(tmp_path):
+    """A key that is enrolled while the message waits counts, as it would for a coordinator that is started anew."""
+    pair = keys.new_keypair()
+    mailbox = found_enrolled(tmp_path, "ab", signatures=True, rounds=3)
+    change_control(mailbox, control.enrol(["b"], verify_key=keys.new_keypair().verify_key))
+    sign = keys.signer(pair, FederationSpec.from_json(mailbox.read(0, "spec.json")).id)
+    for name in "ab":
+        post(mailbox, name, ones(1), sign=sign)
+    coordinator = Coordinator(mailbox)
+    assert coordinator.close_round() is None
+    assert not coordinator.ready()
+    change_control(mailbox, control.pause("a pause changes nothing of it"))
+    change_control(mailbox, control.resume)
+    assert not coordinator.ready()
+    change_control(mailbox, control.enrol(["a", "b"], verify_key=pair.verify_key))
+    assert coordinator.ready()
+    record = coordinator.close_round()
+    assert [(u.client_id, u.signed) for u in record.accepted] == [("a", True), ("b", True)]
+    assert record.refused == ()
 
 
 def test_a_founding_that_could_never_close_a_round_is_refused(tmp_path):
