@@ -86,7 +86,11 @@ def wrap_base(base: Any, adapter_config: bytes) -> PeftModel:
     except (ValueError, TypeError, AttributeError) as error:
         raise MailboxError(f"The mailbox's {ADAPTER_CONFIG_FILE} cannot be read: {error}") from error
     config.inference_mode = False
-    return get_peft_model(base, config)
+    # PEFT warns where the config's base is called otherwise than this copy of it; the fingerprint tells them apart better
+    named, config.base_model_name_or_path = config.base_model_name_or_path, None
+    model = get_peft_model(base, config)
+    model.peft_config[model.active_adapter].base_model_name_or_path = named
+    return model
 
 
 def make_spec(
