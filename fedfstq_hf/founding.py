@@ -86,7 +86,7 @@ def wrap_base(base: Any, adapter_config: bytes) -> PeftModel:
     except (ValueError, TypeError, AttributeError) as error:
         raise MailboxError(f"The mailbox's {ADAPTER_CONFIG_FILE} cannot be read: {error}") from error
     config.inference_mode = False
-    # PEFT warns where the config's base is called otherwise than this copy of it; the fingerprint tells them apart better
+    # PEFT warns where the base is called otherwise here; the fingerprint is what tells bases apart
     named, config.base_model_name_or_path = config.base_model_name_or_path, None
     model = get_peft_model(base, config)
     model.peft_config[model.active_adapter].base_model_name_or_path = named
