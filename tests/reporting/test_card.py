@@ -118,9 +118,10 @@ def test_nothing_is_blank_whatever_is_missing(data):
 
 
 def test_the_full_card_says_it_all():
-    history = make_history(3, refused=2, late=1, clipped=1, reasons={"too large": 2})
+    history = make_history(3, refused=2, late=1, clipped=1, reasons={"too large": 2, "damaged": 0})
     card = render(3, history=history)
     check_card(card)
+    assert "damaged" not in card
     assert read_metadata(card) | {"model-index": ...} == {
         "base_model": "HuggingFaceTB/SmolLM2-135M",
         "datasets": ["qiaojin/PubMedQA"],
@@ -200,6 +201,17 @@ def test_a_folder_is_named_without_its_path():
 def test_a_license_is_one_that_the_hub_takes(given, expected):
     fields = read_metadata(render(extra={"license": given}))
     assert (fields.get("license"), fields.get("license_name")) == expected
+
+
+def test_ids_that_the_hub_would_refuse_are_left_out():
+    extra = {"datasets": ["a/b", "../x.jsonl", "demo", "a/b/c"], "language": ["en", "English", "pt-BR", "code"]}
+    fields = read_metadata(render(extra=extra))
+    assert fields["datasets"] == ["a/b"]
+    assert fields["language"] == ["en", "pt-BR", "code"]
+
+
+def test_rows_after_the_published_round_do_not_count():
+    assert render(2, history=make_history(5), metrics=make_metrics(5)) == render(2)
 
 
 def test_a_thousand_rounds_fit():

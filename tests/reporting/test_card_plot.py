@@ -64,7 +64,7 @@ def test_the_ground_is_opaque_and_white():
     assert image.convert("RGBA").getpixel((0, 0)) == (255, 255, 255, 255)
 
 
-@pytest.mark.parametrize("rounds", [1, 200])
+@pytest.mark.parametrize("rounds", [1, 3, 200])
 def test_axis_has_labels_for_few_and_for_many_bytes(rounds, monkeypatch):
     figures = []
     make = card_plot._figure
