@@ -89,7 +89,7 @@ def render_card(
         description=paragraphs(extra.get("description")),
         introduction=facts.introduction(spec, record, history),
         loading=facts.loading(spec.model, repo_id, auto_class),
-        loading_note="It needs only `pip install peft transformers`: the adapter is a plain PEFT adapter.",
+        loading_note=facts.loading_note(spec.model),
         measurements=[_measurement_line(entry) for entry in measurements[:MAX_MEASUREMENTS]],
         more_measurements=max(0, len(measurements) - MAX_MEASUREMENTS),
         measured_first=any(entry.first is not None for entry in measurements),

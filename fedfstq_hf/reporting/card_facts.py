@@ -63,12 +63,19 @@ def loading(model: str, repo_id: str | None, auto_class: str) -> str:
     )
 
 
+def loading_note(model: str) -> str:
+    """What must be installed for it."""
+    if model == _EMBEDDED_MODEL:
+        return "The adapter is a plain PEFT adapter; only the demo model needs fedfstq_hf."
+    return "It needs only `pip install peft transformers`: the adapter is a plain PEFT adapter."
+
+
 def totals(history: Sequence[HistoryRow]) -> list[Line]:
     """Bytes of all rounds together; without rounds after the first there is nothing to add up."""
     after = [row for row in history if row.round > 0]
     if not after:
         return []
-    count = f"{len(after):,} round{'s' if len(after) > 1 else ''}"
+    count = _count(len(after), "round")
     return [
         _total(
             f"uplink, all clients, {count}",
@@ -136,13 +143,15 @@ def fate(history: Sequence[HistoryRow]) -> str | None:
     arrived = used + refused + late
     if not arrived:
         return None
-    text = f"Of {_updates(arrived)} that arrived, {used:,} {_were(used)} used"
+    text = f"Of {_count(arrived, 'update')} that arrived, {used:,} {_were(used)} used"
     if refused:
         text += f", {refused:,} refused"
     if late:
         text += f", {late:,} too late for their round"
     if clipped:
-        text += f". {_updates(clipped)} {_were(clipped)} scaled down, the norm being far above the round's median"
+        text += (
+            f". {_count(clipped, 'update')} {_were(clipped)} scaled down, the norm being far above the round's median"
+        )
     return f"{text}."
 
 
@@ -160,7 +169,7 @@ def training(
         "Rounds": f"{record.round} of {spec.rounds}",
         "Updates per round": clients,
         "Local training": _join(
-            f"{spec.local_steps} steps of {code(spec.training.get('optim')) or 'the optimizer'} per round",
+            f"{_count(spec.local_steps, 'step')} of {code(spec.training.get('optim')) or 'the optimizer'} per round",
             _setting("learning rate", spec.training.get("learning_rate")),
             _setting("schedule", spec.training.get("lr_scheduler_type")),
             _setting("weight decay", spec.training.get("weight_decay")),
@@ -244,8 +253,8 @@ def _folder_name(model: str) -> str:
     return PurePosixPath(model.replace("\\", "/")).name
 
 
-def _updates(count: int) -> str:
-    return f"{count:,} update{'' if count == 1 else 's'}"
+def _count(count: int, what: str) -> str:
+    return f"{count:,} {what}{'' if count == 1 else 's'}"
 
 
 def _were(count: int) -> str:
