@@ -18,9 +18,9 @@ from fedfstq_hf.generation.blocks import take
 class Cut:
     """What all layers of a cut cache share.
 
-    dropped: tokens of the text that have no entry. mask: (B, entries) 1 = real, or None if no entry is padding, as it
-    was at the end of the last prefill or call. access: "closed", "decode" (one token at a time) or "open". even: whether
-    all layers lack the same tokens; if not, nobody can go on with it.
+    dropped: tokens of the text that have no entry. mask: (B, entries) 1 = real, as it was at the end of the last
+    prefill; None before the first. access: "closed", "decode" (one token at a time) or "open". even: whether all layers
+    lack the same tokens; if not, nobody can go on with the cache.
     """
 
     dropped: int = 0

@@ -36,7 +36,7 @@ def test_protected_spans_longer_than_the_budget():
         lambda: reducer.reduce(**inputs),
         lambda: model.generate(**inputs, max_new_tokens=2, custom_generate=reducer),
     ):
-        with pytest.raises(ConfigError, match="protected spans .* the budget is"):
+        with pytest.raises(ConfigError, match=r"protected spans .* the budget is"):
             call()
 
 

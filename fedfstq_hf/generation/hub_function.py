@@ -1,0 +1,13 @@
+"""The `custom_generate/generate.py` to publish beside an adapter, for users without this package."""
+
+from __future__ import annotations
+
+from importlib import resources
+
+HUB_PATH = "custom_generate/generate.py"
+"""Where transformers looks for it in a repo."""
+
+
+def custom_generate_source() -> str:
+    """Text of that file; it imports torch and transformers only."""
+    return resources.files("fedfstq_hf.generation").joinpath(HUB_PATH).read_text(encoding="utf-8")
