@@ -42,7 +42,9 @@ def record(box, round):
 def send(launcher, file, box, round=0, owner=FIRST):
     """Let a client train and send one message, and stop it."""
     training = launcher.start("train", file)
-    wait_for(lambda: (box / f"updates/{round:06d}/{owner}.safetensors").exists())
+    sent = box / f"updates/{round:06d}/{owner}.safetensors"
+    wait_for(lambda: sent.exists() or training.poll() is not None)
+    assert sent.exists(), training.stderr[-2000:]
     training.kill()
     training.wait()
 
@@ -138,8 +140,8 @@ def test_a_signed_and_sealed_federation(launcher, tiny_recipe, found, tmp_path):
     box, said = found("--clients", FIRST, "--signatures", "--seal-to", boss, "--rounds", "1")
     assert f"Next: fedfstq serve {box} --key KEYFILE" in said
     verify_key = public_key(launcher, mine, "ed25519:")
-    plain, signed = (client_file(tiny_recipe, box, tmp_path, **changes) for changes in ({}, {"signing_key": str(mine)}))
-    assert plain == signed  # the file is rewritten: the last changes hold
+    settings = {"uplink_budget": 700, "signing_key": str(mine)}  # a signature and a seal take their bytes
+    signed = client_file(tiny_recipe, box, tmp_path, **settings)
     message = fails(launcher, "train", signed)
     assert f"enrolled with no verify key, but {mine} signs as {verify_key}." in message
     launcher.run("enrol", box, FIRST, "--verify-key", verify_key)
@@ -147,7 +149,7 @@ def test_a_signed_and_sealed_federation(launcher, tiny_recipe, found, tmp_path):
     assert f"is enrolled with {verify_key}, but {other} signs as" in message
     plain = client_file(tiny_recipe, box, tmp_path)
     assert "takes signed messages only from client" in fails(launcher, "train", plain)
-    signed = client_file(tiny_recipe, box, tmp_path, signing_key=str(mine))
+    signed = client_file(tiny_recipe, box, tmp_path, **settings)
     send(launcher, signed, box)
     data = (box / f"updates/000000/{FIRST}.safetensors").read_bytes()
     assert data.startswith(b"fedfstq sealed\n")

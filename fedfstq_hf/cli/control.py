@@ -55,9 +55,7 @@ def enrol(
     own = {"repo": repo, "account": account, "verify_key": verify_key}
     fields = {name: value for name, value in {**own, "max_examples": max_examples}.items() if value is not None}
     if remove and fields:
-        raise ConfigError(
-            f"--remove takes no --{next(iter(fields)).replace('_', '-')}: the client is taken off the list."
-        )
+        raise ConfigError(f"--remove takes clients off the list: leave --{next(iter(fields)).replace('_', '-')} out.")
     if given := [name.replace("_", "-") for name, value in own.items() if value is not None and len(clients) > 1]:
         raise ConfigError(f"--{given[0]} is one client's own; enrol {', '.join(clients)} one by one.")
     changed = _change(mailbox, _removal(clients) if remove else control.enrol(clients, **fields))
