@@ -174,6 +174,19 @@ def test_a_card_edited_between_two_rounds_is_no_conflict(run: HubFederation) -> 
     assert run.hub.read("org/run", "notes.txt") == b"kept"
 
 
+def test_a_card_that_the_hub_refuses_does_not_stop_the_round(
+    run: HubFederation, caplog: pytest.LogCaptureFixture
+) -> None:
+    mailbox = run.mailbox(run.owner)
+    assert mailbox.head() == 0
+    record = {"round": 1}
+    broken = b"---\nlicense: [unclosed\n---\n"
+    mailbox.publish(1, {RECORD_FILE: json.dumps(record).encode()}, lambda read: {"README.md": broken})
+    assert head_record(run.hub) == record
+    assert "README.md" not in run.hub.files("org/run")
+    assert "refuses the model card" in caplog.text
+
+
 def test_a_repo_with_foreign_files_is_left_alone(hub_here: LoopbackHub) -> None:
     hub_here.org("org")
     hub_here.repo("org/run")

@@ -6,8 +6,6 @@ import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from huggingface_hub.errors import BadRequestError
-
 from fedfstq_hf.errors import MailboxError, RoundConflictError
 from fedfstq_hf.federation.hub.repo import HeadMovedError, HubRepo, additions
 from fedfstq_hf.federation.hub.waiting import Outcome, diagnose
@@ -66,7 +64,7 @@ class Swap:
         files = dict(self.files(self._reader(parent)))
         try:
             return self.repo.commit_once(additions(files), self.message, parent=parent)
-        except BadRequestError as error:
+        except ValueError as error:  # what the client makes of a card that the Hub refuses
             if CARD_FILE not in files:
                 raise
             logger.warning("The Hub refuses the model card (%s); publishing without it.", error)
