@@ -76,7 +76,7 @@ def federation(path):
         if name not in parts:
             mailbox = FolderMailbox(path)
             build = LightClient if name != "coordinator" else None
-            parts[name] = build(mailbox, name, path / name, max_bytes=400) if build else Coordinator(mailbox)
+            parts[name] = build(mailbox, name, path / name) if build else Coordinator(mailbox)
         return parts[name]
 
     def attempt(name, action):
@@ -122,7 +122,7 @@ def memory(tmp_path):
 def test_wherever_the_disk_is_full(memory):
     def run(number, fails_at):
         path = memory / str(number)
-        found(path, codec="fstq", server={"optimizer": "SGD", "lr": 0.9, "momentum": 0.5})
+        found(path, codec="fp16", server={"optimizer": "SGD", "lr": 0.9, "momentum": 0.5})
         with pytest.MonkeyPatch.context() as patch:
             disk = FullDisk(patch, fails_at)
             outcome, errors = federation(path)
@@ -132,6 +132,7 @@ def test_wherever_the_disk_is_full(memory):
     expected, errors, calls, _ = run(0, None)
     assert errors == []
     assert calls > 100
+    assert all(any(residual) for residual in expected[-2].values())
     for fails_at in range(1, calls + 1):
         outcome, errors, _, leftovers = run(fails_at, fails_at)
         assert outcome == expected, fails_at
