@@ -18,7 +18,7 @@ from fedfstq_hf.errors import FedFSTQError, MailboxError, MailboxUnavailableErro
 from fedfstq_hf.federation import adapter_file
 from fedfstq_hf.federation.control import read_control
 from fedfstq_hf.federation.downlink import cheapest_download
-from fedfstq_hf.federation.mailbox import ADAPTER_FILE, UPDATE_FILE, Mailbox
+from fedfstq_hf.federation.mailbox import ADAPTER_FILE, SALIENCY_FILE, UPDATE_FILE, Mailbox
 from fedfstq_hf.federation.record import RoundRecord
 from fedfstq_hf.federation.records import Records
 from fedfstq_hf.federation.session import ClientSession, Settlement
@@ -92,6 +92,8 @@ class MailboxParticipation:
         poll_seconds: mean time between two looks at the mailbox.
         wait_seconds: give up after waiting that long for a round; None waits for ever.
         sleep: a test passes its own.
+        saliency: packs the token sensitivities that the session carries, for a client that agrees to share them; they
+            are sent once, with the last round's message, and only if the federation's spec asks for them.
 
     Raises:
         BudgetError: not even an empty message fits into `max_bytes`.
@@ -106,6 +108,7 @@ class MailboxParticipation:
         poll_seconds: float = 2.0,
         wait_seconds: float | None = None,
         sleep: Callable[[float], None] = time.sleep,
+        saliency: Callable[[dict[str, Tensor]], bytes | None] | None = None,
     ) -> None:
         if max_bytes is not None:
             session.check_budget(max_bytes)
@@ -118,6 +121,7 @@ class MailboxParticipation:
         self._poll_seconds = poll_seconds
         self._wait_seconds = wait_seconds
         self._sleep = sleep
+        self._saliency = saliency
         self._held: tuple[RoundRecord, Tensor] | None = None
         self._posted_round = -1
         self._record = Records(mailbox)
@@ -228,6 +232,7 @@ class MailboxParticipation:
         if newest.deadline is not None and newest.round == pending.round:  # by durations: clocks may differ
             patience = newest.deadline - newest.opened_at
         try:
+            self._attach(pending.round)
             self.mailbox.post_update(pending.round, self.session.client_id, pending.message, patience=patience)
         except MailboxUnavailableError as error:
             if patience is None:
@@ -235,6 +240,19 @@ class MailboxParticipation:
             logger.warning("The update of round %d could not be sent in time: %s", pending.round, error)
             return
         self._posted_round = pending.round
+
+    def _attach(self, round: int) -> None:
+        """Send the token sensitivities, once, before the last message: who reads that finds them."""
+        spec = self.session.spec
+        if self._saliency is None or not spec.share_saliency or round != spec.rounds - 1:
+            return
+        data = self._saliency(self.session.carried)
+        if data is None:
+            return
+        try:
+            self.mailbox.post_attachment(self.session.client_id, SALIENCY_FILE, data)
+        except MailboxError as error:  # the update must not wait for it
+            logger.warning("The token sensitivities could not be sent: %s", error)
 
     def _fetch(self, record: RoundRecord) -> Tensor:
         """Θ of a round, by the cheaper way from what is at hand."""

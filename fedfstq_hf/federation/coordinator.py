@@ -18,11 +18,18 @@ import torch
 from torch import Tensor
 
 from fedfstq_hf.codec import Schema
-from fedfstq_hf.errors import MailboxError, MailboxUnavailableError, NonFiniteError, RoundConflictError
+from fedfstq_hf.errors import (
+    MailboxError,
+    MailboxUnavailableError,
+    NonFiniteError,
+    RoundConflictError,
+)
 from fedfstq_hf.federation import adapter_file, history
 from fedfstq_hf.federation.aggregation import server_step
+from fedfstq_hf.federation.attachments import SaliencyMaker, join_attachments
 from fedfstq_hf.federation.collecting import Collected, Collector
 from fedfstq_hf.federation.control import read_control
+from fedfstq_hf.federation.lateness import unnamed
 from fedfstq_hf.federation.mailbox import (
     ADAPTER_CONFIG_FILE,
     ADAPTER_FILE,
@@ -54,6 +61,7 @@ class Coordinator:
         clock: seconds since the epoch; a simulation passes its own.
         card: makes the root's readable files for each round.
         unseal: opens sealed messages.
+        saliency: joins the token sensitivities that clients attached to the last round; None leaves them.
     """
 
     def __init__(
@@ -63,6 +71,7 @@ class Coordinator:
         clock: Callable[[], float] = time.time,
         card: CardMaker | None = None,
         unseal: Unseal | None = None,
+        saliency: SaliencyMaker | None = None,
     ) -> None:
         self.mailbox = mailbox
         self.record: RoundRecord
@@ -71,6 +80,7 @@ class Coordinator:
         self._clock = clock
         self._card = card
         self._unseal = unseal
+        self._saliency = saliency
         self._record = Records(mailbox)
         self._collector: Collector
         self._history: list[history.HistoryRow] = []
@@ -239,20 +249,13 @@ class Coordinator:
         control = read_control(self.mailbox)
         return self.mailbox.list_updates(round, None if control.clients is None else sorted(control.clients))
 
-    def _earlier_refs(self, rounds_back: int) -> list[UpdateRef]:
-        """Updates of closed rounds that no record names, oldest round first."""
-        refs = []
-        for round in range(max(self.record.round - rounds_back, 0), self.record.round):
-            named = set().union(*(self._record(r).named(round) for r in range(round + 1, self.record.round + 1)))
-            refs += [ref for ref in self._refs(round) if ref.client_id not in named]
-        return refs
-
     def _arrived(self, rounds_back: int) -> tuple[list[UpdateRef], list[UpdateRef]]:
         """Updates to collect now, in client-id order, and late ones of up to `rounds_back` rounds that came too late.
 
         A client counts once: beside a newer update, an old one of its own is not used.
         """
-        earlier, oldest = self._earlier_refs(rounds_back), self._oldest_usable()
+        earlier = unnamed(self.record.round, rounds_back, self._refs, self._record)
+        oldest = self._oldest_usable()
         in_time = [ref for ref in earlier if ref.round >= oldest]
         newest = {ref.client_id: ref for ref in (*in_time, *self._refs(self.record.round))}
         usable = sorted(newest.values())
@@ -301,15 +304,20 @@ class Coordinator:
             )
         data = adapter_file.dump(self.schema.unflatten(adapter))
         packed = pack_change(change, self.record, self.schema, sum(entry.num_examples for entry in collected.accepted))
+        saliency, attached_bytes = None, 0
+        if finished and self.spec.share_saliency and self._saliency is not None:
+            saliency, attached_bytes = join_attachments(self.mailbox, collected.accepted, self._saliency)
         record = self._next_record(
             data,
             finished=finished,
+            attached_bytes=attached_bytes,
             accepted=collected.accepted,
             refused=collected.refused,
             late=collected.late,
             update_bytes=len(packed) if len(packed) < len(data) else None,
         )
-        return self._publish(record, data, server_state, packed if record.update_bytes is not None else None)
+        published = packed if record.update_bytes is not None else None
+        return self._publish(record, data, server_state, published, saliency)
 
     def _next_record(self, adapter: bytes, *, finished: bool, **fields: Any) -> RoundRecord:
         round = self.record.round + 1
@@ -319,7 +327,12 @@ class Coordinator:
         return make_record(self.spec, adapter, round, self._clock(), finished=finished, selected=selected, **fields)
 
     def _publish(
-        self, record: RoundRecord, adapter: bytes, server_state: bytes | None, packed: bytes | None
+        self,
+        record: RoundRecord,
+        adapter: bytes,
+        server_state: bytes | None,
+        packed: bytes | None,
+        saliency: bytes | None = None,
     ) -> RoundRecord:
         files = {
             RECORD_FILE: record.to_json(),
@@ -332,7 +345,7 @@ class Coordinator:
             files[UPDATE_FILE] = packed
         rows = [*self._history, history.row(record, self.record)]
         try:
-            self.mailbox.publish(record.round, files, self._root(record, rows))
+            self.mailbox.publish(record.round, files, self._root(record, rows, saliency))
         except RoundConflictError:
             logger.warning("Another coordinator published round %d first; going on from its result.", record.round)
             self._adopt(max(self.mailbox.head() or 0, record.round))
@@ -351,14 +364,16 @@ class Coordinator:
         )
         return self.record
 
-    def _root(self, record: RoundRecord, rows: Sequence[history.HistoryRow]) -> RootFiles:
+    def _root(
+        self, record: RoundRecord, rows: Sequence[history.HistoryRow], saliency: bytes | None = None
+    ) -> RootFiles:
         metrics: Mapping[int, Mapping[str, Mapping[str, Any]]] = {}
         if self._card is not None:
             control = read_control(self.mailbox)
             metrics = self.mailbox.read_metrics(
                 sorted(control.clients or {entry.client_id for entry in record.updates})
             )
-        return root_files(self.spec, record, rows, metrics, self._adapter_config, self._card)
+        return root_files(self.spec, record, rows, metrics, self._adapter_config, self._card, saliency)
 
     def _refuse_finished(self, what: str) -> None:
         if self.finished:

@@ -5,6 +5,7 @@ rounds/000000/  round.json adapter_model.safetensors adapter_config.json spec.js
 rounds/000001/  round.json adapter_model.safetensors adapter_config.json update.safetensors server_optimizer.safetensors
 updates/000000/CLIENT.safetensors                                                    one per client, never overwritten
 metrics/000001/SOURCE.json
+attachments/CLIENT/saliency.safetensors                                              what clients send beside messages
 adapter_model.safetensors adapter_config.json README.md history.jsonl ...            derived from the newest round
 control.json                                                                         who is enrolled; paused or not
 ```
@@ -173,6 +174,26 @@ class FolderMailbox:
             except (ValueError, TypeError) as error:
                 raise MailboxError(f"{path} holds no metrics ({error}). Remove it, or post them again.") from error
         return metrics
+
+    def post_attachment(self, client_id: str, name: str, data: bytes) -> None:
+        """Write `attachments/CLIENT/NAME`."""
+        folder = self.path / "attachments" / checked_name(client_id)
+        storage.make_folder(folder, durable=self.durable)
+        storage.replace_file(folder / checked_name(name), data, durable=self.durable)
+
+    def read_attachment(self, client_id: str, name: str, *, max_bytes: int) -> bytes | None:
+        """What lies there, None if nothing."""
+        path = self.path / "attachments" / checked_name(client_id) / checked_name(name)
+        try:
+            with open(path, "rb") as file:
+                data = file.read(max_bytes + 1)
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise MailboxError(f"Could not read {path}: {error.strerror or error}.") from error
+        if len(data) > max_bytes:
+            raise MessageError(f"{name} of client {client_id} has more than {max_bytes} bytes.")
+        return data
 
     def housekeep(self, round: int, *, clients: int, keep_rounds: int, tag: bool, finished: bool = False) -> None:
         """Nothing: a folder keeps every message, and its rounds need no tags."""

@@ -21,6 +21,9 @@ UPDATE_FILE = "update.safetensors"
 SERVER_STATE_FILE = "server_optimizer.safetensors"
 HISTORY_FILE = "history.jsonl"
 CARD_FILE = "README.md"
+SALIENCY_FILE = "saliency.safetensors"
+ATTACHMENTS = (SALIENCY_FILE,)
+"""What a client may send beside its messages; one file of each name."""
 
 LAYOUTS = ("own", "shared", "pull-request")
 
@@ -120,6 +123,12 @@ class Mailbox(Protocol):
 
     def read_metrics(self, clients: Sequence[str] = ()) -> dict[int, dict[str, dict[str, Any]]]:
         """All posted metrics: round -> source -> name -> value; those that `clients` posted included."""
+
+    def post_attachment(self, client_id: str, name: str, data: bytes) -> None:
+        """Post one of a client's `ATTACHMENTS`, replacing an earlier one."""
+
+    def read_attachment(self, client_id: str, name: str, *, max_bytes: int) -> bytes | None:
+        """What a client attached, None if nothing. Raises `MessageError` if it is larger than `max_bytes`."""
 
     def housekeep(self, round: int, *, clients: int, keep_rounds: int, tag: bool, finished: bool = False) -> None:
         """After publishing `round`: tag it, drop messages that are older than `keep_rounds`. Best effort."""

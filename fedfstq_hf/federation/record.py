@@ -66,6 +66,7 @@ class RoundRecord:
         late: updates of earlier rounds that arrived after those were closed; each is counted once.
         selected: the clients whose updates of this round are wanted; None for all.
         restored_from: the earlier round whose adapter this round published again, after a rollback.
+        attached_bytes: what clients sent beside their updates (token sensitivities) and this round took in.
         package_version: of the coordinator.
     """
 
@@ -82,6 +83,7 @@ class RoundRecord:
     late: tuple[RefusedUpdate, ...] = ()
     selected: tuple[str, ...] | None = None
     restored_from: int | None = None
+    attached_bytes: int = 0
     package_version: str = __version__
     format: int = field(default=FORMAT)
 
@@ -93,7 +95,7 @@ class RoundRecord:
     @property
     def uplink_bytes(self) -> int:
         """Bytes that arrived from all clients together since the previous record, refused and late ones included."""
-        return sum(update.num_bytes for update in self.updates)
+        return self.attached_bytes + sum(update.num_bytes for update in self.updates)
 
     def fate(self, client_id: str, sha256: str) -> AcceptedUpdate | RefusedUpdate | None:
         """What became of a client's message; None when the record does not name it (late or lost)."""

@@ -42,6 +42,10 @@ class Place:
         """Of the metrics that the client posted."""
         return f"metrics/{client_id}.json" if self.shared else "metrics.json"
 
+    def attachment_path(self, client_id: str, name: str) -> str:
+        """Of a file that the client sends beside its messages."""
+        return f"attachments/{client_id}/{name}" if self.shared else name
+
 
 class Layout(ABC):
     """Places of clients in a federation's repos."""

@@ -19,21 +19,28 @@ import contextlib
 import hashlib
 import json
 import logging
-import os
-import tempfile
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitOperationDelete, HfApi
+from huggingface_hub import HfApi
 
 from fedfstq_hf.errors import MailboxError, MailboxUnavailableError
 from fedfstq_hf.federation.control import Control
 from fedfstq_hf.federation.hub import address as paths
+from fedfstq_hf.federation.hub.json_files import (
+    MAX_BYTES,
+    MAX_METRICS_BYTES,
+    dump,
+    parse_metrics,
+    round_in,
+    with_metric,
+)
 from fedfstq_hf.federation.hub.layouts import LAYOUTS, Layout, Place
+from fedfstq_hf.federation.hub.message_cache import MessageCache
 from fedfstq_hf.federation.hub.posting import open_pull_request, post, push_file
 from fedfstq_hf.federation.hub.publishing import Reader, Swap, refuse_foreign, round_taken
 from fedfstq_hf.federation.hub.repo import FileState, HubRepo
+from fedfstq_hf.federation.hub.rounds import TIDY_EVERY, find_round, tag_round, tidy
 from fedfstq_hf.federation.hub.waiting import DEFAULT_PATIENCE, Patience
 from fedfstq_hf.federation.mailbox import (
     ADAPTER_CONFIG_FILE,
@@ -47,12 +54,7 @@ from fedfstq_hf.federation.mailbox import (
 logger = logging.getLogger(__name__)
 
 _FORMAT = 1
-_MAX_JSON = 64 * 10**6
-_MAX_METRICS = 10**6
-_TIDYING_SECONDS = 30.0
 _FIRST_LOOKS = (0.5, 1.0, 2.0)  # seconds
-_TIDY_EVERY = 10  # rounds between two deletions of old messages in a shared repo
-_SQUASH_COMMITS = 500
 
 
 class HubMailbox:
@@ -94,7 +96,7 @@ class HubMailbox:
         self._warned: set[str] = set()
         self._kept: dict[str, bytes] = {}
         self._found: dict[tuple[int, str], UpdateRef] = {}
-        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._messages = MessageCache()
 
     # -- rounds -----------------------------------------------------------------------------------------------------
 
@@ -112,8 +114,8 @@ class HubMailbox:
                 )
             return self._head
         if state.etag != self._head_etag:
-            file = self._repo.read(paths.HEAD_PATH, revision=state.commit, max_bytes=_MAX_JSON)
-            round = _round_in(file.data if file is not None else None, self.address)
+            file = self._repo.read(paths.HEAD_PATH, revision=state.commit, max_bytes=MAX_BYTES)
+            round = round_in(file.data if file is not None else None, self.address)
             if self._head is None or round >= self._head:
                 self._head, self._head_etag, self._commit = round, state.etag, state.commit
         elif self._head is not None:
@@ -139,7 +141,7 @@ class HubMailbox:
             self.head()
         revision = self._commit
         if paths.round_path(round, name) is None and not constant and round != self._head:
-            revision = self._revision_of(round)
+            revision = find_round(self._repo, round)
         file = self._repo.read(path, revision=revision or "main") if self._head is not None else None
         if file is None:
             raise MailboxError(
@@ -163,7 +165,7 @@ class HubMailbox:
         written = paths.publication(round, dict(files))
         if round == 0:
             self._found_repos()
-            written[paths.LAYOUT_PATH] = _json({"format": _FORMAT, "layout": self._new_layout})
+            written[paths.LAYOUT_PATH] = dump({"format": _FORMAT, "layout": self._new_layout})
             if self._first_control is not None:
                 written[paths.CONTROL_PATH] = self._first_control
         record = files[RECORD_FILE]
@@ -176,7 +178,7 @@ class HubMailbox:
             present = read(paths.HEAD_PATH)
             if present == record:
                 return True  # an answer was lost, the commit was not
-            if present is not None and _round_in(present, self.address) >= round:
+            if present is not None and round_in(present, self.address) >= round:
                 raise round_taken(round, self.address)
             if present is None:
                 refuse_foreign(read, written, self._address.repo_id)
@@ -198,7 +200,7 @@ class HubMailbox:
             return {path: data for path, data in made.items() if read(path) != data}
 
         def check(read: Reader) -> bool:  # nothing to do, or a newer round that has its own files
-            return _round_in(read(paths.HEAD_PATH), self.address) != head or not changed(read)
+            return round_in(read(paths.HEAD_PATH), self.address) != head or not changed(read)
 
         self._commit = Swap(self._repo, "Model card", changed, check).run()
 
@@ -212,7 +214,7 @@ class HubMailbox:
         if commit is None:
             return self._first_control
         if self._control is None or self._control[0] != commit:
-            file = self._repo.read(paths.CONTROL_PATH, revision=commit, max_bytes=_MAX_JSON)
+            file = self._repo.read(paths.CONTROL_PATH, revision=commit, max_bytes=MAX_BYTES)
             self._control = (commit, None if file is None else file.data)
         return self._control[1]
 
@@ -273,9 +275,9 @@ class HubMailbox:
 
     def read_update(self, ref: UpdateRef, *, max_bytes: int) -> bytes:
         """One message; kept on disk, since a round reads it twice."""
-        kept = self._kept_update(ref.sha256)
-        if kept is not None and kept.is_file():
-            return kept.read_bytes()
+        kept = self._messages.get(ref.sha256)
+        if kept is not None:
+            return kept
         place = self._place(ref.client_id)
         if place is None:
             raise MailboxError(f"The pull request of client {ref.client_id} was closed; its update cannot be read.")
@@ -288,8 +290,7 @@ class HubMailbox:
                 f"The message of client {ref.client_id} for round {ref.round} is no longer what it was when it was "
                 "listed. Nothing was published; start the coordinator again."
             )
-        if kept is not None:
-            kept.write_bytes(file.data)
+        self._messages.keep(ref.sha256, file.data)
         return file.data
 
     # -- metrics and housekeeping -----------------------------------------------------------------------------------
@@ -300,7 +301,7 @@ class HubMailbox:
         if client_id is None:
 
             def merged(read: Reader) -> dict[str, bytes]:
-                return {paths.METRICS_PATH: _with_metric(read(paths.METRICS_PATH), round, source, metrics)}
+                return {paths.METRICS_PATH: with_metric(read(paths.METRICS_PATH), round, source, metrics)}
 
             def check(read: Reader) -> bool:
                 return read(paths.METRICS_PATH) == merged(read)[paths.METRICS_PATH]
@@ -311,8 +312,8 @@ class HubMailbox:
         if place is None:
             raise MailboxError(f"Client {client_id!r} has no pull request yet. Post metrics after its first update.")
         path = place.metrics_path(client_id)
-        file = place.repo.read(path, revision=place.revision, max_bytes=_MAX_METRICS)
-        data = _with_metric(None if file is None else file.data, round, source, metrics)
+        file = place.repo.read(path, revision=place.revision, max_bytes=MAX_METRICS_BYTES)
+        data = with_metric(None if file is None else file.data, round, source, metrics)
         push_file(place, path, data, "Metrics")
 
     def read_metrics(self, clients: Sequence[str] = ()) -> dict[int, dict[str, dict[str, Any]]]:
@@ -322,30 +323,42 @@ class HubMailbox:
             place = self._place(client)
             if place is None or place.repo.state(place.metrics_path(client), revision=place.revision) is None:
                 continue
-            file = place.repo.read(place.metrics_path(client), revision=place.revision, max_bytes=_MAX_METRICS)
-            for round, sources in _metrics(None if file is None else file.data).items():
+            file = place.repo.read(place.metrics_path(client), revision=place.revision, max_bytes=MAX_METRICS_BYTES)
+            for round, sources in parse_metrics(None if file is None else file.data).items():
                 for source, values in sources.items():
                     found.setdefault(round, {})[f"{source}@{client}"] = values
         file = self._repo.read(paths.METRICS_PATH, revision=self._commit or "main")
-        for round, sources in _metrics(None if file is None else file.data).items():
+        for round, sources in parse_metrics(None if file is None else file.data).items():
             found.setdefault(round, {}).update(sources)
         return found
+
+    def post_attachment(self, client_id: str, name: str, data: bytes) -> None:
+        """Post to the client's place."""
+        place = self._layouts().own_place(checked_name(client_id), self._enrolments().enrolment(client_id))
+        if place is None:
+            raise MailboxError(f"Client {client_id!r} has no pull request yet; its first update opens one.")
+        push_file(place, place.attachment_path(client_id, checked_name(name)), data, f"Attach {name}")
+
+    def read_attachment(self, client_id: str, name: str, *, max_bytes: int) -> bytes | None:
+        """What lies at the client's place."""
+        place = self._place(client_id)
+        if place is None:
+            return None
+        path = place.attachment_path(client_id, checked_name(name))
+        file = place.repo.read(path, revision=place.revision, max_bytes=max_bytes)
+        return None if file is None else file.data
 
     def housekeep(self, round: int, *, clients: int, keep_rounds: int, tag: bool, finished: bool = False) -> None:
         """Tag the round; forget, and in a shared repo delete and squash away, messages that are no longer wanted."""
         self._found = {key: ref for key, ref in self._found.items() if key[0] > round - keep_rounds}
-        if self._folder is not None:
-            wanted = {ref.sha256 for ref in self._found.values()}
-            for file in Path(self._folder.name).iterdir():
-                if file.name not in wanted:
-                    file.unlink(missing_ok=True)
+        self._messages.keep_only({ref.sha256 for ref in self._found.values()})
         with contextlib.suppress(MailboxError):
             if tag:
-                self._repo.call("tag", lambda: self._tag(round), seconds=_TIDYING_SECONDS)
+                tag_round(self._repo, round, self._commit)
         layout = self._layouts()
-        if layout.name == "shared" and round and round % _TIDY_EVERY == 0:
+        if layout.name == "shared" and round and round % TIDY_EVERY == 0:
             with contextlib.suppress(MailboxError):
-                self._tidy(layout, round, clients, keep_rounds)
+                tidy(layout.repo(self._address.mailbox_repo), round, clients, keep_rounds)
         if finished:
             with contextlib.suppress(MailboxError):
                 layout.close()
@@ -360,7 +373,7 @@ class HubMailbox:
         if self._layout is None:
             if self._commit is None:
                 self.head()
-            file = self._repo.read(paths.LAYOUT_PATH, revision=self._commit or "main", max_bytes=_MAX_JSON)
+            file = self._repo.read(paths.LAYOUT_PATH, revision=self._commit or "main", max_bytes=MAX_BYTES)
             try:
                 fields = json.loads(file.data if file is not None else b"")
                 layout = LAYOUTS[fields["layout"]] if fields["format"] == _FORMAT else None
@@ -396,80 +409,3 @@ class HubMailbox:
         if state is not None:
             sha256 = state.etag if len(state.etag) == 64 else ""
             self._found[round, client] = UpdateRef(client, round, state.size, sha256, state.commit)
-
-    def _kept_update(self, sha256: str) -> Path | None:
-        if len(sha256) != 64 or not sha256.isalnum():
-            return None
-        if self._folder is None:
-            self._folder = tempfile.TemporaryDirectory(prefix="fedfstq-")
-        return Path(self._folder.name) / sha256
-
-    def _revision_of(self, round: int) -> str:
-        """The tag or commit of an earlier round."""
-        tags = self._repo.call("list the tags of", lambda: self._api.list_repo_refs(self._repo.repo_id).tags)
-        named = [tag.target_commit for tag in tags if tag.name == _tag_name(round)]
-        commits = self._repo.call("list the commits of", lambda: self._api.list_repo_commits(self._repo.repo_id))
-        named += [commit.commit_id for commit in commits if commit.title == f"Round {round}"]
-        for commit in named:
-            file = self._repo.read(paths.HEAD_PATH, revision=commit, max_bytes=_MAX_JSON)
-            if file is not None and _round_in(file.data, self.address) == round:
-                return commit
-        raise MailboxError(
-            f"{self.address} no longer holds round {round}: its history was squashed. Rounds with a tag are kept; "
-            f"there are {', '.join(tag.name for tag in tags) or 'none'}."
-        )
-
-    def _tag(self, round: int) -> None:
-        self._api.create_tag(self._repo.repo_id, tag=_tag_name(round), revision=self._commit, exist_ok=True)
-
-    def _tidy(self, layout: Layout, round: int, clients: int, keep_rounds: int) -> None:
-        repo = layout.repo(self._address.mailbox_repo)
-        oldest = round - keep_rounds
-        entries = repo.call(
-            "list the rounds of",
-            lambda: [entry.path for entry in self._api.list_repo_tree(repo.repo_id, "rounds")],
-            seconds=_TIDYING_SECONDS,
-        )
-        old = [path for path in entries if os.path.basename(path).isdigit() and int(os.path.basename(path)) < oldest]
-        if old:
-            deletions = [CommitOperationDelete(f"{path}/", is_folder=True) for path in old]
-            repo.call("tidy", lambda: repo.commit_once(deletions, f"Rounds before {oldest}"), seconds=_TIDYING_SECONDS)
-        if round % max(_TIDY_EVERY, _SQUASH_COMMITS // (clients + 1)) < _TIDY_EVERY:
-            repo.call("squash", lambda: self._api.super_squash_history(repo.repo_id), seconds=_TIDYING_SECONDS)
-
-
-def _tag_name(round: int) -> str:
-    return f"round-{round:06d}"
-
-
-def _json(value: Any) -> bytes:
-    return (json.dumps(value, indent=1, sort_keys=True) + "\n").encode()
-
-
-def _round_in(data: bytes | None, address: str) -> int:
-    try:
-        round = json.loads(data or b"")["round"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise MailboxError(f"The round record of {address} cannot be read: {error}") from error
-    if not isinstance(round, int) or round < 0:
-        raise MailboxError(f"The round record of {address} names round {round!r:.40}.")
-    return round
-
-
-def _metrics(data: bytes | None) -> dict[int, dict[str, dict[str, Any]]]:
-    """Posted metrics; what cannot be understood is left out, since any client may have written it."""
-    try:
-        found = json.loads(data or b"{}")
-        return {
-            int(round): {str(source): dict(values) for source, values in sources.items()}
-            for round, sources in found.items()
-        }
-    except (ValueError, TypeError, AttributeError, RecursionError):
-        logger.warning("A file of posted metrics cannot be read; it is left out.")
-        return {}
-
-
-def _with_metric(data: bytes | None, round: int, source: str, metrics: Mapping[str, Any]) -> bytes:
-    found = _metrics(data)
-    found.setdefault(round, {})[source] = dict(metrics)
-    return _json({str(round): sources for round, sources in sorted(found.items())})

@@ -1,0 +1,33 @@
+"""What clients send beside their updates, and how the coordinator joins it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Sequence
+
+from fedfstq_hf.errors import MessageError
+from fedfstq_hf.federation.mailbox import SALIENCY_FILE, Mailbox
+from fedfstq_hf.federation.record import AcceptedUpdate
+
+logger = logging.getLogger(__name__)
+
+MAX_BYTES = 2 * 10**6
+
+SaliencyMaker = Callable[[Sequence[tuple[bytes, float]]], bytes | None]
+"""Joins token sensitivities, each with its weight, into the file that is published; None where nothing is usable."""
+
+
+def join_attachments(
+    mailbox: Mailbox, accepted: Iterable[AcceptedUpdate], join: SaliencyMaker
+) -> tuple[bytes | None, int]:
+    """The joined token sensitivities of the clients whose updates are used, and the bytes they sent for it."""
+    found: list[tuple[bytes, float]] = []
+    for entry in accepted:
+        try:
+            data = mailbox.read_attachment(entry.client_id, SALIENCY_FILE, max_bytes=MAX_BYTES)
+        except MessageError as error:
+            logger.warning("The attachment of client %s is left out: %s", entry.client_id, error)
+            continue
+        if data is not None:
+            found.append((data, entry.weight))
+    return (join(found) if found else None), sum(len(data) for data, _ in found)

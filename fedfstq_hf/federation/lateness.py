@@ -1,0 +1,27 @@
+"""Late updates: those of a closed round that no record names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from fedfstq_hf.federation.mailbox import UpdateRef
+from fedfstq_hf.federation.record import RoundRecord
+
+
+def unnamed(
+    open_round: int,
+    rounds_back: int,
+    refs: Callable[[int], Sequence[UpdateRef]],
+    record: Callable[[int], RoundRecord],
+) -> list[UpdateRef]:
+    """Updates of the last `rounds_back` closed rounds that no record names, oldest round first.
+
+    Args:
+        refs: round -> the messages that lie there.
+        record: round -> its record.
+    """
+    found: list[UpdateRef] = []
+    for round in range(max(open_round - rounds_back, 0), open_round):
+        named = set().union(*(record(later).named(round) for later in range(round + 1, open_round + 1)))
+        found += [ref for ref in refs(round) if ref.client_id not in named]
+    return found
