@@ -5,6 +5,8 @@ Levels live on a logarithmic grid, so that one costs a few bits and is the same 
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import numpy as np
 import numpy.typing as npt
 
@@ -15,6 +17,11 @@ _LOWEST = -80
 _LLOYD_STEPS = 8
 
 
+def lowest_octave() -> int:
+    """Binary exponent of the grid's first point."""
+    return _LOWEST
+
+
 def steps_per_octave(levels: int) -> int:
     """Grid resolution: a single level tolerates coarser steps than levels that lie close together."""
     return 4 if levels == 1 else 8
@@ -22,6 +29,11 @@ def steps_per_octave(levels: int) -> int:
 
 def grid(steps: int) -> npt.NDArray[np.float32]:
     """All magnitudes with 2, 4 or 8 steps per octave, ascending, float32 (OCTAVES * steps,)."""
+    return _grid(steps).copy()
+
+
+@lru_cache(maxsize=8)
+def _grid(steps: int) -> npt.NDArray[np.float32]:
     mantissa = np.array([1.0905077, 1.1892071, 1.2968396, 1.4142135, 1.5422108, 1.6817929, 1.8340081], dtype=np.float32)
     octave = np.concatenate([np.ones(1, dtype=np.float32), mantissa[8 // steps - 1 :: 8 // steps]])
     points: npt.NDArray[np.float32] = np.ldexp(octave, np.arange(_LOWEST, _LOWEST + OCTAVES)[:, None]).reshape(-1)

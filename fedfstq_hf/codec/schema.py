@@ -66,16 +66,18 @@ class Schema:
         Raises AdapterMismatchError if names or shapes differ from the schema's. The dtype may differ: a delta is
         float32 also where the adapter is bfloat16.
         """
+        self.check(state)
+        parts = [state[spec.name].detach().reshape(-1) for spec in self.tensors]
+        return torch.cat([part.to(device="cpu", dtype=torch.float32) for part in parts])
+
+    def check(self, state: Mapping[str, Tensor]) -> None:
+        """Raise AdapterMismatchError unless a state dict has the schema's names and shapes."""
         self._check_names(state)
-        parts = []
         for spec in self.tensors:
-            tensor = state[spec.name].detach()
-            if tuple(tensor.shape) != spec.shape:
+            if tuple(state[spec.name].shape) != spec.shape:
                 raise AdapterMismatchError(
-                    f"adapter tensor {spec.name!r} has shape {tuple(tensor.shape)}; expected {spec.shape}"
+                    f"adapter tensor {spec.name!r} has shape {tuple(state[spec.name].shape)}; expected {spec.shape}"
                 )
-            parts.append(tensor.reshape(-1).to(device="cpu", dtype=torch.float32))
-        return torch.cat(parts)
 
     def unflatten(self, vector: Tensor) -> dict[str, Tensor]:
         """Views into `vector` (num_params,), by name, in coordinate order, each with its tensor's shape."""

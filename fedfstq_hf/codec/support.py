@@ -141,13 +141,17 @@ class SupportPlan:
 def plan(layout: Layout, columns: Int64) -> SupportPlan:
     """Best model parameters for a support given by the column of each non-zero, and its estimated code length."""
     counts = np.bincount(columns, minlength=int(layout.columns[-1]))
+    used = np.flatnonzero(counts)
+    owner, filled = layout.tensor_of_column[used], counts[used]
     costs = np.zeros((layout.num_tensors, len(CONCENTRATIONS), len(DENSITIES)))
     for height in layout.groups:
         members = np.flatnonzero(layout.heights == height)
         # columns by (tensor, number of non-zeros); whole numbers below 2^53, so that the product is exact
-        key = layout.tensor_of_column * (height + 1) + counts
-        histogram = np.bincount(key[layout.height_of_column == height], minlength=layout.num_tensors * (height + 1))
-        histogram = histogram.reshape(-1, height + 1)[members]
+        mine = layout.heights[owner] == height
+        key = owner[mine] * (height + 1) + filled[mine]
+        histogram = np.bincount(key, minlength=layout.num_tensors * (height + 1)).reshape(-1, height + 1)
+        histogram[:, 0] = np.diff(layout.columns) - histogram.sum(axis=1)
+        histogram = histogram[members]
         costs[members] = (histogram.astype(np.float64) @ _code_lengths(height)).reshape(len(members), *costs.shape[1:])
     classes = costs.argmin(axis=2).T
     totals = costs.min(axis=2).sum(axis=0)
@@ -221,8 +225,9 @@ def read(reader: Reader, layout: Layout) -> Int64:
 
 
 def _used_columns(layout: Layout, counts: Int64, height: int) -> Int64:
-    used: Int64 = np.flatnonzero((counts > 0) & (layout.height_of_column == height))
-    return used
+    used: Int64 = np.flatnonzero(counts)
+    mine: Int64 = used[layout.heights[layout.tensor_of_column[used]] == height]
+    return mine
 
 
 def _weights(height: int, density: float, concentration: float) -> list[float]:

@@ -20,16 +20,19 @@ def test_unknown_codec_names_the_nearest():
 
 
 def test_unknown_option_names_the_nearest():
-    with pytest.raises(ConfigError, match=r"'denisty'.*did you mean 'density'.*levels"):
-        get_codec("fstq", denisty=0.1)
+    with pytest.raises(ConfigError, match=r"'levles'.*did you mean 'levels'.*parts"):
+        get_codec("fstq", levles=1)
 
 
 @pytest.mark.parametrize(
     ("name", "options"),
     [
         ("fstq", {"levels": 3}),
-        ("fstq", {"density": 0.0}),
-        ("fstq", {"density": "much"}),
+        ("fstq", {"parts": "both"}),
+        ("fstq", {"fisher_power": 2}),
+        ("fstq", {"fisher_power": True}),
+        ("fstq", {"bits": 0}),
+        ("fstq", {"bits": "much"}),
         ("factored", {"components": 0}),
         ("factored", {"components": 16}),
         ("paper", {"shares": (0.5, 0.6, 0.1)}),

@@ -1,0 +1,130 @@
+"""Tensors of one shape, read a few at a time: what an encoder works on without copying a whole adapter.
+
+A LoRA factor has a small side r (the rank) and a large side f (features); both orientations are seen as (r, f).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .dense import largest_magnitude
+from .schema import Schema, TensorSpec
+
+_CHUNK = 1 << 18  # coordinates of a stack: its working set stays in a core's cache
+_FEWEST = 64  # features that a sample keeps at least
+# weight of a coordinate at least, as a share of its matrix's mean and of the largest: unseen ones come last, but come
+_FLOOR, _LEAST = 1e-3, 1e-12
+POWERS = (0.5, 0.75, 1.0)
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Numbers of tensors that share (r, f) and orientation. tall: stored as (f, r)."""
+
+    tensors: tuple[int, ...]
+    r: int
+    f: int
+    tall: bool
+
+
+def sides(spec: TensorSpec) -> tuple[int, int]:
+    """(r, f) with r <= f; vectors are (1, size)."""
+    rows = spec.shape[0] if spec.shape else 1
+    width = spec.size // max(rows, 1)
+    return (min(rows, width), max(rows, width)) if min(rows, width) >= 2 else (1, spec.size)
+
+
+def is_tall(spec: TensorSpec) -> bool:
+    """Whether a tensor is stored as (f, r) with r < f."""
+    r, f = sides(spec)
+    return r >= 2 and r != f and spec.shape[0] == f
+
+
+def stacks_of(schema: Schema, thin: int = 1) -> list[Stack]:
+    """All non-empty tensors, in stacks of which every `thin`-th feature makes about a quarter of a million."""
+    groups: dict[tuple[int, int, bool], list[int]] = {}
+    for i, spec in enumerate(schema.tensors):
+        if spec.size:
+            groups.setdefault((*sides(spec), is_tall(spec)), []).append(i)
+    stacks = []
+    for (r, f, tall), members in groups.items():
+        step = max(1, _CHUNK * thin_for(f, thin) // (r * f))
+        stacks += [Stack(tuple(members[i : i + step]), r, f, tall) for i in range(0, len(members), step)]
+    return stacks
+
+
+def thin_for(f: int, wanted: int) -> int:
+    """How thin a sample of f features may be: `wanted` at most, keeping enough features to say something."""
+    return max(1, min(wanted, f // _FEWEST))
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Within it, torch computes in the calling thread alone.
+
+    Stacks are too small to share: on a busy machine, waiting for each other takes threads many times the work. It also
+    makes results independent of the number of threads.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+class Source:
+    """An update and its weights, scaled to magnitudes of at most 1 by powers of two, read stack by stack.
+
+    power: of the Fisher information; below 1 it trusts its extremes less. Raises as `largest_magnitude` does.
+    Attributes: exponent, such that values here are those of the update times 2^-exponent.
+    """
+
+    def __init__(
+        self, schema: Schema, delta: Mapping[str, Tensor], fisher: Mapping[str, Tensor] | None, power: float
+    ) -> None:
+        self.schema = schema
+        self._delta = delta
+        self.exponent = math.frexp(largest_magnitude(schema, delta, "update"))[1]
+        largest = 0.0 if fisher is None else largest_magnitude(schema, fisher, "Fisher information", signed=False)
+        self._fisher = fisher if largest > 0 else None
+        self._fisher_exponent = math.frexp(largest)[1]
+        self._power = power
+
+    def delta(self, stack: Stack, stride: int = 1) -> Tensor:
+        """(m, r, ceil(f / stride)) float32 copy of every `stride`-th feature."""
+        return self.read(self._delta, stack, stride)
+
+    def weight(self, stack: Stack, stride: int = 1) -> Tensor:
+        """Weight of each squared error, above 0: (m, r, ceil(f / stride)) float32."""
+        if self._fisher is None:
+            return torch.ones(len(stack.tensors), stack.r, -(-stack.f // stride))
+        weight = self._scaled(self._fisher, stack, stride, self._fisher_exponent)
+        if self._power < 1:
+            root = weight.sqrt()
+            weight = root if self._power == 0.5 else root.mul_(root.sqrt())
+        return weight.add_(weight.mean(dim=(1, 2), keepdim=True).mul_(_FLOOR).add_(_LEAST))
+
+    def read(self, state: Mapping[str, Tensor], stack: Stack, stride: int = 1) -> Tensor:
+        """A state dict in the scale of the update: (m, r, ceil(f / stride)) float32 copy."""
+        return self._scaled(state, stack, stride, self.exponent)
+
+    def _scaled(self, state: Mapping[str, Tensor], stack: Stack, stride: int, exponent: int) -> Tensor:
+        rows, width = (stack.f, stack.r) if stack.tall else (stack.r, stack.f)
+        parts = []
+        for i in stack.tensors:
+            tensor = state[self.schema.tensors[i].name].detach().reshape(rows, width)
+            part = tensor[::stride] if stack.tall else tensor[:, ::stride]
+            parts.append(part.to(device="cpu", dtype=torch.float32))
+        stacked = torch.stack(parts)
+        # two steps: 2^-exponent alone may leave the range of float32
+        for half in (-(exponent // 2), exponent // 2 - exponent):
+            if half:
+                stacked.mul_(math.ldexp(1.0, half))
+        return stacked.transpose(1, 2) if stack.tall else stacked
