@@ -27,7 +27,6 @@ sys.path.insert(0, str(CHECKOUT))
 
 LAYOUTS = ("own", "shared", "pull-request")
 ADDRESS = "hf://lab/run"
-POLL_SECONDS = 1.0
 LIMIT_SECONDS = 1500.0
 
 
@@ -41,6 +40,7 @@ def main() -> None:
     parser.add_argument("--faults", type=float, default=0.05, help="share of requests hit by a random fault")
     parser.add_argument("--kills", type=int, default=0, help="SIGKILLs of the coordinator, and as many of clients")
     parser.add_argument("--timeout", type=float, default=2.0, help="seconds to wait for an answer")
+    parser.add_argument("--poll", type=float, default=1.0, help="seconds between two looks")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="write the figures as JSON")
     parser.add_argument("--crew", help=argparse.SUPPRESS)
@@ -87,6 +87,7 @@ def run_layout(layout: str, options: argparse.Namespace) -> dict[str, Any]:
                 "folder": folder,
                 "kills": options.kills,
                 "seed": options.seed,
+                "poll": options.poll,
             }
             crew = [sys.executable, __file__, "--crew"]
             subprocess.run([*crew, json.dumps(work | {"task": "found"})], env=environment, check=True)
@@ -225,7 +226,7 @@ class Crew:
         """The coordinator's process."""
         from fedfstq_hf.federation.coordinator import Coordinator
 
-        Coordinator(self.mailbox(self.work["owner"])).serve(poll_seconds=POLL_SECONDS)
+        Coordinator(self.mailbox(self.work["owner"])).serve(poll_seconds=self.work["poll"])
 
     def take_part(self, name: str) -> None:
         """A client's process."""
@@ -238,7 +239,7 @@ class Crew:
             self.mailbox(self.work["tokens"][name]),
             session,
             max_bytes=int(self.spec.uplink_budget or 0),
-            poll_seconds=POLL_SECONDS,
+            poll_seconds=self.work["poll"],
         )
         while (assignment := participation.next()) is not None:
             result = fake_training(assignment.adapter, assignment.seed, session.carried)
