@@ -8,6 +8,7 @@ from light_updates import found_enrolled, make_message, ones, post
 from fedfstq_hf.codec import get_codec, message
 from fedfstq_hf.errors import MailboxError
 from fedfstq_hf.federation.client import local_seed
+from fedfstq_hf.federation.control import read_control
 from fedfstq_hf.federation.coordinator import Coordinator
 from fedfstq_hf.federation.local import FolderMailbox
 
@@ -135,16 +136,21 @@ def test_a_stale_update_is_screened_by_its_own_round(tmp_path):
 
 
 def test_a_client_that_was_not_selected_cannot_come_late_instead(tmp_path):
-    mailbox = found_enrolled(tmp_path, "abcd", clients_per_round=2, min_clients=2, max_staleness=1, rounds=8)
+    """Not even where it is selected for the round that would use the stale update."""
+    mailbox = found_enrolled(tmp_path, "abcd", clients_per_round=2, min_clients=1, max_staleness=1, rounds=8)
     coordinator = Coordinator(mailbox)
-    chosen = coordinator.record.selected
-    other = next(name for name in "abcd" if name not in chosen)
-    uninvited = make_message(mailbox, other, ones(1))
-    close(mailbox, chosen, 0, coordinator)
-    mailbox.post_update(0, other, uninvited)
-    following = close(mailbox, coordinator.record.selected, 1, coordinator)
-    refused = [*following.refused, *following.late]  # late, where the client is selected and sent a newer one
-    assert [(u.client_id, u.round) for u in refused] == [(other, 0)]
+    first, second = coordinator.record.selected, read_control(mailbox).select(1, 0, 2)
+    (uninvited,) = set(second) - set(first)
+    (present,) = set(second) - {uninvited}
+    data = make_message(mailbox, uninvited, ones(1))
+    close(mailbox, first, 0, coordinator)
+    assert coordinator.record.selected == second
+    mailbox.post_update(0, uninvited, data)
+    record = close(mailbox, present, 1, coordinator)
+    assert [u.client_id for u in record.accepted] == [present]
+    assert [(u.client_id, u.round, u.reason) for u in record.refused] == [
+        (uninvited, 0, f"Client {uninvited} was not selected for this round.")
+    ]
 
 
 # The clients

@@ -146,24 +146,25 @@ def test_an_update_of_a_client_that_was_not_drawn_is_refused(tmp_path):
     assert {u.reason.split(" was ")[1] for u in record.refused} == {"not selected for this round."}
 
 
-def test_a_client_that_is_never_drawn_does_not_give_up_while_rounds_go_on(tmp_path):
+def test_a_client_that_is_not_drawn_does_not_give_up_while_rounds_go_on(tmp_path, monkeypatch):
     """wait_seconds is for a federation that stands still."""
-    mailbox = found_enrolled(tmp_path, "ab", clients_per_round=1, min_clients=1, rounds=400)
-    coordinator = Coordinator(mailbox)
-    idle = next(name for name in "ab" if name not in coordinator.record.selected)
-    session = LightClient(mailbox, idle, None).session
-    seen = []
+    members = Control(clients={"a": Enrolment(), "b": Enrolment()})
+    seed = next(seed for seed in range(99) if all(members.select(r, seed, 1) == ("a",) for r in range(4)))
+    mailbox = found_enrolled(tmp_path, "ab", clients_per_round=1, min_clients=1, rounds=99, seed=seed)
+    coordinator, now = Coordinator(mailbox), [0.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
 
     def sleep(seconds):
-        for name in coordinator.record.selected:
-            if name == idle:
-                return
-            post(mailbox, name, ones(1), round=coordinator.record.round)
-        coordinator.close_round()
-        seen.append(coordinator.record.round)
+        now[0] += 10
+        if coordinator.record.round < 3:
+            post(mailbox, "a", ones(1), round=coordinator.record.round)
+            coordinator.close_round()
 
-    waiting = MailboxParticipation(mailbox, session, max_bytes=None, wait_seconds=1e9, poll_seconds=0.001, sleep=sleep)
-    assert waiting.next().round == seen[-1]
+    idle = LightClient(mailbox, "b", None).session
+    waiting = MailboxParticipation(mailbox, idle, max_bytes=None, wait_seconds=15, sleep=sleep)
+    with pytest.raises(MailboxError, match=r"No new round in .* for 15 s after round 3"):
+        waiting.next()
+    assert now[0] == 50  # three rounds of ten seconds each, and then two more looks
 
 
 # Pauses
