@@ -27,13 +27,13 @@ from fedfstq_hf.errors import MessageError
 # options under which a codec sends as many coordinates as its format allows
 DENSEST = {
     "factored": {"components": 15},
-    "fstq": {"density": 1.0, "levels": 4},
+    "fstq": {"bits": 8.0},
     "paper": {"shares": (0.4, 0.3, 0.3)},
     "qsgd": {"bits": 8, "bucket": 8},
     "random": {"density": 1.0},
     "sparseloco": {"top_k": 1024},
     "topk": {"density": 0.25},
-    "uniform-fisher": {"density": 1.0, "levels": 4},
+    "uniform-fisher": {"bits": 8.0, "parts": "coordinates"},
 }
 
 
