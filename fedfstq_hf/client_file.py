@@ -22,6 +22,7 @@ class ClientFile:
         model: base model, where it lies elsewhere than the federation's spec says.
         uplink_budget: most bytes per message; the federation's default when not given.
         output_dir: of the trainer; the client's state goes to `OUTPUT_DIR/fedfstq`.
+        share_saliency: see `FedFSTQConfig`.
         signing_key: key file that signs this client's messages (`fedfstq keys new KEYFILE` makes one).
         dtype: of the frozen base model.
         training: `TrainingArguments` that are the client's own, such as `per_device_train_batch_size`.
@@ -35,6 +36,7 @@ class ClientFile:
     uplink_budget: int | str | None = None
     output_dir: str | None = None
     signing_key: str | None = None
+    share_saliency: bool = False
     dtype: Literal["float32", "bfloat16"] = "float32"
     training: dict[str, Any] = field(default_factory=dict)
     poll_seconds: float = 2.0

@@ -51,6 +51,13 @@ class FedFSTQConfig:
     wait_seconds: float | None = field(
         default=None, metadata={"help": "Give up after waiting that long for a round; for ever when not given."}
     )
+    share_saliency: bool = field(
+        default=False,
+        metadata={
+            "help": "Let the federation publish, in aggregate, how sensitive the loss is to each token; says something "
+            "about the words in the data. Sent once, and only if the federation asks for it."
+        },
+    )
     local_steps: int | None = field(
         default=None, metadata={"help": "Local optimizer steps per round; a mailbox's spec wins."}
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping, Sequence
 
 from fedfstq_hf.errors import MailboxError
 from fedfstq_hf.federation.coordinator import Coordinator
@@ -35,4 +36,10 @@ def make_coordinator(
     """
     mailbox, spec = open_federation(address)
     unseal = coordinator_unseal(address, spec, key_file) if reads_messages else None
-    return Coordinator(mailbox, card=card_maker(address), unseal=unseal)
+    return Coordinator(mailbox, card=card_maker(address), unseal=unseal, saliency=_join_saliency)
+
+
+def _join_saliency(files: Sequence[tuple[bytes, float]]) -> Mapping[str, bytes]:
+    from fedfstq_hf.generation.federated import join_saliency  # only federations that share it pay for the import
+
+    return join_saliency(files)

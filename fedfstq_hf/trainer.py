@@ -183,11 +183,22 @@ class FedFSTQMixin(_TrainerLike):  # type: ignore[misc]
                 max_bytes=max_bytes,
                 poll_seconds=config.poll_seconds,
                 wait_seconds=config.wait_seconds,
+                saliency=self._pack_saliency if config.share_saliency else None,
             )
         except BudgetError:
             session.close()
             raise
         return participation, spec
+
+    def _pack_saliency(self, carried: dict[str, Tensor]) -> bytes | None:
+        from fedfstq_hf.generation.federated import client_saliency
+
+        if self.processing_class is None:
+            logger.warning("share_saliency needs the tokenizer: pass processing_class=tokenizer. Nothing is shared.")
+            return None
+        state = {name.removeprefix("tokens."): value for name, value in carried.items() if name.startswith("tokens.")}
+        rho = self.sensitivity.rho
+        return client_saliency(state, rho=rho, tokenizer=self.processing_class, model=self.model) if state else None
 
     def _check_dataset(self, dataset: Any) -> None:
         if dataset is None or not hasattr(dataset, "__len__"):

@@ -48,6 +48,10 @@ def init(
         str | None,
         typer.Option(metavar="KEY", help="Seal messages: the coordinator's key file, or its x25519: public key."),
     ] = None,
+    share_saliency: Annotated[
+        bool,
+        typer.Option("--share-saliency", help="Clients that agree send which tokens matter; published in aggregate."),
+    ] = False,
     layout: Annotated[
         str | None, typer.Option(help="On the Hub, where clients write: own (repos), shared (repo) or pull-request.")
     ] = None,
@@ -88,6 +92,7 @@ def init(
         clip=clip or None,
         signatures=signatures,
         sealing_key=sealing_key,
+        share_saliency=share_saliency,
     )
     record = found_federation(
         box,

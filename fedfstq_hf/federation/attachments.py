@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from fedfstq_hf.errors import MessageError
 from fedfstq_hf.federation.mailbox import SALIENCY_FILE, Mailbox
@@ -13,13 +13,13 @@ logger = logging.getLogger(__name__)
 
 MAX_BYTES = 2 * 10**6
 
-SaliencyMaker = Callable[[Sequence[tuple[bytes, float]]], bytes | None]
-"""Joins token sensitivities, each with its weight, into the file that is published; None where nothing is usable."""
+SaliencyMaker = Callable[[Sequence[tuple[bytes, float]]], Mapping[str, bytes]]
+"""Joins token sensitivities, each with its weight, into the files that are published at the root."""
 
 
 def join_attachments(
     mailbox: Mailbox, accepted: Iterable[AcceptedUpdate], join: SaliencyMaker
-) -> tuple[bytes | None, int]:
+) -> tuple[Mapping[str, bytes], int]:
     """The joined token sensitivities of the clients whose updates are used, and the bytes they sent for it."""
     found: list[tuple[bytes, float]] = []
     for entry in accepted:
@@ -30,4 +30,4 @@ def join_attachments(
             continue
         if data is not None:
             found.append((data, entry.weight))
-    return (join(found) if found else None), sum(len(data) for data, _ in found)
+    return (join(found) if found else {}), sum(len(data) for data, _ in found)

@@ -304,9 +304,10 @@ class Coordinator:
             )
         data = adapter_file.dump(self.schema.unflatten(adapter))
         packed = pack_change(change, self.record, self.schema, sum(entry.num_examples for entry in collected.accepted))
-        saliency, attached_bytes = None, 0
+        attached: Mapping[str, bytes] = {}
+        attached_bytes = 0
         if finished and self.spec.share_saliency and self._saliency is not None:
-            saliency, attached_bytes = join_attachments(self.mailbox, collected.accepted, self._saliency)
+            attached, attached_bytes = join_attachments(self.mailbox, collected.accepted, self._saliency)
         record = self._next_record(
             data,
             finished=finished,
@@ -317,7 +318,7 @@ class Coordinator:
             update_bytes=len(packed) if len(packed) < len(data) else None,
         )
         published = packed if record.update_bytes is not None else None
-        return self._publish(record, data, server_state, published, saliency)
+        return self._publish(record, data, server_state, published, attached)
 
     def _next_record(self, adapter: bytes, *, finished: bool, **fields: Any) -> RoundRecord:
         round = self.record.round + 1
@@ -332,7 +333,7 @@ class Coordinator:
         adapter: bytes,
         server_state: bytes | None,
         packed: bytes | None,
-        saliency: bytes | None = None,
+        attached: Mapping[str, bytes] | None = None,
     ) -> RoundRecord:
         files = {
             RECORD_FILE: record.to_json(),
@@ -345,7 +346,7 @@ class Coordinator:
             files[UPDATE_FILE] = packed
         rows = [*self._history, history.row(record, self.record)]
         try:
-            self.mailbox.publish(record.round, files, self._root(record, rows, saliency))
+            self.mailbox.publish(record.round, files, self._root(record, rows, attached))
         except RoundConflictError:
             logger.warning("Another coordinator published round %d first; going on from its result.", record.round)
             self._adopt(max(self.mailbox.head() or 0, record.round))
@@ -365,7 +366,7 @@ class Coordinator:
         return self.record
 
     def _root(
-        self, record: RoundRecord, rows: Sequence[history.HistoryRow], saliency: bytes | None = None
+        self, record: RoundRecord, rows: Sequence[history.HistoryRow], attached: Mapping[str, bytes] | None = None
     ) -> RootFiles:
         metrics: Mapping[int, Mapping[str, Mapping[str, Any]]] = {}
         if self._card is not None:
@@ -373,7 +374,7 @@ class Coordinator:
             metrics = self.mailbox.read_metrics(
                 sorted(control.clients or {entry.client_id for entry in record.updates})
             )
-        return root_files(self.spec, record, rows, metrics, self._adapter_config, self._card, saliency)
+        return root_files(self.spec, record, rows, metrics, self._adapter_config, self._card, attached)
 
     def _refuse_finished(self, what: str) -> None:
         if self.finished:

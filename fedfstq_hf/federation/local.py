@@ -104,6 +104,7 @@ class FolderMailbox:
             files = {name: self.read(newest, name) for name in (ADAPTER_CONFIG_FILE, ADAPTER_FILE)}
             for name, data in {**(root(self.read_root) if root else {}), **files}.items():
                 if self.read_root(name) != data:
+                    storage.make_folder((self.path / name).parent, durable=self.durable)
                     storage.replace_file(self.path / name, data, durable=self.durable)
 
     def read_control(self) -> bytes | None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from fedfstq_hf.codec import Schema, get_codec, message
 from fedfstq_hf.errors import MailboxError
 from fedfstq_hf.federation import adapter_file, history
-from fedfstq_hf.federation.mailbox import CARD_FILE, HISTORY_FILE, SALIENCY_FILE, RootFiles, RootReader
+from fedfstq_hf.federation.mailbox import CARD_FILE, HISTORY_FILE, RootFiles, RootReader
 from fedfstq_hf.federation.record import RoundRecord
 from fedfstq_hf.federation.spec import FederationSpec
 
@@ -41,14 +41,12 @@ def root_files(
     metrics: Mapping[int, Mapping[str, Mapping[str, Any]]],
     adapter_config: bytes,
     card: CardMaker | None,
-    saliency: bytes | None = None,
+    attached: Mapping[str, bytes] | None = None,
 ) -> RootFiles:
     """What makes the root's files of a round, from what stands there."""
 
     def files(read: RootReader) -> dict[str, bytes]:
-        made = {HISTORY_FILE: history.dump(rows)}
-        if saliency is not None:
-            made[SALIENCY_FILE] = saliency
+        made = {HISTORY_FILE: history.dump(rows), **(attached or {})}
         if card is not None:
             made.update(card(RoundFacts(spec, record, rows, metrics, json.loads(adapter_config), read(CARD_FILE))))
         return made

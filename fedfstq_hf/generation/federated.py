@@ -1,0 +1,76 @@
+"""Saliency of a federation: what a client sends of its token sensitivities, and what is published of all clients'."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from fedfstq_hf.errors import DataError, MessageError
+from fedfstq_hf.generation.hub_function import HUB_PATH, custom_generate_source
+from fedfstq_hf.generation.saliency import Saliency, aggregate, tokenizer_fingerprint
+from fedfstq_hf.generation.saliency_file import FILE_NAME, pack, unpack
+from fedfstq_hf.sensitivity import TokenSensitivity
+
+logger = logging.getLogger(__name__)
+
+MIN_CLIENTS = 2
+"""An id that fewer clients saw is published as one never seen, where there are so many clients."""
+
+
+def client_saliency(state: Mapping[str, Tensor], *, rho: float, tokenizer: Any, model: Any) -> bytes | None:
+    """A client's token table for the coordinator: scores, and counts in coarse steps.
+
+    Args:
+        state: of `TokenSensitivity`.
+        rho: of its average.
+        tokenizer: whose ids these are.
+        model: base or PEFT model, to say whose embeddings the gradients are of.
+
+    Returns:
+        A saliency file; None where no token was seen yet.
+    """
+    table = TokenSensitivity(len(state["count"]), rho)
+    table.load_state_dict(state)
+    config = model.config.get_text_config(decoder=True)
+    base = {
+        "model_type": model.config.model_type,
+        "hidden_size": config.hidden_size,
+        "num_hidden_layers": config.num_hidden_layers,
+    }
+    try:
+        return pack(Saliency.from_sensitivity(table, tokenizer_fingerprint(tokenizer), base))
+    except DataError:
+        return None
+
+
+def join_saliency(files: Sequence[tuple[bytes, float]]) -> dict[str, bytes]:
+    """What is published beside the adapter: one saliency file, and `generate()` code for users without this package.
+
+    Args:
+        files: what clients sent, with their weights. What cannot be read, or is of another tokenizer or base than
+            most, is left out.
+
+    Returns:
+        Path -> content at the root of the published repo; nothing where no file is usable.
+    """
+    tables: list[tuple[Saliency, float]] = []
+    for data, weight in files:
+        try:
+            tables.append((unpack(data), weight))
+        except (MessageError, DataError) as error:
+            logger.warning("A client's token sensitivities are left out: %s", error)
+    kinds = Counter(_kind(table) for table, _ in tables)
+    if not kinds:
+        return {}
+    most = kinds.most_common(1)[0][0]
+    kept = [(table, weight) for table, weight in tables if _kind(table) == most and weight > 0]
+    joined = aggregate([t for t, _ in kept], [w for _, w in kept], min_clients=min(MIN_CLIENTS, len(kept)))
+    return {FILE_NAME: pack(joined), HUB_PATH: custom_generate_source().encode()}
+
+
+def _kind(table: Saliency) -> tuple[object, ...]:
+    return (table.tokenizer, table.vocab_size, tuple(sorted((name, str(value)) for name, value in table.base.items())))

@@ -1,0 +1,99 @@
+"""From clients' token tables, through a federation, to what an adapter repo publishes."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from fedfstq_hf.federation.coordinator import Coordinator
+from fedfstq_hf.federation.local import FolderMailbox
+from fedfstq_hf.generation.federated import client_saliency, join_saliency
+from fedfstq_hf.generation.saliency_file import unpack
+from fedfstq_hf.sensitivity import TokenSensitivity
+from tests.federation.light import LightClient, found, run_rounds
+
+VOCAB = 16
+CONFIG = SimpleNamespace(model_type="llama", hidden_size=8, num_hidden_layers=2, get_text_config=None)
+CONFIG.get_text_config = lambda decoder: CONFIG
+MODEL = SimpleNamespace(config=CONFIG)
+
+
+class Tokenizer:
+    def __init__(self, offset: int = 0) -> None:
+        self._vocab = {f"t{index + offset}": index for index in range(VOCAB)}
+
+    def get_vocab(self) -> dict[str, int]:
+        return self._vocab
+
+
+def table(ids: list[int], strength: float = 1.0) -> dict[str, torch.Tensor]:
+    sensitivity = TokenSensitivity(VOCAB)
+    for _ in range(2):
+        sensitivity.update(torch.tensor([ids]), torch.tensor([[strength * (1 + i) for i in ids]]))
+    return sensitivity.state_dict()
+
+
+def packed(ids: list[int], tokenizer: Tokenizer | None = None) -> bytes:
+    data = client_saliency(table(ids), rho=0.9, tokenizer=tokenizer or Tokenizer(), model=MODEL)
+    assert data is not None
+    return data
+
+
+def test_a_client_that_saw_nothing_sends_nothing() -> None:
+    empty = TokenSensitivity(VOCAB).state_dict()
+    assert client_saliency(empty, rho=0.9, tokenizer=Tokenizer(), model=MODEL) is None
+
+
+def test_only_ids_that_two_clients_saw_are_published() -> None:
+    files = join_saliency([(packed([1, 2, 3]), 0.5), (packed([2, 3, 4]), 0.5)])
+    joined = unpack(files["saliency.safetensors"])
+    assert torch.nonzero(joined.levels).flatten().tolist() == [2, 3]
+    assert joined.base["model_type"] == "llama"
+    assert b"def generate" in files["custom_generate/generate.py"]
+
+
+def test_damaged_and_foreign_tables_are_left_out(caplog: pytest.LogCaptureFixture) -> None:
+    good = [(packed([1, 2]), 0.3), (packed([1, 2]), 0.3)]
+    bad = [(b"rubbish", 0.2), (packed([1, 5], Tokenizer(7)), 0.2)]
+    assert join_saliency(bad + good) == join_saliency(good)
+    assert "left out" in caplog.text
+    assert join_saliency([(b"rubbish", 1.0)]) == {}
+    assert join_saliency([]) == {}
+
+
+class SharingClient(LightClient):
+    """A light client that carries a token table and agrees to share it."""
+
+    def __init__(self, mailbox: FolderMailbox, client_id: str, data: bytes | None) -> None:
+        super().__init__(mailbox, client_id, None)
+        self.calls = 0
+
+        def saliency(carried: dict[str, torch.Tensor]) -> bytes | None:
+            self.calls += 1
+            assert "momentum" in carried
+            return data
+
+        self.participation._saliency = saliency
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_sent_once_if_asked_and_counted_as_uplink(tmp_path, asked: bool) -> None:
+    mailbox = found(tmp_path, rounds=2, share_saliency=asked)
+    clients = [SharingClient(mailbox, name, packed([1, 2, 3])) for name in "ab"]
+    coordinator = Coordinator(mailbox, saliency=join_saliency)
+    run_rounds(coordinator, clients)
+    assert [client.calls for client in clients] == ([1, 1] if asked else [0, 0])
+    assert (mailbox.read_root("saliency.safetensors") is not None) == asked
+    assert (mailbox.read_root("custom_generate/generate.py") is not None) == asked
+    record = coordinator.record
+    assert record.attached_bytes == (2 * len(packed([1, 2, 3])) if asked else 0)
+    assert record.uplink_bytes == record.attached_bytes + sum(update.num_bytes for update in record.accepted)
+
+
+def test_a_client_that_does_not_agree_sends_nothing(tmp_path) -> None:
+    mailbox = found(tmp_path, rounds=1, share_saliency=True)
+    run_rounds(Coordinator(mailbox, saliency=join_saliency), [LightClient(mailbox, name, None) for name in "ab"])
+    assert not (tmp_path / "attachments").exists()
+    assert mailbox.read_root("saliency.safetensors") is None
