@@ -51,8 +51,14 @@ def write(schema: Schema, layout: Layout, found: Sequence[Component], chosen: Ch
 
 def read(payload: bytes, schema: Schema) -> SparseUpdate:
     """Inverse of `write`. Raises MessageError on any malformed payload."""
+    found, indices, values = parse(payload, schema)
+    return update(schema, components.assemble(schema, found) if found else None, indices, values)
+
+
+def parse(payload: bytes, schema: Schema) -> tuple[list[Component], Int64, Float64]:
+    """Components, and coordinates with their values, of a payload. Raises MessageError if it is malformed."""
     if not payload:
-        return update(schema, None, np.zeros(0, dtype=np.int64), np.zeros(0))
+        return [], np.zeros(0, dtype=np.int64), np.zeros(0)
     reader = Reader(payload)
     kind = int(reader.get(1, uniform(_KINDS))[0])
     if not 1 <= kind < 2 * _FORMS:
@@ -64,8 +70,8 @@ def read(payload: bytes, schema: Schema) -> SparseUpdate:
         indices, magnitude = coordinates.read(reader, Layout.of(schema), coordinates.LEVELS[form - 1])
     split = components.num_signs(found)
     negative = reader.finish(tail=split + indices.size).astype(bool)
-    base = components.assemble(schema, components.signed(found, negative[:split])) if with_factors else None
-    return update(schema, base, indices, np.where(negative[split:], -magnitude, magnitude))
+    values = np.where(negative[split:], -magnitude, magnitude)
+    return components.signed(found, negative[:split]), indices, values
 
 
 def update(schema: Schema, base: Tensor | None, indices: Int64, values: Float64) -> SparseUpdate:
