@@ -209,7 +209,7 @@ def test_the_cheapest_way_to_an_adapter(held, wanted, sizes, expected):
 
 
 def test_changes_are_fetched_instead_of_adapters_and_give_the_same(tmp_path):
-    mailbox = found(tmp_path, rounds=4, codec="fstq")
+    mailbox = found(tmp_path, rounds=4, codec="fstq", codec_options={"parts": "coordinates"})
     coordinator = Coordinator(mailbox)
     clients = [LightClient(mailbox, name, tmp_path / name, max_bytes=300) for name in "ab"]
     run_rounds(coordinator, clients)
@@ -224,7 +224,7 @@ def test_changes_are_fetched_instead_of_adapters_and_give_the_same(tmp_path):
 
 @pytest.mark.parametrize("damage", ["flipped", "missing", "of another round"])
 def test_a_damaged_change_only_costs_the_whole_adapter(tmp_path, damage):
-    mailbox = found(tmp_path, rounds=4, codec="fstq")
+    mailbox = found(tmp_path, rounds=4, codec="fstq", codec_options={"parts": "coordinates"})
     coordinator = Coordinator(mailbox)
     clients = [LightClient(mailbox, name, tmp_path / name, max_bytes=300) for name in "ab"]
     run_rounds(coordinator, clients, 1)
