@@ -35,6 +35,7 @@ _BUILTIN = {
     "sparse32": ".sparse32",
     "sparseloco": ".baselines.sparseloco",
     "topk": ".baselines.topk",
+    "uniform": ".uniform",
     "uniform-fisher": ".baselines.uniform_fisher",
 }
 _REGISTRY: dict[str, Callable[..., Codec]] = {}
