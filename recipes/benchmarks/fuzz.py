@@ -1,6 +1,6 @@
 """Mutated messages against every decoder: none may crash, hang or decode to anything but a sane update.
 
-Needs the extra `secure`; a million cases take about 8 minutes on one CPU core. Prints a table and exits with 1 if it
+Needs the extra `secure`; a million cases take about 5 minutes on one CPU core. Prints a table and exits with 1 if it
 found something. Run:
 
     python recipes/benchmarks/fuzz.py                                    # a million cases
