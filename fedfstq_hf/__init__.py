@@ -14,6 +14,10 @@ __all__ = [
     "TokenReducer",
     "TokenReductionLogitsProcessor",
     "__version__",
+    "compress_adapter",
+    "load_compressed_adapter",
+    "push_compressed_adapter",
+    "save_compressed_adapter",
 ]
 
 # Loaded on first use: importing the package must stay cheap, torch and transformers are not.
@@ -23,6 +27,10 @@ _LAZY = {
     "FedFSTQTrainer": "fedfstq_hf.trainer",
     "TokenReducer": "fedfstq_hf.generation.reducer",
     "TokenReductionLogitsProcessor": "fedfstq_hf.generation.logits_processor",
+    "compress_adapter": "fedfstq_hf.sharing.compress",
+    "load_compressed_adapter": "fedfstq_hf.sharing.hub",
+    "push_compressed_adapter": "fedfstq_hf.sharing.hub",
+    "save_compressed_adapter": "fedfstq_hf.sharing.hub",
 }
 
 if TYPE_CHECKING:
@@ -30,6 +38,8 @@ if TYPE_CHECKING:
     from fedfstq_hf.errors import FedFSTQError
     from fedfstq_hf.generation.logits_processor import TokenReductionLogitsProcessor
     from fedfstq_hf.generation.reducer import TokenReducer
+    from fedfstq_hf.sharing.compress import compress_adapter
+    from fedfstq_hf.sharing.hub import load_compressed_adapter, push_compressed_adapter, save_compressed_adapter
     from fedfstq_hf.trainer import FedFSTQTrainer
 
 

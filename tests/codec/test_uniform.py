@@ -26,7 +26,7 @@ def relative_error(state, update, weights=None):
 
 
 def test_values_are_magnitudes_times_steps_read_at_their_offsets():
-    # one tensor of two groups; steps 2^-3 (index (80 - 3) * 4) and one quarter octave above; magnitude 2 is read at 2 - 1/4
+    # two groups: steps 2^-3 (index (80 - 3) * 4) and a quarter octave above; magnitude 2 is read at 2 - 1/4
     shape = Shape(np.array([0, 2, 4]), np.array([16, 8, 16]))
     steps = np.array([308, 309])
     levels = Levels([np.array([[0, 1, -2], [2, 0, 0]])], [np.array([5, 5])], [steps], 0, {5: shape})

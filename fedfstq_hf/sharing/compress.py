@@ -1,0 +1,186 @@
+"""Compressing a trained adapter: weigh, code, measure, describe."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fedfstq_hf import __version__
+from fedfstq_hf.adapter import base_fingerprint
+from fedfstq_hf.codec import parse_budget
+from fedfstq_hf.errors import BudgetError, ConfigError
+from fedfstq_hf.evaluation import Evaluator
+from fedfstq_hf.federation import adapter_file
+from fedfstq_hf.sharing.calibration import adapter_fisher, pair_weights
+from fedfstq_hf.sharing.card import render_card
+from fedfstq_hf.sharing.coding import DEFAULT_CODEC, code
+from fedfstq_hf.sharing.initial import initial_state
+from fedfstq_hf.sharing.packed import EXACT_FILE, FACTS_FILE, MESSAGE_FILE, CompressedAdapter, Facts
+from fedfstq_hf.sharing.pairs import even_weights
+from fedfstq_hf.sharing.trained import CONFIG_FILE, TrainedAdapter, compact_config, load_trained, read_config
+from fedfstq_hf.sharing.trained import trained_adapter as _trained
+from fedfstq_hf.workloads.collate import collate
+
+Examples = Sequence[Mapping[str, Any]]
+"""Rows with `input_ids` and `labels` (-100 where no loss is wanted), as lists or one-dimensional tensors."""
+
+_MAGNITUDE = ".lora_magnitude_vector"
+_HALF = (2.0**-14, 65504.0)  # float16's normal range: within it, rounding is at most 2^-11 of a value
+
+
+def compress_adapter(
+    model_or_path: nn.Module | str | Path,
+    budget: str | int = "2bpp",
+    *,
+    base_model: nn.Module | None = None,
+    calibration: Examples | None = None,
+    evaluation: Examples | Callable[[nn.Module], Mapping[str, float]] | None = None,
+    init_seed: int | None = None,
+    codec: str = DEFAULT_CODEC,
+    include_plain: bool = False,
+    batch_size: int = 8,
+    about: Mapping[str, Any] | None = None,
+) -> CompressedAdapter:
+    """A trained LoRA adapter in few bits per parameter.
+
+    Args:
+        model_or_path: a PEFT model, or the folder of a saved adapter.
+        budget: all files that loading needs, together: bits per parameter ("2bpp") or bytes ("96kB").
+        base_model: to load a folder onto; without it the adapter's own `base_model_name_or_path` is loaded.
+        calibration: some tens of examples of the adapter's task (one backward pass per batch), so that bits go where
+            they matter; None: every entry of a module's B A counts the same.
+        evaluation: held-out examples, or a function from model to metrics; measured before and after, for the card.
+        init_seed: what `set_seed` was given right before `get_peft_model`, if known: then the random part of A may be
+            left out. It is used only where that is smaller.
+        codec: of the LoRA matrices; the default is made for this.
+        include_plain: add `adapter_model.safetensors` with the compressed adapter's values, for plain PEFT.
+        batch_size: of calibration and evaluation.
+        about: for the card: `name`, `license`, `datasets`, `tags`.
+
+    Raises:
+        AdapterMismatchError: not a LoRA adapter, not one for this base, or one that cannot be shared like this.
+        BudgetError: the budget cannot be read, or is too small for the other files and a header.
+        DataError: calibration or evaluation is empty.
+        NonFiniteError: the adapter or the calibration's gradients hold NaN or infinity.
+    """
+    adapter = _open(model_or_path, base_model)
+    state = {name: tensor.float().cpu() for name, tensor in adapter.state().items()}
+    matrices = {name: state[name] for name in sorted(adapter.paired())}
+    shapes = {name: tuple(tensor.shape) for name, tensor in matrices.items()}
+    references = [initial_state(shapes, adapter.pairs, adapter.config, None)]
+    if init_seed is not None:
+        references.append(initial_state(shapes, adapter.pairs, adapter.config, init_seed))
+    config = compact_config(adapter.config)
+    exact = _exact(adapter)
+    exact_bytes = adapter_file.dump(exact) if exact else b""
+    base = base_fingerprint(adapter.model)
+
+    def facts(message: bytes, seed: int | None) -> bytes:
+        files = {MESSAGE_FILE: message, CONFIG_FILE: config} | ({EXACT_FILE: exact_bytes} if exact else {})
+        digests = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
+        return Facts(base, seed, adapter.num_params, digests, f"fedfstq_hf {__version__}").to_json()
+
+    total = parse_budget(budget, adapter.num_params)
+    besides = len(config) + len(exact_bytes) + len(facts(b"", init_seed))
+    if total <= besides:
+        raise BudgetError(
+            f"The budget of {budget!r} comes to {total} bytes for {adapter.num_params} parameters; configuration, "
+            f"facts and tensors that are kept exactly take {besides}. Give more."
+        )
+    if calibration is None:
+        num_examples = 0
+        weights = [even_weights(state, pair) for pair in adapter.pairs]
+    else:
+        fisher, num_examples = adapter_fisher(
+            adapter.model, {name: adapter.parameters[name] for name in matrices}, _batches(calibration, batch_size)
+        )
+        weights = [pair_weights(state, fisher, pair) for pair in adapter.pairs]
+    coded = code(matrices, adapter.pairs, weights, references, total - besides, codec=codec, num_examples=num_examples)
+    result = {**coded.state, **{name: tensor.to(state[name].dtype) for name, tensor in exact.items()}}
+    before, after = _measure(adapter, result, evaluation, batch_size)
+    files = {
+        MESSAGE_FILE: coded.message,
+        FACTS_FILE: facts(coded.message, init_seed if coded.seeded else None),
+        CONFIG_FILE: config,
+    } | ({EXACT_FILE: exact_bytes} if exact else {})
+    plain_bytes = len(adapter_file.dump(adapter.state()))
+    made = CompressedAdapter(
+        files=files,
+        card="",
+        num_params=adapter.num_params,
+        plain_bytes=plain_bytes,
+        error=coded.error,
+        seeded=coded.seeded,
+        plain=adapter_file.dump(result) if include_plain else None,
+        before=before,
+        after=after,
+    )
+    card = render_card(made, adapter.config, about or {}, codec=codec, num_examples=num_examples)
+    return replace(made, card=card)
+
+
+def _open(model_or_path: nn.Module | str | Path, base_model: nn.Module | None) -> TrainedAdapter:
+    if isinstance(model_or_path, nn.Module):
+        return _trained(model_or_path)
+    folder = Path(model_or_path)
+    if base_model is None:
+        from fedfstq_hf.founding import load_base
+
+        name = read_config(folder).get("base_model_name_or_path")
+        if not name:
+            raise ConfigError(f"{folder / CONFIG_FILE} names no base model; give base_model (--base-model NAME).")
+        base_model, _ = load_base(str(name), "float32")
+    return _trained(load_trained(base_model, folder))
+
+
+def _exact(adapter: TrainedAdapter) -> dict[str, Tensor]:
+    """What is no LoRA matrix, unchanged; DoRA's magnitudes in half precision where they lie within its range."""
+    exact = {}
+    for name, tensor in adapter.state().items():
+        if name in adapter.paired():
+            continue
+        size = tensor.abs()
+        if name.endswith(_MAGNITUDE) and bool(((size >= _HALF[0]) & (size <= _HALF[1])).all()):
+            tensor = tensor.half()
+        exact[name] = tensor.cpu()
+    return exact
+
+
+def _batches(examples: Examples, size: int) -> Iterator[Mapping[str, Tensor]]:
+    for start in range(0, len(examples), size):
+        # the padding's value does not matter: it is masked, and has no label
+        yield collate([examples[i] for i in range(start, min(start + size, len(examples)))], pad_id=0)
+
+
+def _measure(
+    adapter: TrainedAdapter,
+    state: Mapping[str, Tensor],
+    evaluation: Examples | Callable[[nn.Module], Mapping[str, float]] | None,
+    batch_size: int,
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Metrics of the adapter as trained, and with the values that a reader gets."""
+    if evaluation is None:
+        return {}, {}
+    metric = evaluation if callable(evaluation) else Evaluator(list(evaluation), 0, batch_size)
+    was_training = adapter.model.training
+    adapter.model.eval()
+    try:
+        with torch.no_grad():
+            before = _finite(metric(adapter.model))
+            with adapter.replaced(state):
+                after = _finite(metric(adapter.model))
+    finally:
+        adapter.model.train(was_training)
+    shared: Iterable[str] = [name for name in before if name in after]
+    return {name: before[name] for name in shared}, {name: after[name] for name in shared}
+
+
+def _finite(metrics: Mapping[str, float]) -> dict[str, float]:
+    return {name: float(value) for name, value in metrics.items() if math.isfinite(float(value))}

@@ -1,0 +1,176 @@
+"""A trained LoRA adapter as sharing sees it: its tensors in a model, which form pairs, and its configuration."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict
+from torch import Tensor, nn
+
+from fedfstq_hf.adapter import check_config
+from fedfstq_hf.errors import AdapterMismatchError, NonFiniteError
+from fedfstq_hf.sharing.pairs import Pair, find_pairs
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+# Written even where they have their default: they decide what the adapter does, and a default may change.
+_ALWAYS = ("base_model_name_or_path", "lora_alpha", "peft_type", "r", "target_modules", "task_type")
+# Facts about where it was made, which PEFT fills in again.
+_NEVER = ("auto_mapping", "inference_mode", "peft_version")
+
+
+@dataclass(frozen=True)
+class TrainedAdapter:
+    """The one active LoRA adapter of a model.
+
+    parameters: by PEFT's names in files. pairs: in the order of the model's modules.
+    """
+
+    model: PeftModel
+    name: str
+    parameters: dict[str, nn.Parameter]
+    pairs: list[Pair]
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """PEFT's configuration."""
+        fields: dict[str, Any] = self.model.peft_config[self.name].to_dict()
+        return fields
+
+    @property
+    def num_params(self) -> int:
+        """All numbers of the adapter, also those that are not in LoRA matrices."""
+        return sum(p.numel() for p in self.parameters.values())
+
+    def state(self) -> dict[str, Tensor]:
+        """The tensors, by name; they share the model's memory."""
+        return {name: p.detach() for name, p in self.parameters.items()}
+
+    def paired(self) -> set[str]:
+        """Names of the tensors that are LoRA matrices of a pair."""
+        return {name for pair in self.pairs for name in (pair.a, pair.b)}
+
+    @contextmanager
+    def replaced(self, state: Mapping[str, Tensor]) -> Iterator[None]:
+        """The model with other values in its adapter, and with its own again afterwards."""
+        before = {name: p.data for name, p in self.parameters.items()}
+        try:
+            for name, tensor in state.items():
+                self.parameters[name].data = tensor.to(self.parameters[name].device)
+            yield
+        finally:
+            for name, data in before.items():
+                self.parameters[name].data = data
+
+
+def trained_adapter(model: nn.Module) -> TrainedAdapter:
+    """The active adapter of a PEFT model.
+
+    Raises:
+        AdapterMismatchError: no PEFT model, several active adapters, no LoRA, or one that changes the base.
+        NonFiniteError: it holds NaN or infinity.
+    """
+    if not isinstance(model, PeftModel):
+        raise AdapterMismatchError(
+            f"Expected a PEFT model with a trained adapter, got {type(model).__name__}: type "
+            "PeftModel.from_pretrained(base, ADAPTER), or give the adapter's folder."
+        )
+    if len(model.active_adapters) != 1:
+        raise AdapterMismatchError(
+            f"Expected one active adapter, found {list(model.active_adapters)}. Call model.set_adapter(NAME)."
+        )
+    name: str = model.active_adapters[0]
+    check_lora(model.peft_config[name].to_dict())
+    state = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    by_storage = {p.data_ptr(): p for p in model.parameters() if p.numel()}
+    parameters: dict[str, nn.Parameter] = {}
+    for key in sorted(state):
+        if state[key].data_ptr() not in by_storage:
+            raise AdapterMismatchError(
+                f"Adapter tensor {key} is not one of the model's parameters; expected a model that is held whole in "
+                "memory (no offloading, no shards)."
+            )
+        if not bool(torch.isfinite(state[key]).all()):
+            raise NonFiniteError(f"Adapter tensor {key} holds NaN or infinity; nothing was compressed.")
+        parameters[key] = by_storage[state[key].data_ptr()]
+    scaling = {
+        path: float(module.scaling[name])
+        for path, module in model.named_modules()
+        if isinstance(getattr(module, "scaling", None), dict) and name in module.scaling
+    }
+    order = {path: number for number, path in enumerate(scaling)}
+    pairs = sorted(find_pairs(state, scaling), key=lambda pair: order.get(pair.module, len(order)))
+    if not pairs:
+        raise AdapterMismatchError("The adapter has no pair of LoRA matrices A and B; there is nothing to compress.")
+    return TrainedAdapter(model, name, parameters, pairs)
+
+
+def load_trained(base: nn.Module, folder: Path) -> PeftModel:
+    """A base with the plain adapter in a folder.
+
+    Raises:
+        AdapterMismatchError: the folder lacks a file, holds no LoRA adapter, or not one for this base.
+    """
+    for name in (CONFIG_FILE, WEIGHTS_FILE):
+        if not (folder / name).is_file():
+            raise AdapterMismatchError(
+                f"There is no {name} in {folder}; expected the folder of a PEFT adapter, as "
+                "model.save_pretrained(FOLDER) writes it."
+            )
+    check_lora(read_config(folder))
+    try:
+        return PeftModel.from_pretrained(base, str(folder))
+    except (ValueError, RuntimeError, OSError, KeyError) as error:
+        raise AdapterMismatchError(f"The adapter in {folder} does not load on this base model: {error}") from error
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """`adapter_config.json` of a folder.
+
+    Raises:
+        AdapterMismatchError: it cannot be read.
+    """
+    try:
+        fields = json.loads((folder / CONFIG_FILE).read_bytes())
+    except (OSError, ValueError) as error:
+        raise AdapterMismatchError(f"{folder / CONFIG_FILE} cannot be read: {error}") from error
+    if not isinstance(fields, dict):
+        raise AdapterMismatchError(f"{folder / CONFIG_FILE} holds a {type(fields).__name__}; expected an object.")
+    return fields
+
+
+def check_lora(config: Mapping[str, Any]) -> None:
+    """Refuse what is no LoRA adapter, or one whose start changes the base model.
+
+    Raises:
+        AdapterMismatchError: saying which.
+    """
+    kind = getattr(config.get("peft_type"), "value", config.get("peft_type"))
+    if kind != "LORA":
+        raise AdapterMismatchError(f"This adapter's peft_type is {kind!r}; only LORA can be compressed.")
+    check_config(config)
+
+
+def compact_config(config: Mapping[str, Any]) -> bytes:
+    """`adapter_config.json` with what differs from PEFT's defaults, in few bytes; PEFT reads it.
+
+    Raises:
+        AdapterMismatchError: a setting cannot be written as JSON.
+    """
+    defaults = LoraConfig().to_dict()
+    kept = {
+        key: sorted(value) if isinstance(value, set) else value
+        for key, value in config.items()
+        if key not in _NEVER and (key in _ALWAYS or value != defaults.get(key))
+    }
+    kept["inference_mode"] = True
+    try:
+        return (json.dumps(kept, sort_keys=True, separators=(",", ":")) + "\n").encode()
+    except TypeError as error:
+        raise AdapterMismatchError(f"The adapter's configuration cannot be written as JSON: {error}") from error
