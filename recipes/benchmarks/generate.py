@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 
+KEYS = ("shape", "device", "clock", "threads", "prompt", "variant")
 RESULTS = Path(__file__).parents[1] / "results"
 
 
@@ -45,16 +46,18 @@ def merge(name: str, rows: list[dict[str, Any]], keys: tuple[str, ...]) -> None:
 
 def speed(args: argparse.Namespace) -> None:
     """Measure prompt after prompt; results are written after every round."""
-    from generate_speed import make_model, measure
+    from generate_speed import make_model, measure, set_clock
 
+    set_clock(args.clock)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     shape = args.shape or ("1B" if device == "cuda" else "100M")
     model = make_model(shape, device)
-    common = {"shape": shape, "device": device, "new_tokens": args.new_tokens}
+    common = {"shape": shape, "device": device, "clock": args.clock, "threads": torch.get_num_threads()}
+    common["new_tokens"] = args.new_tokens
     for length in args.prompts:
         rows: list[dict[str, Any]] = []
         for rows in measure(model, length, args.scorers, args.ratios, args.new_tokens, args.seconds, args.rounds):
-            merge("generate_speed.json", [common | row for row in rows], ("shape", "device", "prompt", "variant"))
+            merge("generate_speed.json", [common | row for row in rows], KEYS)
         for row in rows:
             print(
                 f"{length:5d} {row['variant']:20s} first token {row['first_token_speedup']:.2f}x, end to end "
@@ -67,8 +70,8 @@ def quality(args: argparse.Namespace) -> None:
     """Measure one task at every ratio for every scorer."""
     from generate_quality import measure
 
-    rows = measure(args.task, args.examples, args.ratios, args.seeds, args.lab_model, args.data, args.work)
-    merge("generate_quality.json", rows, ("task", "scorer", "keep_ratio"))
+    for rows in measure(args.task, args.examples, args.ratios, args.seeds, args.lab_model, args.data, args.work):
+        merge("generate_quality.json", rows, ("task", "scorer", "keep_ratio"))
 
 
 def show(args: argparse.Namespace) -> None:
@@ -98,6 +101,7 @@ def main() -> None:
     one.add_argument("--scorers", choices=("default", "all"), default="default")
     one.add_argument("--ratios", type=numbers, default=[0.75, 0.5, 0.33, 0.25], help="of the default scorer")
     one.add_argument("--shape", help="default: 100M on the CPU, 1B on CUDA")
+    one.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="cpu: CPU time, with OMP_NUM_THREADS=1")
     one.add_argument("--new-tokens", type=int, default=32)
     one.add_argument("--rounds", type=int, default=3, help="at least so many")
     one.add_argument("--seconds", type=float, default=60, help="per prompt length")

@@ -19,14 +19,15 @@ def tables(results: Mapping[str, list[Row]]) -> str:
     parts = []
     if rows := results.get("speed"):
         lines = [
-            "| prompt | variant | first token | end to end | range | peak MB | rounds |",
-            "|--:|---|--:|--:|---|--:|--:|",
+            "| clock | prompt | variant | first token | end to end | range | peak MB | rounds |",
+            "|---|--:|---|--:|--:|---|--:|--:|",
         ]
         for row in sorted(
             rows, key=lambda row: (row["device"], row["prompt"], row["variant"] != "dense", row["variant"])
         ):
             low, high = row["first_token_range"]
             cells = [
+                f"{row['clock']}, {row['threads']} threads" if row["device"] == "cpu" else row["device"],
                 row["prompt"],
                 row["variant"],
                 f"{row['first_token_speedup']:.2f}x ({row['first_token_seconds']:.2f} s)",

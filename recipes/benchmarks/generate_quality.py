@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,7 @@ def load_task(name: str, examples: int, seed: int, lab_model: str, data: str) ->
     if name == "demo":
         tokenizer = AutoTokenizer.from_pretrained(model_path())
         train = encode(tokenizer, make_examples(4000, seed, "train"))
-        return Task(str(model_path()), train, encode(tokenizer, make_examples(examples, 5, "test")), 300, 8, 3e-3)
+        return Task(str(model_path()), train, encode(tokenizer, make_examples(examples, 5, "test")), 200, 8, 3e-3)
     tokenizer = AutoTokenizer.from_pretrained(lab_model)
     lines = (Path(data) / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
     parts: dict[str, list[Row]] = {"train": [], "test": []}
@@ -168,8 +169,8 @@ class Rerun:
 
 def measure(
     name: str, examples: int, ratios: list[float], seeds: int, lab_model: str, data: str, work: str
-) -> list[dict[str, Any]]:
-    """Rows: per scorer and ratio the metric of each seed. The default scorer at every ratio, others from 0.5 down."""
+) -> Iterator[list[dict[str, Any]]]:
+    """Rows after each seed, with the metric of each seed so far; above 0.5 the default scorer only."""
     values: dict[tuple[str, float], list[float]] = {}
     score = exact_match if name == "demo" else answer_loss
     for seed in range(seeds):
@@ -194,12 +195,12 @@ def measure(
                 found = score(model, task.test, custom_generate=reducer)
                 values.setdefault((scorer_name, ratio), []).append(found)
                 print(f"{name} seed {seed} keep {ratio} {scorer_name}: {found:.3f}", flush=True)
-    metric = "exact_match" if name == "demo" else "answer_loss"
-    return [
-        {"task": name, "scorer": scorer, "keep_ratio": ratio, metric: [round(value, 4) for value in found]}
-        | {"examples": examples}
-        for (scorer, ratio), found in values.items()
-    ]
+        metric = "exact_match" if name == "demo" else "answer_loss"
+        yield [
+            {"task": name, "scorer": scorer, "keep_ratio": ratio, metric: [round(value, 4) for value in found]}
+            | {"examples": examples}
+            for (scorer, ratio), found in values.items()
+        ]
 
 
 def _counts(task: Task, vocab_size: int) -> torch.Tensor:
