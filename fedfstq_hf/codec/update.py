@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+_PART = 1 << 17  # coordinates at a time: temporaries stay in the cache
 
 
 @dataclass(frozen=True)
@@ -26,11 +29,11 @@ class SparseUpdate:
 
     def add_to(self, acc: Tensor, weight: float) -> None:
         """acc += weight * update, in place and in acc's own dtype; work is proportional to nnz. acc: (num_params,)."""
-        scaled = self.values.to(device=acc.device, dtype=acc.dtype) * weight
-        if self.indices is None:
-            acc += scaled
-        else:
-            acc[self.indices.to(acc.device)] += scaled
+        if self.indices is not None:
+            acc[self.indices.to(acc.device)] += self.values.to(device=acc.device, dtype=acc.dtype) * weight
+            return
+        for part, values in zip(torch.split(acc, _PART), torch.split(self.values, _PART), strict=True):
+            part += values.to(device=acc.device, dtype=acc.dtype) * weight
 
     def to_dense(self) -> Tensor:
         """A new float32 vector of shape (num_params,)."""
@@ -41,5 +44,5 @@ class SparseUpdate:
         return dense
 
     def norm(self) -> float:
-        """Euclidean norm, accumulated in float64."""
-        return float(self.values.double().norm())
+        """Euclidean norm, accumulated in float64: finite exactly if every value is."""
+        return math.sqrt(sum(float(part.double().square().sum()) for part in torch.split(self.values, _PART)))

@@ -105,7 +105,7 @@ class Collector:
             num_bytes=ref.num_bytes,
             num_examples=opened.header.num_examples,
             weight=0.0,
-            norm=opened.update.norm(),
+            norm=opened.norm,
             staleness=self.round - ref.round,
             signed=opened.signed,
         )

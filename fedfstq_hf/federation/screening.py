@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -17,10 +18,11 @@ Unseal = Callable[[bytes], bytes]
 
 @dataclass(frozen=True)
 class OpenedUpdate:
-    """A message that passed: its header, what it decodes to, and whether its signature was verified."""
+    """A message that passed: its header, what it decodes to and its L2 norm, and whether its signature was verified."""
 
     header: message.Header
     update: SparseUpdate
+    norm: float
     signed: bool
 
 
@@ -85,9 +87,10 @@ class Screening:
             raise MessageError(f"It says that it was trained on {header.num_examples} examples; expected at least 1.")
         signed = self._verified(ref.client_id, digest, signature)
         update = self._codec.decode(payload, self._schema, CodecContext(round=ref.round))
-        if not bool(update.values.isfinite().all()):
+        norm = update.norm()
+        if not math.isfinite(norm):
             raise MessageError("It decodes to values that are not finite.")
-        return OpenedUpdate(header, update, signed)
+        return OpenedUpdate(header, update, norm, signed)
 
     def _unsealed(self, data: bytes) -> bytes:
         sealed = keys.is_sealed(data)
