@@ -72,7 +72,6 @@ class FstqCodec:
     ) -> Encoded:
         """Code what matters most. Raises BudgetError if `max_bytes` is negative."""
         schema = Schema.from_state_dict(delta)
-        source = Source(schema, delta, fisher, self.fisher_power)
         if max_bytes is None:
             max_bytes = max(_LEAST_BYTES, math.ceil(self.bits * schema.num_params / 8))
         if max_bytes < 0:
@@ -81,6 +80,7 @@ class FstqCodec:
                 f"the uplink budget by at least {-max_bytes} bytes"
             )
         with one_thread():
+            source = Source(schema, delta, fisher, self.fisher_power)
             best = Encoder(source, max_bytes, self.parts, self.levels).run()
         return Encoded(best.payload, best.update)
 

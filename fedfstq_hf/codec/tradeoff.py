@@ -6,7 +6,7 @@ Found by trial on a sample of features, since what many thousand features take i
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -25,13 +25,19 @@ _COORDINATE_SHARE = 0.8  # of what independent coordinates would cost: they clus
 @dataclass(frozen=True)
 class _Part:
     stack: Stack
-    stride: int
+    stride: int  # every so many-th feature of each of its tensors
+    matrices: float  # that each of its tensors stands for
     delta: Tensor
     weight: Tensor
 
+    @property
+    def copies(self) -> float:
+        """Coordinates that each one stands for."""
+        return self.stride * self.matrices
+
 
 class Sample:
-    """Every so many-th feature of each matrix of a source, all of them where there are few."""
+    """Some features of some matrices of a source, all of them where there are few."""
 
     def __init__(self, source: Source) -> None:
         wanted = -(-source.schema.num_params // _SAMPLE)
@@ -40,11 +46,13 @@ class Sample:
         self._parts = []
         for stack in stacks_of(source.schema, wanted):
             stride = thin_for(stack.f, wanted)
-            self._parts.append(_Part(stack, stride, source.delta(stack, stride), source.weight(stack, stride)))
+            some = replace(stack, tensors=stack.tensors[:: max(1, wanted // stride)])
+            matrices = len(stack.tensors) / len(some.tensors)
+            self._parts.append(_Part(some, stride, matrices, source.delta(some, stride), source.weight(some, stride)))
 
     def price(self, limit: float, *, coordinates: bool) -> float:
         """Price at which components, and single coordinates if they are sent, take about `limit` bits."""
-        energy = sum(p.stride * float((p.weight * p.delta.square()).sum()) for p in self._parts)
+        energy = sum(p.copies * float((p.weight * p.delta.square()).sum()) for p in self._parts)
         if energy == 0.0 or limit <= 0:
             return math.inf
         log_price, slope = math.log(0.2 * energy / (limit + 0.05 * self._num_params)), _USUAL_SLOPE
@@ -68,30 +76,30 @@ class Sample:
             if state is not None:
                 rest = rest - self._source.read(state, part.stack, part.stride)
             values.append((part.weight * rest.square()).reshape(-1))
-            copies.append(np.full(values[-1].numel(), part.stride))
+            copies.append(np.full(values[-1].numel(), part.copies))
         value, copy = torch.cat(values).numpy(), np.concatenate(copies)
         order = np.argsort(-value)
         place = int(np.searchsorted(np.cumsum(copy[order]), share * self._num_params))
         return 0.0 if place >= value.size else float(value[order[place]])
 
     def _bits(self, price: float, coordinates: bool) -> float:
-        bits, count, size, extra = 0.0, 0.0, 0, 0.0
+        bits, count, size, extra = 0.0, 0.0, 0.0, 0.0
         rests = []
         for part in self._parts:
             rest = part.delta.clone()
             for layer in fit(part.stack, rest, part.weight, price, self._source.exponent, part.stride):
-                bits += float(layer.bits.sum())
+                bits += part.matrices * float(layer.bits.sum())
             if coordinates:
-                rests.append((part.stride, (part.weight * rest.square()).reshape(-1) / price))
+                rests.append((part.copies, (part.weight * rest.square()).reshape(-1) / price))
         if not coordinates:
             return bits
         density = 0.02
         for _ in range(4):
             cost = 1 + math.log2((1 - density) / density)
-            count = sum(stride * int((value > cost).sum()) for stride, value in rests)
-            size = sum(stride * value.numel() for stride, value in rests)
+            count = sum(copies * int((value > cost).sum()) for copies, value in rests)
+            size = sum(copies * value.numel() for copies, value in rests)
             density = min(max(count / size, 1 / size), 0.45)
-        for stride, value in rests:
-            extra += stride * 0.5 * float((value[value > cost] / cost).log2().sum())
+        for copies, value in rests:
+            extra += copies * 0.5 * float((value[value > cost] / cost).log2().sum())
         entropy = -density * math.log2(density) - (1 - density) * math.log2(1 - density)
         return bits + (_COORDINATE_SHARE * size * entropy + count if count else 0.0) + extra
