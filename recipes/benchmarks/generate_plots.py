@@ -65,7 +65,8 @@ def draw(results: Mapping[str, list[Row]], folder: Path) -> list[Path]:
 
 def _speed(rows: list[Row] | None) -> Figure | None:
     rows = [row for row in rows or [] if row["variant"].startswith("default") and "rerun" not in row["variant"]]
-    if not rows:
+    rows = [row for row in rows if row["clock"] == "wall"] or rows
+    if len({row["prompt"] for row in rows}) < 3:
         return None
     figure = Figure(figsize=(9.0, 4.2), layout="constrained")
     for axes, part in zip(figure.subplots(1, 2, sharey=True), ("first_token", "end_to_end"), strict=True):
@@ -90,7 +91,7 @@ def _quality(rows: list[Row] | None) -> Figure | None:
     if not rows:
         return None
     tasks = sorted({row["task"] for row in rows})
-    figure = Figure(figsize=(4.5 * len(tasks), 4.2), layout="constrained")
+    figure = Figure(figsize=(1.6 + 4.5 * len(tasks), 4.2), layout="constrained")
     for axes, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
         own = sorted((row for row in rows if row["task"] == task), key=_order)
         (dense,) = [row for row in own if row["scorer"] == "dense"]
@@ -105,7 +106,7 @@ def _quality(rows: list[Row] | None) -> Figure | None:
         axes.set_ylabel("exact match" if "exact_match" in dense else "nats per answer token")
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(True, color="#e6e6e6")
-    figure.axes[0].legend(frameon=False, fontsize=8)
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=8)
     return figure
 
 
