@@ -32,14 +32,24 @@ def offset(ids):
     return (ids == 0).long().cumprod(-1).sum(-1, keepdim=True)
 
 
+class HookedRarity(Rarity):
+    """The same scores, read at block 0: tokens are dropped by the hooks, before any of them met."""
+
+    layer = 0
+
+    def score_block(self, inputs):
+        return self.scores(None, inputs.input_ids, inputs.attention_mask)
+
+
+@pytest.mark.parametrize("scorer", [Rarity(), HookedRarity()])
 @pytest.mark.parametrize("lengths", [[40], [40, 29]])
 @torch.no_grad()
-def test_second_turn_on_a_cut_cache(lengths):
+def test_second_turn_on_a_cut_cache(lengths, scorer):
     """Two turns with one cache give what one masked pass over the whole chat gives."""
     model = make_model(eos_token_id=None)
     ids, mask = left_padded(lengths)
     rows = len(lengths)
-    reducer = TokenReducer(0.5, min_tokens=0, scorer=Rarity(), first=4, last=8)
+    reducer = TokenReducer(0.5, min_tokens=0, scorer=scorer, first=4, last=8)
     cache = DynamicCache(config=model.config)
     options = {"max_new_tokens": NEW, "do_sample": False, "past_key_values": cache, "custom_generate": reducer}
     first = model.generate(ids, attention_mask=mask, **options)
