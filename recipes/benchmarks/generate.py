@@ -33,7 +33,7 @@ def merge(name: str, rows: list[dict[str, Any]], keys: tuple[str, ...]) -> None:
     fresh = {tuple(str(row.get(key)) for key in keys) for row in rows}
     kept = [row for row in old if tuple(str(row.get(key)) for key in keys) not in fresh]
     command = (
-        f"OMP_NUM_THREADS={torch.get_num_threads()} python recipes/benchmarks/generate.py {' '.join(sys.argv[1:])}"
+        f"OMP_NUM_THREADS={torch.get_num_threads()} python recipes/benchmarks/generate.py {' '.join(_told())}"
     )
     rows = [*kept, *({**row, "command": command} for row in rows)]
     rows.sort(key=lambda row: [str(row.get(key)).zfill(8) for key in keys])
@@ -86,6 +86,13 @@ def show(args: argparse.Namespace) -> None:
     print(tables(results))
     for path in draw(results, Path(__file__).parents[2] / "docs" / "images"):
         print(path)
+
+
+def _told() -> list[str]:
+    """The arguments as anyone would type them: without the folder that trained adapters were kept in."""
+    given = sys.argv[1:]
+    at = given.index("--work") if "--work" in given else len(given)
+    return given[:at] + given[at + 2 :]
 
 
 def main() -> None:
