@@ -180,10 +180,11 @@ def plot(table: dict[str, list[dict[str, Any]]], path: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
-    for label, rows in table.items():
+    colours, marks = pyplot.colormaps["tab20"].colors, "osv^D*XP"
+    for i, (label, rows) in enumerate(table.items()):
         points = sorted((row["bpp"], row["other"]) for row in rows if row["other"] > 0 and row["bpp"] < 10)
         if points:
-            axes.plot(*zip(*points, strict=True), marker="o", markersize=4, label=label)
+            axes.plot(*zip(*points, strict=True), color=colours[i % 20], marker=marks[i % 8], markersize=5, label=label)
     axes.set(xscale="log", yscale="log", ylim=(5e-3, 3), xlabel="bits per adapter parameter")
     axes.set_ylabel("relative distortion, weighted by a Fisher of other batches")
     axes.grid(alpha=0.3, which="both")
