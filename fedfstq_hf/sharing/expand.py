@@ -47,7 +47,7 @@ def expand(base_model: nn.Module, facts: Facts, read: Read) -> PeftModel:
             f"The adapter does not fit this base model: {error}. Load {_base_name(config)}."
         ) from error
     try:
-        check_same_base(base_fingerprint(model), facts.base, _base_name(config))
+        _check_base(base_fingerprint(model), facts.base, config)
         adapter = trained_adapter(model)
         state = _decode(adapter, facts, read)
         set_peft_model_state_dict(model, state, adapter_name=adapter.name)
@@ -136,5 +136,20 @@ def _exact(adapter: TrainedAdapter, facts: Facts, read: Read) -> dict[str, Tenso
     return {name: tensor.to(expected[name].dtype) for name, tensor in state.items()}
 
 
+def _check_base(mine: Mapping[str, Any], theirs: Mapping[str, Any], config: LoraConfig) -> None:
+    for key, expected in theirs.items():
+        if key != "embedding_probe" and mine.get(key) != expected:
+            raise AdapterMismatchError(
+                f"This adapter was made for another base model: {key} is {expected!r:.80} there and "
+                f"{mine.get(key)!r:.80} here. Load {_base_name(config)}."
+            )
+    try:
+        check_same_base(mine, theirs, "")
+    except (AdapterMismatchError, TypeError, ValueError) as error:
+        raise AdapterMismatchError(
+            f"This adapter was made for another base model: its embeddings differ. Load {_base_name(config)}."
+        ) from error
+
+
 def _base_name(config: LoraConfig) -> str:
-    return str(config.base_model_name_or_path or "that it was made for")
+    return f"the base model {config.base_model_name_or_path or 'that it was made for'}"

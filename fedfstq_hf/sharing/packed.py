@@ -76,7 +76,7 @@ class Facts:
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             if isinstance(error, MessageError):
                 raise
-            raise MessageError(f"{FACTS_FILE} cannot be read ({type(error).__name__}: {error:.80})") from error
+            raise MessageError(f"{FACTS_FILE} cannot be read ({type(error).__name__})") from error
         good = (
             isinstance(facts.base, dict)
             and (facts.seed is None or (type(facts.seed) is int and 0 <= facts.seed < 2**63))
