@@ -32,9 +32,7 @@ def merge(name: str, rows: list[dict[str, Any]], keys: tuple[str, ...]) -> None:
     old = json.loads(path.read_text())["rows"] if path.exists() else []
     fresh = {tuple(str(row.get(key)) for key in keys) for row in rows}
     kept = [row for row in old if tuple(str(row.get(key)) for key in keys) not in fresh]
-    command = (
-        f"OMP_NUM_THREADS={torch.get_num_threads()} python recipes/benchmarks/generate.py {' '.join(_told())}"
-    )
+    command = f"OMP_NUM_THREADS={torch.get_num_threads()} python recipes/benchmarks/generate.py {' '.join(_told())}"
     rows = [*kept, *({**row, "command": command} for row in rows)]
     rows.sort(key=lambda row: [str(row.get(key)).zfill(8) for key in keys])
     text = ",\n".join("    " + json.dumps(row) for row in rows)
