@@ -1,15 +1,15 @@
 """How small a trained adapter gets and what that does to it: 4, 2, 1 and 0.5 bits per parameter, all files counted.
 
-Trains LoRA on pooled data (or takes `--adapter FOLDER`), compresses it into a folder with and without calibration, loads
-that folder onto a fresh base and measures held-out quality again. Run, some minutes on 2 CPU cores:
+Trains LoRA on pooled data (or takes `--adapter FOLDER`), compresses it into a folder with and without calibration,
+loads that folder onto a fresh base and measures held-out quality again. Run, some minutes on 2 CPU cores:
 
     python recipes/benchmarks/compress.py                       # the embedded demo, exact match
     python recipes/benchmarks/compress.py --name lab --model FOLDER --data FILE.jsonl --format fed_med \\
         --learning-rate 5e-4 --max-length 256                   # another base and data, loss
     python recipes/benchmarks/compress.py --save FOLDER --budgets ""     # train only; then --adapter FOLDER
 
-Adds its figures to `--results` under `--name`. Exits with 1 if a bar is missed with calibration: at 2 bits 0.5 points of
-exact match (where the adapter has any, else 0.5 % of the gain in loss), at 1 bit 2 points or 2 %.
+Adds its figures to `--results` under `--name`. Exits with 1 if a bar is missed with calibration: at 2 bits 0.5 points
+of exact match (where the adapter has any, else 0.5 % of the gain in loss), at 1 bit 2 points or 2 %.
 """
 
 from __future__ import annotations

@@ -54,7 +54,7 @@ def test_push_and_load(hub_here, token):
     assert "My own words." in card
     assert EXACT_FILE not in card
     # an earlier version by its commit
-    old = hub_here.commits(REPO)[2]["id"]
+    old = hub_here.commits(REPO)[2]["oid"]
     assert torch.equal(logits(load_compressed_adapter(fresh_base(), REPO, revision=old, token=token)), expected)
 
 
