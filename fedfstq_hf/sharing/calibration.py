@@ -2,10 +2,14 @@
 
 The diagonal Fisher of a LoRA pair is (nearly) a product: of the squared gradient at each output and the squared
 activation at each input of its module. Its row and column sums give the two, with far less noise than single entries.
+
+The weights are the roots of these: an adapter that fits its task has gradients from a few hard examples only, and bits
+that follow their squares leave the rest of the task behind (measured: docs/sharing.md).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 
 import torch
@@ -60,7 +64,7 @@ def adapter_fisher(
 
 
 def pair_weights(state: Mapping[str, Tensor], fisher: Mapping[str, Tensor], pair: Pair) -> PairWeights:
-    """Weights of one module's product, from the Fisher information of its two matrices."""
+    """Weights of one module's product: roots of its factors of the Fisher information, and of their common scale."""
     a, b = matrices(state, pair)
     fisher_a, fisher_b = matrices(fisher, pair)
     of_input, of_output = _floored(fisher_a.sum(dim=0)), _floored(fisher_b.sum(dim=1))
@@ -71,7 +75,12 @@ def pair_weights(state: Mapping[str, Tensor], fisher: Mapping[str, Tensor], pair
     scale = 1.0
     for value in seen:
         scale *= value ** (1 / len(seen))
-    return PairWeights(of_output, of_input, scale if seen else 0.0)
+    return PairWeights(_root(of_output), _root(of_input), math.sqrt(scale) if seen else 0.0)
+
+
+def _root(weights: Tensor) -> Tensor:
+    root = weights.sqrt()
+    return root / root.mean()
 
 
 def _floored(sums: Tensor) -> Tensor:
