@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fedfstq_hf.codec.budget import parse_budget
 from fedfstq_hf.errors import ConfigError
 
 CONFIG_FILE = "fedfstq_config.json"
@@ -37,7 +36,10 @@ class FedFSTQConfig:
     )
     uplink_budget: str | int | None = field(
         default=None,
-        metadata={"help": "Most bytes per message: '96kB', bits per parameter '0.3bpp', link time '5s@2Mbps'."},
+        metadata={
+            "help": "Most bytes per message: '96kB', bits per parameter '0.3bpp', link time '5s@2Mbps'; 'auto' or "
+            "'auto:0.05bpp..96kB' grows as progress slows, 'ramp:0.05bpp..0.4bpp' from round to round."
+        },
     )
     state_dir: str | None = field(
         default=None,
@@ -92,7 +94,9 @@ class FedFSTQConfig:
         if self.wait_seconds is not None and self.wait_seconds < 0:
             raise ConfigError(f"wait_seconds must be at least 0, or None to wait for ever; not {self.wait_seconds!r}.")
         if self.uplink_budget is not None:
-            parse_budget(self.uplink_budget, _ANY_ADAPTER)
+            from fedfstq_hf.federation.budgets import open_budget  # not at the top: it imports torch
+
+            open_budget(self.uplink_budget, _ANY_ADAPTER)
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> Path:
         """Write `fedfstq_config.json` into `folder`; returns its path."""

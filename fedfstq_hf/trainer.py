@@ -7,12 +7,8 @@ adapter to the participation, which packs and sends the change.
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import json
 import logging
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,18 +16,17 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, set_seed
 
-from fedfstq_hf.adapter import AdapterView, base_fingerprint, check_same_adapter, check_same_base
-from fedfstq_hf.codec import CodecContext, get_codec, message, parse_budget
+from fedfstq_hf.adapter import AdapterView
 from fedfstq_hf.config import FedFSTQConfig
-from fedfstq_hf.errors import BudgetError, ConfigError, DataError, MailboxError, NonFiniteError
-from fedfstq_hf.federation import adapter_file
-from fedfstq_hf.federation.client import Assignment, LocalResult, MailboxParticipation, Participation
-from fedfstq_hf.federation.key_files import client_signer
-from fedfstq_hf.federation.mailbox import ADAPTER_CONFIG_FILE, SPEC_FILE, open_mailbox
-from fedfstq_hf.federation.session import ClientSession, Settlement
+from fedfstq_hf.errors import ConfigError, DataError, MailboxError, NonFiniteError
+from fedfstq_hf.federation.client import Assignment, LocalResult, Participation
+from fedfstq_hf.federation.session import Settlement
 from fedfstq_hf.federation.spec import FederationSpec
-from fedfstq_hf.rounds import RoundSampler, dump_optimizer, load_optimizer, set_schedule
 from fedfstq_hf.sensitivity import AdapterFisher, TokenSensitivity
+from fedfstq_hf.training.joining import join
+from fedfstq_hf.training.observing import StepObserver
+from fedfstq_hf.training.packing import pack_local
+from fedfstq_hf.training.rounds import RoundSampler, dump_optimizer, load_optimizer, set_schedule
 
 logger = logging.getLogger(__name__)
 
@@ -51,12 +46,12 @@ class FedFSTQMixin(_TrainerLike):  # type: ignore[misc]
         self.federation = federation or FedFSTQConfig()
         self._spec: FederationSpec | None = None
         self.adapter_view = AdapterView(self.model)
-        self.adapter_fisher = AdapterFisher(self.adapter_view.parameters, rho=self.federation.rho)
-        self.sensitivity = self._new_sensitivity()
+        self._observer = self._new_observer(self.federation.rho, self.federation.refresh_steps)
         self._participation: Participation | None = None
         self._assignment: Assignment | None = None
         self._batches: Iterator[Any] | None = None
         self._local_step = 0
+        self._losses: list[Tensor] = []
         self._ended = False
         self._start_adapter: Tensor | None = None
         self._fed_metrics: dict[str, float] = {}
@@ -68,6 +63,16 @@ class FedFSTQMixin(_TrainerLike):  # type: ignore[misc]
         self.add_callback(_RoundEnd(self))
 
     # What a user calls
+
+    @property
+    def adapter_fisher(self) -> AdapterFisher:
+        """Fisher information of the adapter's coordinates, as of the last step."""
+        return self._observer.fisher
+
+    @property
+    def sensitivity(self) -> TokenSensitivity:
+        """Sensitivity of the loss to each token id, as of the last refresh step."""
+        return self._observer.tokens
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         """Take part in every round until the federation ends; without a mailbox, train locally.
@@ -86,9 +91,16 @@ class FedFSTQMixin(_TrainerLike):  # type: ignore[misc]
         if self.federation.mailbox is None:
             if resume_from_checkpoint is None or self._start_adapter is None:
                 self._start_adapter = self.adapter_view.read()
-            self.adapter_fisher.reset()
+            self._observer.fisher.reset()
             return super().train(resume_from_checkpoint, **kwargs)
-        participation, spec = self._join(self.federation.mailbox)
+        self._check_dataset(self.train_dataset)
+        participation, spec = join(
+            self.federation,
+            self.model,
+            self.adapter_view,
+            tokenizer=self.processing_class,
+            output_dir=self.args.output_dir,
+        )
         self.settlements = participation.settlements
         try:
             return self.take_part(participation, spec, **kwargs)
@@ -113,7 +125,7 @@ class FedFSTQMixin(_TrainerLike):  # type: ignore[misc]
             )
         max_steps = self.args.max_steps
         self._participation, self._spec, self._ended = participation, spec, False
-        self.adapter_fisher = AdapterFisher(self.adapter_view.parameters, rho=spec.rho)
+        self._observer = self._new_observer(spec.rho, spec.refresh_steps)
         self.args.max_steps = max(participation.total_steps, 1)
         try:
             output = super().train(None, **kwargs)
@@ -133,72 +145,13 @@ class FedFSTQMixin(_TrainerLike):  # type: ignore[misc]
         """
         if self._start_adapter is None:
             raise ConfigError("There is nothing to pack yet: call train() first.")
-        view, config = self.adapter_view, self.federation
-        codec = get_codec(config.codec, **config.codec_options)
-        header = message.Header(
-            round=0,
-            client_id=config.client_id,
-            num_examples=len(self.train_dataset),
-            base=hashlib.sha256(adapter_file.dump(view.schema.unflatten(self._start_adapter))).hexdigest(),
-            schema=view.schema.fingerprint,
-            codec=codec.name,
-            params={},
+        return pack_local(
+            self.federation,
+            self.adapter_view,
+            self._start_adapter,
+            self.adapter_fisher.vector(),
+            len(self.train_dataset),
         )
-        budget = config.uplink_budget
-        max_bytes = None if budget is None else parse_budget(budget, view.schema.num_params)
-        encoded = codec.encode(
-            view.schema.unflatten(view.read() - self._start_adapter),
-            view.schema.unflatten(self.adapter_fisher.vector()),
-            max_bytes=None if max_bytes is None else max_bytes - message.overhead(header, max_bytes),
-            context=CodecContext(round=0),
-        )
-        return message.pack(header, encoded.payload)
-
-    # Joining
-
-    def _join(self, address: str) -> tuple[MailboxParticipation, FederationSpec]:
-        mailbox, config = open_mailbox(address), self.federation
-        if mailbox.head() is None:
-            raise MailboxError(
-                f"{address} holds no federation. Check the address, or make one with `fedfstq init {address} ...`."
-            )
-        spec = FederationSpec.from_json(mailbox.read(0, SPEC_FILE))
-        theirs = json.loads(mailbox.read(0, ADAPTER_CONFIG_FILE))
-        check_same_base(base_fingerprint(self.model), spec.base_fingerprint, spec.model)
-        check_same_adapter(self.model.peft_config[self.adapter_view.name].to_dict(), theirs)
-        self._check_dataset(self.train_dataset)
-        budget = config.uplink_budget if config.uplink_budget is not None else spec.uplink_budget
-        max_bytes = None if budget is None else parse_budget(budget, self.adapter_view.schema.num_params)
-        session = ClientSession(
-            config.client_id,
-            spec,
-            self.adapter_view.schema,
-            folder=config.state_dir or Path(self.args.output_dir) / "fedfstq",
-            sign=client_signer(mailbox, spec, config.client_id, config.signing_key),
-        )
-        try:
-            participation = MailboxParticipation(
-                mailbox,
-                session,
-                max_bytes=max_bytes,
-                poll_seconds=config.poll_seconds,
-                wait_seconds=config.wait_seconds,
-                saliency=self._pack_saliency if config.share_saliency else None,
-            )
-        except BudgetError:
-            session.close()
-            raise
-        return participation, spec
-
-    def _pack_saliency(self, carried: dict[str, Tensor]) -> bytes | None:
-        from fedfstq_hf.generation.federated import client_saliency
-
-        if self.processing_class is None:
-            logger.warning("share_saliency needs the tokenizer: pass processing_class=tokenizer. Nothing is shared.")
-            return None
-        state = {name.removeprefix("tokens."): value for name, value in carried.items() if name.startswith("tokens.")}
-        rho = self.sensitivity.rho
-        return client_saliency(state, rho=rho, tokenizer=self.processing_class, model=self.model) if state else None
 
     def _check_dataset(self, dataset: Any) -> None:
         if dataset is None or not hasattr(dataset, "__len__"):
@@ -263,11 +216,8 @@ class FedFSTQMixin(_TrainerLike):  # type: ignore[misc]
         set_schedule(self.lr_scheduler, assignment.round * spec.local_steps)
         if assignment.global_step is not None:
             self._skip_steps(assignment.global_step - self.state.global_step)
-        self.adapter_fisher.reset()
-        self.sensitivity = self._new_sensitivity()
-        table = {name.removeprefix("tokens."): value for name, value in carried.items() if name.startswith("tokens.")}
-        if table:
-            self.sensitivity.load_state_dict(table)
+        self._observer.begin(carried)
+        self._losses = []
         set_seed(assignment.seed)
         self._batches = iter(super().get_train_dataloader())
         return True
@@ -286,7 +236,7 @@ class FedFSTQMixin(_TrainerLike):  # type: ignore[misc]
             return
         if self._batches is not None:
             next(self._batches, None)  # lets Accelerate close the exhausted loader
-        carried = {f"tokens.{name}": value for name, value in self.sensitivity.state_dict().items()}
+        carried = self._observer.carried()
         if spec.optimizer_state == "kept":
             carried |= dump_optimizer(self.optimizer, self.adapter_view.parameters)
         result = LocalResult(
@@ -294,6 +244,7 @@ class FedFSTQMixin(_TrainerLike):  # type: ignore[misc]
             fisher=self.adapter_fisher.vector(),
             num_examples=len(self.train_dataset),
             carried=carried,
+            loss=float(torch.stack(self._losses).sum()) / spec.local_steps if self._losses else None,
         )
         self._fed_metrics = participation.complete(assignment, result)
         self._assignment, self._batches = None, None
@@ -310,12 +261,11 @@ class FedFSTQMixin(_TrainerLike):  # type: ignore[misc]
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """An ordinary step; then Fisher information from its gradients, before they are clipped."""
-        refresh = self._spec.refresh_steps if self._spec is not None else self.federation.refresh_steps
         try:
-            with self._token_probe(inputs) if self._local_step % refresh == 0 else contextlib.nullcontext():
+            with self._observer.watch(self._local_step, inputs):
                 loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
             if self.accelerator.sync_gradients:
-                self.adapter_fisher.update(self.adapter_view.gradients())
+                self._observer.end_step()
         except NonFiniteError as error:
             place = f"local step {self._local_step + 1}"
             if self._assignment is not None:
@@ -324,40 +274,15 @@ class FedFSTQMixin(_TrainerLike):  # type: ignore[misc]
                 f"The loss or a gradient of client {self._client_id()!r} became NaN or infinite in {place}; nothing of "
                 "this round was sent. Lower the learning rate or check the data."
             ) from error
+        if self._assignment is not None:
+            self._losses.append(loss.detach())  # of a micro-batch, already divided by the number of them
         return loss
 
     def _client_id(self) -> str:
         return self.federation.client_id if self._assignment is None else self._assignment.session.client_id
 
-    @contextlib.contextmanager
-    def _token_probe(self, inputs: dict[str, Any]) -> Iterator[None]:
-        """Within it, the backward pass leaves g(i) = ||dL/de_i||^2 of each input token in the table (METHOD section 2).
-
-        Micro-batches of one step enter one after the other.
-        """
-        mask = inputs.get("attention_mask")
-
-        def watch(module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> None:
-            ids = arguments[0]
-            if not output.requires_grad:
-                output.requires_grad_()  # a frozen embedding gets no gradient by itself
-
-            def collect(gradient: Tensor) -> None:
-                squared = gradient.detach().float().square().sum(dim=-1)
-                self.sensitivity.update(ids, squared, None if mask is None else mask.to(ids.device).bool())
-
-            if output.requires_grad and torch.is_grad_enabled():
-                output.register_hook(collect)  # type: ignore[no-untyped-call]
-
-        handle = self.model.get_input_embeddings().register_forward_hook(watch)
-        try:
-            yield
-        finally:
-            handle.remove()
-
-    def _new_sensitivity(self) -> TokenSensitivity:
-        vocab_size = self.model.get_input_embeddings().weight.shape[0]
-        return TokenSensitivity(vocab_size, rho=self.federation.rho if self._spec is None else self._spec.rho)
+    def _new_observer(self, rho: float, refresh_steps: int) -> StepObserver:
+        return StepObserver(self.model, self.adapter_view, rho=rho, refresh_steps=refresh_steps)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the federation's figures, so that they reach `log_history` and every reporter."""

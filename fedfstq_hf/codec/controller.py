@@ -91,8 +91,22 @@ def parse_controller(budget: str | int | None, num_params: int) -> BudgetControl
     """
     if not isinstance(budget, str) or not (text := budget.strip()).startswith("auto"):
         return None
-    text = _DEFAULT if text == "auto" else text
-    low, dots, high = text.removeprefix("auto:").partition("..")
-    if not text.startswith("auto:") or not dots:
-        raise BudgetError(f'uplink budget {budget!r} cannot be read; write "auto" or "{_DEFAULT}"')
-    return BudgetController(parse_budget(low, num_params), parse_budget(high, num_params))
+    return BudgetController(*parse_bounds(_DEFAULT if text == "auto" else text, "auto", num_params))
+
+
+def parse_bounds(budget: str, kind: str, num_params: int) -> tuple[int, int]:
+    """The two sizes in bytes of a budget written "KIND:LOW..HIGH".
+
+    Raises BudgetError if they cannot be read or stand in the wrong order.
+    """
+    given, colon, bounds = budget.strip().partition(":")
+    low, dots, high = bounds.partition("..")
+    if given != kind or not colon or not dots:
+        raise BudgetError(f'uplink budget {budget!r} cannot be read; write "{kind}:0.05bpp..0.4bpp"')
+    sizes = parse_budget(low, num_params), parse_budget(high, num_params)
+    if sizes[0] > sizes[1]:
+        raise BudgetError(
+            f"uplink budget {budget!r} runs from {sizes[0]} to {sizes[1]} bytes; write the lower bound "
+            f'first, as in "{kind}:0.05bpp..0.4bpp"'
+        )
+    return sizes

@@ -16,6 +16,7 @@ from torch import Tensor
 from fedfstq_hf.codec import CodecContext, Schema, get_codec, message
 from fedfstq_hf.errors import FedFSTQError, MailboxError, MailboxUnavailableError
 from fedfstq_hf.federation import adapter_file
+from fedfstq_hf.federation.budgets import MessageBudget, posted_losses
 from fedfstq_hf.federation.control import read_control
 from fedfstq_hf.federation.downlink import cheapest_download
 from fedfstq_hf.federation.mailbox import ADAPTER_FILE, SALIENCY_FILE, UPDATE_FILE, Mailbox
@@ -58,12 +59,13 @@ class Assignment:
 
 @dataclass(frozen=True)
 class LocalResult:
-    """What local training gives back: adapter and Fisher are (num_params,) float32."""
+    """What local training gives back: adapter and Fisher are (num_params,) float32; loss is the mean over its steps."""
 
     adapter: Tensor
     fisher: Tensor | None
     num_examples: int
     carried: dict[str, Tensor]
+    loss: float | None = None
 
 
 class Participation(Protocol):
@@ -88,7 +90,7 @@ class MailboxParticipation:
     Args:
         mailbox: where the federation lives.
         session: this client's state.
-        max_bytes: its budget per message in bytes, None for no limit.
+        budget: of its messages.
         poll_seconds: mean time between two looks at the mailbox.
         wait_seconds: give up after waiting that long for a round; None waits for ever.
         sleep: a test passes its own.
@@ -96,7 +98,7 @@ class MailboxParticipation:
             are sent once, with the last round's message, and only if the federation's spec asks for them.
 
     Raises:
-        BudgetError: not even an empty message fits into `max_bytes`.
+        BudgetError: not even an empty message fits into the budget.
     """
 
     def __init__(
@@ -104,20 +106,20 @@ class MailboxParticipation:
         mailbox: Mailbox,
         session: ClientSession,
         *,
-        max_bytes: int | None,
+        budget: MessageBudget,
         poll_seconds: float = 2.0,
         wait_seconds: float | None = None,
         sleep: Callable[[float], None] = time.sleep,
         saliency: Callable[[dict[str, Tensor]], bytes | None] | None = None,
     ) -> None:
-        if max_bytes is not None:
-            session.check_budget(max_bytes)
+        if budget.least is not None:
+            session.check_budget(budget.least)
         self.mailbox = mailbox
         self.session = session
         self.total_steps = session.spec.rounds * session.spec.local_steps
         self.settlements: list[Settlement] = []
         self.downlink_bytes = 0
-        self._max_bytes = max_bytes
+        self._budget = budget
         self._poll_seconds = poll_seconds
         self._wait_seconds = wait_seconds
         self._sleep = sleep
@@ -162,14 +164,19 @@ class MailboxParticipation:
 
     def complete(self, assignment: Assignment, result: LocalResult) -> dict[str, float]:
         """Store the message, then post it."""
+        spec = self.session.spec
+        posted = posted_losses(self.mailbox.read_metrics()) if self._budget.controller is not None else ()
+        max_bytes, moved = self._budget.take(
+            assignment.round, spec.rounds, loss=result.loss, posted=posted, carried=self.session.carried
+        )
         pending = self.session.finish(
             assignment.round,
             assignment.adapter_sha256,
             result.adapter - assignment.adapter,
             fisher=result.fisher,
             num_examples=result.num_examples,
-            max_bytes=self._max_bytes,
-            carried=result.carried,
+            max_bytes=max_bytes,
+            carried={**result.carried, **moved},
         )
         self._post(self._record(assignment.round))
         return {"fed_round": assignment.round, "fed_uplink_bytes": len(pending.message)}

@@ -42,10 +42,10 @@ def _check_codec(method: MethodSettings) -> None:
 
 
 def _check_budget(method: MethodSettings) -> None:
-    from fedfstq_hf.codec import parse_budget
+    from fedfstq_hf.federation.budgets import open_budget
 
     if method.uplink_budget is not None:
-        parse_budget(method.uplink_budget, 1_000_000)
+        open_budget(method.uplink_budget, 1_000_000)
 
 
 def _check_server(method: MethodSettings) -> None:

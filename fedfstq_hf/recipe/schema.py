@@ -159,7 +159,8 @@ class MethodSettings:
     codec: str = "fstq"
     codec_options: dict[str, Any] = field(default_factory=dict)
     uplink_budget: int | str | None = None
-    """Most a message may weigh: bytes (`96kB`), bits per parameter (`0.3bpp`) or time on a link (`5s@2Mbps`)."""
+    """Most a message may weigh: bytes (`96kB`), bits per parameter (`0.3bpp`) or time on a link (`5s@2Mbps`); `auto`
+    and `auto:LOW..HIGH` grow as progress slows, `ramp:LOW..HIGH` from round to round."""
     error_feedback: bool | float = True
     """Whether a client keeps what its message left out and adds it to its next update; a number is the decay."""
     server: ServerSettings = field(default_factory=ServerSettings)

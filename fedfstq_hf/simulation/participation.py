@@ -13,8 +13,8 @@ from typing import Any
 
 from torch import Tensor
 
-from fedfstq_hf.codec import parse_budget
 from fedfstq_hf.errors import FedFSTQError
+from fedfstq_hf.federation.budgets import open_budget
 from fedfstq_hf.federation.client import Assignment, LocalResult, local_seed
 from fedfstq_hf.federation.coordinator import Coordinator
 from fedfstq_hf.federation.downlink import cheapest_download
@@ -71,8 +71,7 @@ class SimulatedParticipation:
         self.coordinator = Coordinator(self.mailbox)
         self.spec = self.coordinator.spec
         num_params = self.coordinator.schema.num_params
-        budget = self.spec.uplink_budget
-        self._max_bytes = None if budget is None else parse_budget(budget, num_params)
+        self._budget = open_budget(self.spec.uplink_budget, num_params)
         self._sessions: dict[int, ClientSession] = {}
         self._compute: dict[int, float] = {}
         self._started = 0.0
@@ -111,14 +110,17 @@ class SimulatedParticipation:
     def complete(self, assignment: Assignment, result: LocalResult) -> dict[str, float]:
         """Store and post the client's message."""
         session = assignment.session
+        max_bytes, moved = self._budget.take(
+            assignment.round, self.spec.rounds, loss=result.loss, carried=session.carried
+        )
         pending = session.finish(
             assignment.round,
             assignment.adapter_sha256,
             result.adapter - assignment.adapter,
             fisher=result.fisher,
             num_examples=result.num_examples,
-            max_bytes=self._max_bytes,
-            carried=result.carried,
+            max_bytes=max_bytes,
+            carried={**result.carried, **moved},
         )
         self.mailbox.post_update(assignment.round, session.client_id, pending.message)
         index = next(i for i, opened in self._sessions.items() if opened is session)

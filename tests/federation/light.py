@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fedfstq_hf.codec import Schema
 from fedfstq_hf.federation import adapter_file
+from fedfstq_hf.federation.budgets import MessageBudget
 from fedfstq_hf.federation.client import LocalResult, MailboxParticipation
 from fedfstq_hf.federation.coordinator import Coordinator
 from fedfstq_hf.federation.founding import found_federation
@@ -72,7 +73,9 @@ class LightClient:
     def __init__(self, mailbox: Mailbox, client_id: str, folder: Path | None, *, max_bytes: int | None = None) -> None:
         spec = FederationSpec.from_json(mailbox.read(0, "spec.json"))
         self.session = ClientSession(client_id, spec, SCHEMA, folder=folder, durable=getattr(mailbox, "durable", False))
-        self.participation = MailboxParticipation(mailbox, self.session, max_bytes=max_bytes, sleep=pause)
+        self.participation = MailboxParticipation(
+            mailbox, self.session, budget=MessageBudget(fixed=max_bytes), sleep=pause
+        )
         self.done = False
 
     def step(self) -> bool:

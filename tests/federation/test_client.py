@@ -5,6 +5,7 @@ import torch
 from light import SCHEMA, LightClient, NothingToDo, fake_training, found, run_rounds
 
 from fedfstq_hf.errors import MailboxError, UpdateConflictError
+from fedfstq_hf.federation.budgets import MessageBudget
 from fedfstq_hf.federation.client import MailboxParticipation, local_seed
 from fedfstq_hf.federation.coordinator import Coordinator
 from fedfstq_hf.federation.downlink import cheapest_download
@@ -147,7 +148,12 @@ def test_giving_up_says_what_to_look_at(tmp_path):
     client = LightClient(mailbox, "a", tmp_path / "a")
     client.step()
     waiting = MailboxParticipation(
-        mailbox, client.session, max_bytes=None, wait_seconds=0.0, poll_seconds=0.001, sleep=lambda seconds: None
+        mailbox,
+        client.session,
+        budget=MessageBudget(),
+        wait_seconds=0.0,
+        poll_seconds=0.001,
+        sleep=lambda seconds: None,
     )
     with pytest.raises(
         MailboxError, match=r"No new round in .* for 0 s after round 0\. Is `fedfstq serve .*nothing is lost"
@@ -166,7 +172,7 @@ def test_polls_are_spread_and_grow_rarer_while_nothing_happens(tmp_path):
         if len(slept) == 50:
             raise NothingToDo
 
-    waiting = MailboxParticipation(mailbox, client.session, max_bytes=None, poll_seconds=2.0, sleep=sleep)
+    waiting = MailboxParticipation(mailbox, client.session, budget=MessageBudget(), poll_seconds=2.0, sleep=sleep)
     with pytest.raises(NothingToDo):
         waiting.next()
     assert 1.0 <= slept[0] <= 3.0

@@ -7,6 +7,7 @@ from light_updates import found_enrolled, ones, post
 
 from fedfstq_hf.errors import ConfigError, MailboxError
 from fedfstq_hf.federation import adapter_file, control, keys
+from fedfstq_hf.federation.budgets import MessageBudget
 from fedfstq_hf.federation.client import MailboxParticipation
 from fedfstq_hf.federation.control import Control, Enrolment, change_control
 from fedfstq_hf.federation.coordinator import Coordinator
@@ -161,7 +162,7 @@ def test_a_client_that_is_not_drawn_does_not_give_up_while_rounds_go_on(tmp_path
             coordinator.close_round()
 
     idle = LightClient(mailbox, "b", None).session
-    waiting = MailboxParticipation(mailbox, idle, max_bytes=None, wait_seconds=15, sleep=sleep)
+    waiting = MailboxParticipation(mailbox, idle, budget=MessageBudget(), wait_seconds=15, sleep=sleep)
     with pytest.raises(MailboxError, match=r"No new round in .* for 15 s after round 3"):
         waiting.next()
     assert now[0] == 50  # three rounds of ten seconds each, and then two more looks

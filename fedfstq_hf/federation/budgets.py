@@ -1,0 +1,120 @@
+"""How large each of a client's messages may be: fixed, growing over the rounds, or as large as training asks for.
+
+`"96kB"`, `"0.3bpp"` and `"5s@2Mbps"` are fixed; `"ramp:LOW..HIGH"` grows by the same factor from round to round;
+`"auto"` and `"auto:LOW..HIGH"` grow as progress slows. Bounds are written like fixed budgets, so that
+`"auto:0.05bpp..5s@2Mbps"` never asks more of a slow link than five seconds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedfstq_hf.codec import parse_budget
+from fedfstq_hf.codec.controller import BudgetController, BudgetState, parse_bounds, parse_controller
+
+_KEY = "budget"
+
+
+@dataclass(frozen=True)
+class MessageBudget:
+    """The sizes of a client's messages. At most one of the three is set; none is no limit.
+
+    Attributes:
+        fixed: bytes of every message.
+        ramp: bytes of the first and of the last round's message.
+        controller: moves the size between bounds.
+    """
+
+    fixed: int | None = None
+    ramp: tuple[int, int] | None = None
+    controller: BudgetController | None = None
+
+    @property
+    def least(self) -> int | None:
+        """Bytes of the smallest message it may ask for; None for no limit."""
+        if self.controller is not None:
+            return self.controller.low
+        return self.ramp[0] if self.ramp is not None else self.fixed
+
+    def take(
+        self,
+        round: int,
+        rounds: int,
+        *,
+        loss: float | None = None,
+        posted: Sequence[tuple[int, float]] = (),
+        carried: Mapping[str, Tensor],
+    ) -> tuple[int | None, dict[str, Tensor]]:
+        """Bytes of the message of `round`, and what the session must carry for the next one.
+
+        Args:
+            round: from 0.
+            rounds: of the whole federation.
+            loss: this client's mean training loss in `round`.
+            posted: (round, loss) of evaluations that everybody can read, oldest first; they go before the client's
+                own losses, which are noisy and, for a client that is seldom asked, rare.
+            carried: what the session carries.
+        """
+        if self.ramp is not None:
+            first, last = self.ramp
+            share = round / (rounds - 1) if rounds > 1 else 1.0
+            return int(first * (last / first) ** share), {}
+        if self.controller is None:
+            return self.fixed, {}
+        if posted:
+            state = self.controller.start()
+            for when, value in posted:
+                state = self.controller.after(state, value, when)
+            return state.num_bytes, {}
+        state = _load(carried) or self.controller.start()
+        if loss is not None:
+            state = self.controller.after(state, loss, round)
+        return state.num_bytes, {_KEY: _dump(state)}
+
+
+def open_budget(budget: str | int | None, num_params: int) -> MessageBudget:
+    """Read a budget as people write it, for an adapter of `num_params`.
+
+    Raises:
+        BudgetError: it cannot be read, a bound comes to less than a byte, or the bounds stand in the wrong order.
+    """
+    if budget is None:
+        return MessageBudget()
+    if isinstance(budget, str) and budget.strip().startswith("ramp"):
+        return MessageBudget(ramp=parse_bounds(budget, "ramp", num_params))
+    controller = parse_controller(budget, num_params)
+    if controller is not None:
+        return MessageBudget(controller=controller)
+    return MessageBudget(fixed=parse_budget(budget, num_params))
+
+
+def posted_losses(metrics: Mapping[int, Mapping[str, Mapping[str, Any]]]) -> list[tuple[int, float]]:
+    """(round, mean `eval_loss` over the sources that posted one), oldest first.
+
+    Args:
+        metrics: as `Mailbox.read_metrics` returns them.
+    """
+    losses = []
+    for round in sorted(metrics):
+        values = [source.get("eval_loss") for source in metrics[round].values()]
+        numbers = [float(value) for value in values if isinstance(value, (int, float))]
+        if numbers:
+            losses.append((round, sum(numbers) / len(numbers)))
+    return losses
+
+
+def _dump(state: BudgetState) -> Tensor:
+    level = torch.nan if state.level is None else state.level
+    return torch.tensor([state.num_bytes, level, state.fastest, state.round], dtype=torch.float64)
+
+
+def _load(carried: Mapping[str, Tensor]) -> BudgetState | None:
+    if _KEY not in carried:
+        return None
+    num_bytes, level, fastest, round = carried[_KEY].tolist()
+    return BudgetState(int(num_bytes), None if level != level else level, fastest, int(round))

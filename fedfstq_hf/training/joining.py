@@ -1,0 +1,84 @@
+"""Joining a federation: the checks a client passes before its first round, and its side of the mailbox."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from fedfstq_hf.adapter import AdapterView, base_fingerprint, check_same_adapter, check_same_base
+from fedfstq_hf.config import FedFSTQConfig
+from fedfstq_hf.errors import BudgetError, MailboxError
+from fedfstq_hf.federation.budgets import open_budget
+from fedfstq_hf.federation.client import MailboxParticipation
+from fedfstq_hf.federation.key_files import client_signer
+from fedfstq_hf.federation.mailbox import ADAPTER_CONFIG_FILE, SPEC_FILE, open_mailbox
+from fedfstq_hf.federation.session import ClientSession
+from fedfstq_hf.federation.spec import FederationSpec
+from fedfstq_hf.training.observing import token_table
+
+logger = logging.getLogger(__name__)
+
+
+def join(
+    config: FedFSTQConfig, model: nn.Module, view: AdapterView, *, tokenizer: Any, output_dir: str
+) -> tuple[MailboxParticipation, FederationSpec]:
+    """Open the federation at `config.mailbox` for a client that holds `model`.
+
+    Args:
+        config: the client's settings, with a mailbox.
+        model: base with adapter; both must be the federation's.
+        view: of its adapter.
+        tokenizer: names the token ids where the client shares its sensitivities; None shares nothing.
+        output_dir: holds the client's state where `config.state_dir` is not given.
+
+    Raises:
+        AdapterMismatchError: another base model or LoRA configuration than the federation's.
+        BudgetError: not even an empty message fits into the client's budget.
+        MailboxError: no federation at the address.
+        SessionBusyError: another process works in this client's state folder.
+    """
+    address = str(config.mailbox)
+    mailbox = open_mailbox(address)
+    if mailbox.head() is None:
+        raise MailboxError(
+            f"{address} holds no federation. Check the address, or make one with `fedfstq init {address} ...`."
+        )
+    spec = FederationSpec.from_json(mailbox.read(0, SPEC_FILE))
+    theirs = json.loads(mailbox.read(0, ADAPTER_CONFIG_FILE))
+    check_same_base(base_fingerprint(model), spec.base_fingerprint, spec.model)
+    check_same_adapter(view.model.peft_config[view.name].to_dict(), theirs)
+    budget = config.uplink_budget if config.uplink_budget is not None else spec.uplink_budget
+    session = ClientSession(
+        config.client_id,
+        spec,
+        view.schema,
+        folder=config.state_dir or Path(output_dir) / "fedfstq",
+        sign=client_signer(mailbox, spec, config.client_id, config.signing_key),
+    )
+
+    def pack_saliency(carried: dict[str, Tensor]) -> bytes | None:
+        from fedfstq_hf.generation.federated import client_saliency
+
+        if tokenizer is None:
+            logger.warning("share_saliency needs the tokenizer: pass processing_class=tokenizer. Nothing is shared.")
+            return None
+        state = token_table(carried)
+        return client_saliency(state, rho=spec.rho, tokenizer=tokenizer, model=model) if state else None
+
+    try:
+        participation = MailboxParticipation(
+            mailbox,
+            session,
+            budget=open_budget(budget, view.schema.num_params),
+            poll_seconds=config.poll_seconds,
+            wait_seconds=config.wait_seconds,
+            saliency=pack_saliency if config.share_saliency else None,
+        )
+    except BudgetError:
+        session.close()
+        raise
+    return participation, spec
