@@ -10,6 +10,7 @@ __version__ = "0.1.0"
 __all__ = [
     "FedFSTQConfig",
     "FedFSTQError",
+    "FedFSTQSFTTrainer",
     "FedFSTQTrainer",
     "TokenReducer",
     "TokenReductionLogitsProcessor",
@@ -24,6 +25,7 @@ __all__ = [
 _LAZY = {
     "FedFSTQConfig": "fedfstq_hf.config",
     "FedFSTQError": "fedfstq_hf.errors",
+    "FedFSTQSFTTrainer": "fedfstq_hf.sft",
     "FedFSTQTrainer": "fedfstq_hf.trainer",
     "TokenReducer": "fedfstq_hf.generation.reducer",
     "TokenReductionLogitsProcessor": "fedfstq_hf.generation.logits_processor",
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
     from fedfstq_hf.errors import FedFSTQError
     from fedfstq_hf.generation.logits_processor import TokenReductionLogitsProcessor
     from fedfstq_hf.generation.reducer import TokenReducer
+    from fedfstq_hf.sft import FedFSTQSFTTrainer
     from fedfstq_hf.sharing.compress import compress_adapter
     from fedfstq_hf.sharing.hub import load_compressed_adapter, push_compressed_adapter, save_compressed_adapter
     from fedfstq_hf.trainer import FedFSTQTrainer

@@ -150,7 +150,7 @@ class FedFSTQMixin(_TrainerLike):  # type: ignore[misc]
             self.adapter_view,
             self._start_adapter,
             self.adapter_fisher.vector(),
-            len(self.train_dataset),
+            self._num_examples(),
         )
 
     def _check_dataset(self, dataset: Any) -> None:
@@ -242,7 +242,7 @@ class FedFSTQMixin(_TrainerLike):  # type: ignore[misc]
         result = LocalResult(
             adapter=self.adapter_view.read(),
             fisher=self.adapter_fisher.vector(),
-            num_examples=len(self.train_dataset),
+            num_examples=self._num_examples(),
             carried=carried,
             loss=float(torch.stack(self._losses).sum()) / spec.local_steps if self._losses else None,
         )
@@ -277,6 +277,9 @@ class FedFSTQMixin(_TrainerLike):  # type: ignore[misc]
         if self._assignment is not None:
             self._losses.append(loss.detach())  # of a micro-batch, already divided by the number of them
         return loss
+
+    def _num_examples(self) -> int:
+        return len(self.train_dataset)
 
     def _client_id(self) -> str:
         return self.federation.client_id if self._assignment is None else self._assignment.session.client_id
