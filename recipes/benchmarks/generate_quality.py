@@ -26,6 +26,7 @@ from fedfstq_hf.generation.scorers import Combined, Probe, ProbeFit, QueryAttent
 from fedfstq_hf.sensitivity import TokenSensitivity
 
 LAYER, REFRESH = 2, 5
+TEST_SEED = 11  # of the demo's notes; the default scorer was chosen on those of seed 5
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,8 @@ def load_task(name: str, examples: int, seed: int, lab_model: str, data: str) ->
     if name == "demo":
         tokenizer = AutoTokenizer.from_pretrained(model_path())
         train = encode(tokenizer, make_examples(4000, seed, "train"))
-        return Task(str(model_path()), train, encode(tokenizer, make_examples(examples, 5, "test")), 200, 8, 3e-3)
+        test = encode(tokenizer, make_examples(examples, TEST_SEED, "test"))
+        return Task(str(model_path()), train, test, 200, 8, 3e-3)
     tokenizer = AutoTokenizer.from_pretrained(lab_model)
     lines = (Path(data) / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
     parts: dict[str, list[Row]] = {"train": [], "test": []}
