@@ -17,7 +17,8 @@ from .components import DEEPEST, STEPS, most_components
 from .quantization import OCTAVES, grid, lowest_octave
 from .stacks import Stack
 
-_SWEEPS = 3
+_SWEEPS = 2
+_SKETCH = 1024  # features from which s is found, at least: it goes on a coarse grid, and t is then found for all
 _DENSE_START = 0.7  # share of features taken to be sent before the first sweep
 ROW_BITS = 3.6  # sign and magnitude of one entry of s, by estimate
 _HEAD_BITS = 5.0  # density class and count
@@ -46,25 +47,14 @@ def fit(stack: Stack, rest: Tensor, weight: Tensor, price: float, exponent: int,
     """
     layers: list[Layer] = []
     members = torch.arange(rest.shape[0])
-    part, part_weight, total = rest, weight, weight.sum(dim=2)
+    few = slice(None, None, max(1, rest.shape[2] // _SKETCH))
+    part, part_weight = rest, weight
+    sketch = weight[:, :, few].contiguous()
     for _ in range(most_components(stack.r)):
         product = part_weight * part
-        t = _start(product, part)
-        density = torch.full((members.numel(),), _DENSE_START)
-        mass = total
-        for sweep in range(_SWEEPS):
-            s = torch.bmm(t[:, None], product.transpose(1, 2))[:, 0] / mass
-            if sweep == _SWEEPS - 1:
-                points, s = _on_grid(s, exponent)
-            projection = torch.bmm(s[:, None], product)[:, 0]
-            saved = projection.abs().mul_(2).sub_(torch.bmm(s.square()[:, None], part_weight)[:, 0])
-            cost = 1 + ((1 - density) / density).log2().clamp_min_(0)
-            sent = saved > (price * cost)[:, None]
-            t = projection.sign_().mul_(sent)
-            count = sent.sum(dim=1)
-            density = (count / t.shape[1]).clamp(0.5 / t.shape[1], 1 - 0.5 / t.shape[1])
-            if sweep < _SWEEPS - 1:
-                mass = torch.bmm(t.abs()[:, None], part_weight.transpose(1, 2))[:, 0].clamp_min_(1e-30)
+        points, s, density = _direction(product[:, :, few].contiguous(), part[:, :, few], sketch, price, exponent)
+        t, saved, sent = _signs(product, part_weight, s, density, price)
+        count, density = _density(sent)
         gain = (saved * sent).sum(dim=1)
         per_feature = -density * density.log2() - (1 - density) * (1 - density).log2()
         bits = (_HEAD_BITS + ROW_BITS * stack.r) / scale + t.shape[1] * per_feature + count
@@ -72,14 +62,47 @@ def fit(stack: Stack, rest: Tensor, weight: Tensor, price: float, exponent: int,
         if not bool(good.any()):
             break
         keep = slice(None) if bool(good.all()) else good.nonzero().reshape(-1)
-        s, t, members = s[keep], t[keep], members[keep]
-        layers.append(Layer(members, points[keep], s, t, scale * gain[keep], scale * bits[keep]))
+        s, t = s[keep], t[keep]
+        layers.append(Layer(members[keep], points[keep], s, t, scale * gain[keep], scale * bits[keep]))
         if isinstance(keep, Tensor):
-            part, part_weight, total = part[keep], part_weight[keep], total[keep]
+            if part is not rest:
+                rest[members] = part
+            part, part_weight, sketch, members = part[keep], part_weight[keep], sketch[keep], members[keep]
         torch.baddbmm(part, s[:, :, None], t[:, None], alpha=-1, out=part)
-        if part is not rest:
-            rest[members] = part
+    if part is not rest:
+        rest[members] = part
     return layers
+
+
+def _direction(
+    product: Tensor, part: Tensor, weight: Tensor, price: float, exponent: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Grid points of s and s itself (m, r), by alternation, and the share of features last taken to be sent (m,)."""
+    t, mass = _start(product, part), weight.sum(dim=2)
+    density = torch.full((product.shape[0],), _DENSE_START)
+    for _ in range(_SWEEPS):
+        t, _, sent = _signs(
+            product, weight, torch.bmm(t[:, None], product.transpose(1, 2))[:, 0] / mass, density, price
+        )
+        density = _density(sent)[1]
+        mass = torch.bmm(t.abs()[:, None], weight.transpose(1, 2))[:, 0].clamp_min_(1e-30)
+    points, s = _on_grid(torch.bmm(t[:, None], product.transpose(1, 2))[:, 0] / mass, exponent)
+    return points, s, density
+
+
+def _signs(product: Tensor, weight: Tensor, s: Tensor, density: Tensor, price: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Best t for given s, what each feature saves, and which are worth sending: all (m, f)."""
+    projection = torch.bmm(s[:, None], product)[:, 0]
+    saved = projection.abs().mul_(2).sub_(torch.bmm(s.square()[:, None], weight)[:, 0])
+    cost = 1 + ((1 - density) / density).log2().clamp_min_(0)
+    sent = saved > (price * cost)[:, None]
+    return projection.sign_().mul_(sent), saved, sent
+
+
+def _density(sent: Tensor) -> tuple[Tensor, Tensor]:
+    """Number and share of the features that are sent, the share within 0 and 1: (m,)."""
+    count, f = sent.sum(dim=1), sent.shape[1]
+    return count, (count / f).clamp(0.5 / f, 1 - 0.5 / f)
 
 
 def _start(product: Tensor, part: Tensor) -> Tensor:

@@ -79,9 +79,9 @@ class FstqCodec:
                 f"an empty update takes 0 bytes of payload, the budget leaves {max_bytes} after the container; raise "
                 f"the uplink budget by at least {-max_bytes} bytes"
             )
-        with one_thread():
+        with one_thread() as threads:
             source = Source(schema, delta, fisher, self.fisher_power)
-            best = Encoder(source, max_bytes, self.parts, self.levels).run()
+            best = Encoder(source, max_bytes, self.parts, self.levels, threads).run()
         return Encoded(best.payload, best.update)
 
     def decode(self, payload: bytes, schema: Schema, context: CodecContext | None = None) -> SparseUpdate:

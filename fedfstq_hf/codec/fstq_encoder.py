@@ -17,7 +17,7 @@ from .coordinates import LEVELS
 from .factors import fit
 from .fstq_stream import Written
 from .selection import Ranking, Selector
-from .stacks import Source, Stack, stacks_of
+from .stacks import Source, Stack, each, stacks_of
 from .support import Layout
 from .tradeoff import Sample
 
@@ -32,16 +32,20 @@ _TRIES = 8
 
 
 class Encoder:
-    """One update on its way into `max_bytes` bytes; parts and levels as `FstqCodec` has them."""
+    """One update on its way into `max_bytes` bytes; parts and levels as `FstqCodec` has them.
 
-    def __init__(self, source: Source, max_bytes: int, parts: Parts, levels: Levels) -> None:
+    threads: how many stacks are worked on at a time; what comes out does not depend on it.
+    """
+
+    def __init__(self, source: Source, max_bytes: int, parts: Parts, levels: Levels, threads: int = 1) -> None:
         self._source, self._max_bytes, self._parts, self._levels = source, max_bytes, parts, levels
+        self._threads = threads
         self._schema, self._layout = source.schema, Layout.of(source.schema)
         self._stacks = stacks_of(source.schema)
 
     def run(self) -> Draft:
         """The fullest payload that fits."""
-        sample = Sample(self._source)
+        sample = Sample(self._source, self._threads)
         found: list[Component] = []
         if self._parts != "coordinates":
             price = sample.price(8.0 * self._max_bytes, coordinates=self._parts == "auto")
@@ -57,23 +61,27 @@ class Encoder:
 
     def _components(self, price: float) -> list[Component]:
         """Components that are worth the price, most valuable first, as far as the budget can carry them."""
-        found: list[Component] = []
-        for stack in self._stacks if math.isfinite(price) else ():
-            ceiling: dict[int, float] = {}
-            for layer in fit(
-                stack, self._source.delta(stack), self._source.weight(stack), price, self._source.exponent
-            ):
-                negative, t = (layer.s < 0).numpy(), layer.t.to(torch.int8).numpy()
-                value = (layer.gain / layer.bits).tolist()
-                for row, member in enumerate(layer.members.tolist()):
-                    # a component cannot go out before those that it corrects
-                    ceiling[member] = min(ceiling.get(member, math.inf), value[row])
-                    points, bits = layer.points[row].numpy(), float(layer.bits[row])
-                    tensor = stack.tensors[member]
-                    found.append(Component(tensor, points, negative[row], t[row], ceiling[member], bits))
+        if not math.isfinite(price):
+            return []
+        parts = each(lambda stack: self._fitted(stack, price), self._stacks, self._threads)
+        found = [component for part in parts for component in part]
         found.sort(key=lambda c: -c.priority)
         room = np.searchsorted(np.cumsum([c.bits for c in found]), _ROOM * 8 * self._max_bytes, side="right")
         return found[: int(room)]
+
+    def _fitted(self, stack: Stack, price: float) -> list[Component]:
+        """Components of one stack."""
+        found: list[Component] = []
+        ceiling: dict[int, float] = {}
+        for layer in fit(stack, self._source.delta(stack), self._source.weight(stack), price, self._source.exponent):
+            negative, t = (layer.s < 0).numpy(), layer.t.to(torch.int8).numpy()
+            value = (layer.gain / layer.bits).tolist()
+            for row, member in enumerate(layer.members.tolist()):
+                # a component cannot go out before those that it corrects
+                ceiling[member] = min(ceiling.get(member, math.inf), value[row])
+                points, bits = layer.points[row].numpy(), float(layer.bits[row])
+                found.append(Component(stack.tensors[member], points, negative[row], t[row], ceiling[member], bits))
+        return found
 
     def _filled(self, found: Sequence[Component], base: Tensor | None, sample: Sample) -> Written | None:
         """The components and as many coordinates as fit with them.
@@ -102,19 +110,20 @@ class Encoder:
     def _candidates(self, base: Tensor | None, threshold: float, limit: float) -> Selector:
         """Coordinates whose weight * value^2 exceeds the threshold once `base` is sent."""
         state = None if base is None else self._schema.unflatten(base)
-        places, values, weights = [], [], []
-        for stack in self._stacks:
+
+        def beyond(stack: Stack) -> tuple[Tensor, Tensor, Tensor]:
             rest, weight = self._source.delta(stack), _natural(stack, self._source.weight(stack))
             if state is not None:
                 rest -= self._source.read(state, stack)
             natural = _natural(stack, rest)
             row, place = (natural.square().mul_(weight) > threshold).nonzero(as_tuple=True)
             offset = torch.tensor([self._schema.tensors[i].offset for i in stack.tensors])
-            places.append(offset[row] + place)
-            values.append(natural[row, place])
-            weights.append(weight[row, place])
-        if not places:
+            return offset[row] + place, natural[row, place], weight[row, place]
+
+        parts = each(beyond, self._stacks, self._threads)
+        if not parts:
             return Selector(self._layout, np.zeros(0, dtype=np.int64), np.zeros(0), np.zeros(0), limit)
+        places, values, weights = zip(*parts, strict=True)
         indices, order = torch.cat(places).sort()
         value = np.ldexp(torch.cat(values)[order].double().numpy(), self._source.exponent)
         return Selector(self._layout, indices.numpy(), value, torch.cat(weights)[order].double().numpy(), limit)

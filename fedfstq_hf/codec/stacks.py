@@ -6,9 +6,11 @@ A LoRA factor has a small side r (the rank) and a large side f (features); both 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -21,6 +23,8 @@ _FEWEST = 512  # features that a sample keeps at least: from fewer, factors seem
 # weight of a coordinate at least, as a share of its matrix's mean and of the largest: unseen ones come last, but come
 _FLOOR, _LEAST = 1e-3, 1e-12
 POWERS = (0.5, 0.75, 1.0)
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -65,8 +69,8 @@ def thin_for(f: int, wanted: int) -> int:
 
 
 @contextmanager
-def one_thread() -> Iterator[None]:
-    """Within it, torch computes in the calling thread alone.
+def one_thread() -> Iterator[int]:
+    """Within it, each of torch's operations runs in one thread; yields the number of threads that torch had before.
 
     Stacks are too small to share: on a busy machine, waiting for each other takes threads many times the work. It also
     makes results independent of the number of threads.
@@ -74,9 +78,17 @@ def one_thread() -> Iterator[None]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        yield
+        yield threads
     finally:
         torch.set_num_threads(threads)
+
+
+def each(function: Callable[[Item], Result], items: Sequence[Item], threads: int) -> list[Result]:
+    """The function of every item, in their order, several items at a time."""
+    if threads == 1 or len(items) < 2:
+        return [function(item) for item in items]
+    with ThreadPoolExecutor(threads) as pool:
+        return list(pool.map(function, items))
 
 
 class Source:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .factors import fit
-from .stacks import Source, Stack, stacks_of, thin_for
+from .stacks import Source, Stack, each, stacks_of, thin_for
 
 _SAMPLE = 1 << 19  # coordinates
 _TRIALS = 8
@@ -39,7 +39,8 @@ class _Part:
 class Sample:
     """Some features of some matrices of a source, all of them where there are few."""
 
-    def __init__(self, source: Source) -> None:
+    def __init__(self, source: Source, threads: int = 1) -> None:
+        self._threads = threads
         wanted = -(-source.schema.num_params // _SAMPLE)
         self._source = source
         self._num_params = source.schema.num_params
@@ -84,13 +85,17 @@ class Sample:
 
     def _bits(self, price: float, coordinates: bool) -> float:
         bits, count, size, extra = 0.0, 0.0, 0.0, 0.0
-        rests = []
-        for part in self._parts:
+
+        def fitted(part: _Part) -> tuple[float, Tensor]:
             rest = part.delta.clone()
-            for layer in fit(part.stack, rest, part.weight, price, self._source.exponent, part.stride):
-                bits += part.matrices * float(layer.bits.sum())
-            if coordinates:
-                rests.append((part.copies, (part.weight * rest.square()).reshape(-1) / price))
+            layers = fit(part.stack, rest, part.weight, price, self._source.exponent, part.stride)
+            taken = part.matrices * sum(float(layer.bits.sum()) for layer in layers)
+            return taken, (part.weight * rest.square()).reshape(-1) / price
+
+        rests = []
+        for part, (taken, value) in zip(self._parts, each(fitted, self._parts, self._threads), strict=True):
+            bits += taken
+            rests.append((part.copies, value))
         if not coordinates:
             return bits
         density = 0.02
