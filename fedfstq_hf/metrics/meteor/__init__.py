@@ -1,0 +1,1 @@
+"""Folder of an `evaluate` module: `evaluate.load` reads `meteor.py` in it, without network."""

@@ -1,0 +1,1 @@
+"""Folder of an `evaluate` module: `evaluate.load` reads `rouge_l.py` in it, without network."""
