@@ -113,6 +113,8 @@ def make_spec(
         uplink_budget=settings.uplink_budget,
         error_feedback=settings.feedback_decay,
         server=settings.server.to_yaml(),
+        objective=settings.objective,
+        token_keep_ratio=settings.token_keep_ratio,
         training={name: getattr(training, name) for name in SHARED_TRAINING_ARGUMENTS},
         optimizer_state=training.optimizer_state,
         refresh_steps=training.refresh_steps,
@@ -141,6 +143,7 @@ def quiet_arguments(output_dir: str | Path, **overrides: Any) -> TrainingArgumen
         "report_to": "none",
         "remove_unused_columns": False,
         "dataloader_pin_memory": torch.cuda.is_available(),
+        "use_cpu": not torch.accelerator.is_available(),  # or transformers refuses bf16
     }
     try:
         return TrainingArguments(**(settings | overrides))

@@ -19,6 +19,9 @@ def simulate(
     recipe: Annotated[str, typer.Argument(help="Name of a shipped recipe, or path of a YAML file.")],
     out: Annotated[Path | None, typer.Option(help="Output folder; runs/RECIPE when not given.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")] = False,
+    workers: Annotated[
+        int, typer.Option(help="Processes that train a round's clients side by side; they share the base model.")
+    ] = 1,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar.")] = False,
 ) -> None:
     """Run a whole federation on this machine, several methods side by side.
@@ -33,11 +36,14 @@ def simulate(
     from fedfstq_hf.simulation.runner import SUMMARY_FILE, Simulation
 
     command = shlex.join(["fedfstq", "simulate", recipe, *context.args])
-    simulation = Simulation(loaded, folder, resume=resume, progress=not quiet, command=command)
+    simulation = Simulation(loaded, folder, resume=resume, progress=not quiet, command=command, workers=workers)
     try:
         summary = simulation.run()
     except KeyboardInterrupt:
-        typer.echo(f"\nStopped. Go on with: {command} --out {folder} --resume", err=True)
+        typer.echo(
+            f"\nStopped. Go on with: {command} --out {folder} --resume{f' --workers {workers}' if workers > 1 else ''}",
+            err=True,
+        )
         raise typer.Exit(INTERRUPTED) from None
     from fedfstq_hf.reporting.console import render_summary
 

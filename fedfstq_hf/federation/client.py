@@ -7,7 +7,7 @@ import hashlib
 import logging
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -22,7 +22,7 @@ from fedfstq_hf.federation.downlink import cheapest_download
 from fedfstq_hf.federation.mailbox import ADAPTER_FILE, SALIENCY_FILE, UPDATE_FILE, Mailbox
 from fedfstq_hf.federation.record import RoundRecord
 from fedfstq_hf.federation.records import Records
-from fedfstq_hf.federation.session import ClientSession, Settlement
+from fedfstq_hf.federation.session import ClientSession, Pending, Settlement
 
 logger = logging.getLogger(__name__)
 
@@ -164,20 +164,8 @@ class MailboxParticipation:
 
     def complete(self, assignment: Assignment, result: LocalResult) -> dict[str, float]:
         """Store the message, then post it."""
-        spec = self.session.spec
         posted = posted_losses(self.mailbox.read_metrics()) if self._budget.controller is not None else ()
-        max_bytes, moved = self._budget.take(
-            assignment.round, spec.rounds, loss=result.loss, posted=posted, carried=self.session.carried
-        )
-        pending = self.session.finish(
-            assignment.round,
-            assignment.adapter_sha256,
-            result.adapter - assignment.adapter,
-            fisher=result.fisher,
-            num_examples=result.num_examples,
-            max_bytes=max_bytes,
-            carried={**result.carried, **moved},
-        )
+        pending = store_message(self.session, self._budget, assignment, result, posted)
         self._post(self._record(assignment.round))
         return {"fed_round": assignment.round, "fed_uplink_bytes": len(pending.message)}
 
@@ -284,6 +272,36 @@ class MailboxParticipation:
             adapter = self.session.schema.flatten(state)
         self._held = (record, adapter)
         return adapter
+
+
+def store_message(
+    session: ClientSession,
+    budget: MessageBudget,
+    assignment: Assignment,
+    result: LocalResult,
+    posted: Sequence[tuple[int, float]] = (),
+) -> Pending:
+    """Pack what local training changed, within the budget, and store it in the session; nothing is sent yet.
+
+    Args:
+        session: the client's.
+        budget: of its messages.
+        assignment: what was trained.
+        result: what came out.
+        posted: (round, loss) of evaluations in the mailbox, for budgets that follow them.
+    """
+    max_bytes, moved = budget.take(
+        assignment.round, session.spec.rounds, loss=result.loss, posted=posted, carried=session.carried
+    )
+    return session.finish(
+        assignment.round,
+        assignment.adapter_sha256,
+        result.adapter - assignment.adapter,
+        fisher=result.fisher,
+        num_examples=result.num_examples,
+        max_bytes=max_bytes,
+        carried={**result.carried, **moved},
+    )
 
 
 def apply_change(data: bytes, base: RoundRecord, adapter: Tensor, record: RoundRecord, schema: Schema) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fedfstq_hf.errors import FedFSTQError
 from fedfstq_hf.federation.budgets import open_budget
-from fedfstq_hf.federation.client import Assignment, LocalResult, local_seed
+from fedfstq_hf.federation.client import Assignment, LocalResult, local_seed, store_message
 from fedfstq_hf.federation.coordinator import Coordinator
 from fedfstq_hf.federation.downlink import cheapest_download
 from fedfstq_hf.federation.local import FolderMailbox
@@ -24,13 +24,10 @@ from fedfstq_hf.federation.record import RoundRecord
 from fedfstq_hf.federation.session import ClientSession
 from fedfstq_hf.simulation.network import LinkProfile, LinkRates, round_cost
 from fedfstq_hf.simulation.plan import RoundPlan
+from fedfstq_hf.simulation.workers import client_name, open_session
 
 Row = dict[str, Any]
-
-
-def client_name(index: int) -> str:
-    """The client id of client `index`."""
-    return f"client-{index:04d}"
+TrainElsewhere = Callable[[int, Sequence[int], Tensor, str], Mapping[int, float]]
 
 
 class SimulatedParticipation:
@@ -45,6 +42,8 @@ class SimulatedParticipation:
         evaluate: measures an adapter, (num_params,) -> metrics with `metric` among them.
         rows: of this method and seed as written before an interruption.
         emit: takes each new row.
+        train: trains clients elsewhere, (round, indices, adapter, its sha256) -> seconds by index, leaving their
+            messages in their sessions; None hands them out one by one.
     """
 
     def __init__(
@@ -58,6 +57,7 @@ class SimulatedParticipation:
         evaluate: Callable[[Tensor], Mapping[str, float]],
         rows: Sequence[Row],
         emit: Callable[[Row], None],
+        train: TrainElsewhere | None = None,
     ) -> None:
         self._folder = folder
         self._label = dict(label)
@@ -66,6 +66,7 @@ class SimulatedParticipation:
         self._links = links
         self._evaluate = evaluate
         self._emit = emit
+        self._train = train
         self._last_row: Row | None = rows[-1] if rows else None
         self.mailbox = FolderMailbox(folder / "mailbox", durable=False)
         self.coordinator = Coordinator(self.mailbox)
@@ -88,6 +89,8 @@ class SimulatedParticipation:
             if record.finished:
                 self.close()
                 return None
+            if self._train is not None:
+                self._train_elsewhere(record, self._train)
             for index in self._plan[record.round].survivors:
                 session = self._open(index)
                 if session.last_round < record.round:
@@ -110,18 +113,7 @@ class SimulatedParticipation:
     def complete(self, assignment: Assignment, result: LocalResult) -> dict[str, float]:
         """Store and post the client's message."""
         session = assignment.session
-        max_bytes, moved = self._budget.take(
-            assignment.round, self.spec.rounds, loss=result.loss, carried=session.carried
-        )
-        pending = session.finish(
-            assignment.round,
-            assignment.adapter_sha256,
-            result.adapter - assignment.adapter,
-            fisher=result.fisher,
-            num_examples=result.num_examples,
-            max_bytes=max_bytes,
-            carried={**result.carried, **moved},
-        )
+        pending = store_message(session, self._budget, assignment, result)
         self.mailbox.post_update(assignment.round, session.client_id, pending.message)
         index = next(i for i, opened in self._sessions.items() if opened is session)
         self._compute[index] = time.perf_counter() - self._started
@@ -137,11 +129,16 @@ class SimulatedParticipation:
             session.close()
         self._sessions.clear()
 
+    def _train_elsewhere(self, record: RoundRecord, train: TrainElsewhere) -> None:
+        survivors = self._plan[record.round].survivors
+        left = [index for index in survivors if self._open(index).last_round < record.round]
+        self.close()  # a session belongs to one process at a time
+        if left:
+            self._compute |= train(record.round, left, self.coordinator.adapter, record.adapter_sha256)
+
     def _open(self, index: int) -> ClientSession:
         if index not in self._sessions:
-            name = client_name(index)
-            folder = self._folder / "clients" / name
-            session = ClientSession(name, self.spec, self.coordinator.schema, folder=folder, durable=False)
+            session = open_session(self._folder, index, self.spec, self.coordinator.schema)
             if session.pending is not None and session.pending.round < self.coordinator.record.round:
                 session.settle(self._record(session.pending.round + 1))
             self._sessions[index] = session

@@ -8,10 +8,12 @@ OUT/runs/METHOD/seed-S/mailbox, clients/                                 each ru
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +26,16 @@ from fedfstq_hf.evaluation import Evaluator
 from fedfstq_hf.federation import storage
 from fedfstq_hf.federation.founding import found_federation
 from fedfstq_hf.federation.local import FolderMailbox
-from fedfstq_hf.federation.mailbox import ADAPTER_CONFIG_FILE, ADAPTER_FILE
+from fedfstq_hf.federation.mailbox import ADAPTER_CONFIG_FILE, ADAPTER_FILE, SPEC_FILE
 from fedfstq_hf.founding import Founding, found, make_spec, training_arguments
 from fedfstq_hf.recipe import Recipe, validate
 from fedfstq_hf.reporting.report import write_report
 from fedfstq_hf.reporting.summary import COMPARED, TargetRule, read_rows, summarize, write_summary
 from fedfstq_hf.simulation.network import draw_rates
-from fedfstq_hf.simulation.participation import Row, SimulatedParticipation
+from fedfstq_hf.simulation.participation import Row, SimulatedParticipation, TrainElsewhere
 from fedfstq_hf.simulation.partition import make_shards
 from fedfstq_hf.simulation.plan import make_plan
+from fedfstq_hf.simulation.workers import Job, WorkerPool
 from fedfstq_hf.trainer import FedFSTQTrainer
 from fedfstq_hf.workloads import Collator, load_workload
 
@@ -50,6 +53,7 @@ class Simulation:
         resume: go on with what an interrupted run of the same recipe left in `folder`.
         progress: show a progress bar.
         command: what the user typed, for the report.
+        workers: processes that train a round's clients side by side; 1 trains them here, one after the other.
 
     Raises:
         ConfigError: `folder` is in use and `resume` is not set, or it holds another recipe's run.
@@ -63,8 +67,12 @@ class Simulation:
         resume: bool = False,
         progress: bool = True,
         command: str = "",
+        workers: int = 1,
     ) -> None:
+        if workers < 1:
+            raise ConfigError(f"workers must be at least 1, not {workers!r}.")
         validate(recipe)
+        self._workers = workers
         self.recipe = recipe
         self._command = command or f"fedfstq simulate {recipe.name}"
         self.folder = Path(folder)
@@ -102,33 +110,45 @@ class Simulation:
         plan = make_plan(federation.clients, federation.clients_per_round, federation.rounds, federation.dropout, seed)
         links = [(profile, draw_rates(profile, federation.clients, seed)) for profile in recipe.links]
         evaluate = self._evaluate_with(founding, evaluator)
-        for method in methods:
-            folder = self._run_folder(method, seed)
-            spec = make_spec(recipe, method, founding, seed=seed, min_clients=1)
-            if not (folder / "mailbox" / "rounds" / "000000").exists():
+        pool: Any = contextlib.nullcontext()
+        if self._workers > 1:
+            pool = WorkerPool(self._workers, founding.model, datasets, collator.pad_id)
+        with pool:
+            for method in methods:
+                folder = self._run_folder(method, seed)
+                spec = make_spec(recipe, method, founding, seed=seed, min_clients=1)
                 mailbox = FolderMailbox(folder / "mailbox", durable=False)
-                found_federation(mailbox, spec, founding.adapter, founding.adapter_config)
-            participation = SimulatedParticipation(
-                folder,
-                label={"method": method, "seed": seed},
-                plan=plan,
-                datasets=datasets,
-                links=links,
-                evaluate=evaluate,
-                rows=[row for row in self._rows if (row["method"], row["seed"]) == (method, seed)],
-                emit=self._emit_to(bar, method, seed),
-            )
-            trainer = FedFSTQTrainer(
-                model=founding.model,
-                args=training_arguments(recipe, folder, seed=seed),
-                train_dataset=datasets[0],
-                data_collator=collator,
-            )
-            trainer.remove_callback(PrinterCallback)  # the progress bar says it all
-            try:
-                trainer.take_part(participation, spec)
-            finally:
-                participation.close()
+                if not (mailbox.path / "rounds" / "000000").exists():
+                    found_federation(mailbox, spec, founding.adapter, founding.adapter_config)
+                participation = SimulatedParticipation(
+                    folder,
+                    label={"method": method, "seed": seed},
+                    plan=plan,
+                    datasets=datasets,
+                    links=links,
+                    evaluate=evaluate,
+                    rows=[row for row in self._rows if (row["method"], row["seed"]) == (method, seed)],
+                    emit=self._emit_to(bar, method, seed),
+                    train=None if self._workers == 1 else self._train_with(pool, mailbox, folder, seed),
+                )
+                try:
+                    if self._workers > 1:
+                        participation.next()  # to the end: there is nothing left to train here
+                    else:
+                        trainer = FedFSTQTrainer(
+                            model=founding.model,
+                            args=training_arguments(recipe, folder, seed=seed),
+                            train_dataset=datasets[0],
+                            data_collator=collator,
+                        )
+                        trainer.remove_callback(PrinterCallback)  # the progress bar says it all
+                        trainer.take_part(participation, spec)
+                finally:
+                    participation.close()
+
+    def _train_with(self, pool: WorkerPool, mailbox: FolderMailbox, folder: Path, seed: int) -> TrainElsewhere:
+        arguments = {**self.recipe.training.trainer_kwargs(), "seed": seed}
+        return partial(pool.train, Job(folder, mailbox.read(0, SPEC_FILE), arguments))
 
     def _evaluate_with(self, founding: Founding, evaluator: Evaluator) -> Callable[[Tensor], Mapping[str, float]]:
         metric = self.recipe.evaluation.metric

@@ -13,8 +13,9 @@ from light import SCHEMA, LightClient, fake_training, found, run_rounds
 from fedfstq_hf.errors import FedFSTQError
 from fedfstq_hf.federation.coordinator import Coordinator
 from fedfstq_hf.simulation.network import draw_rates, get_link
-from fedfstq_hf.simulation.participation import SimulatedParticipation, client_name
+from fedfstq_hf.simulation.participation import SimulatedParticipation
 from fedfstq_hf.simulation.plan import RoundPlan, make_plan
+from fedfstq_hf.simulation.workers import client_name
 
 CLIENTS = 4
 

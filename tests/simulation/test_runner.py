@@ -13,7 +13,7 @@ import pytest
 from launcher import environment
 from tiny_workload import OWNERS, write_client_file
 
-from fedfstq_hf.errors import ConfigError
+from fedfstq_hf.errors import ConfigError, FedFSTQError
 from fedfstq_hf.recipe import load_recipe
 from fedfstq_hf.simulation.runner import Simulation
 
@@ -257,3 +257,20 @@ def test_a_damaged_marker_is_named(tiny_recipe, tmp_path):
     (tmp_path / "recipe.json").write_text('{"name": "ti')
     with pytest.raises(ConfigError, match=r"recipe\.json cannot be read"):
         Simulation(load_recipe(tiny_recipe), tmp_path, resume=True)
+
+
+def test_two_workers_give_the_same_rows_and_adapters(finished, tiny_recipe, tmp_path):
+    Simulation(load_recipe(tiny_recipe), tmp_path / "out", progress=False, workers=2).run()
+    assert rows(tmp_path / "out") == rows(finished[0])
+    assert adapters(tmp_path / "out") == adapters(finished[0])
+
+
+def test_what_fails_in_a_worker_is_said(tiny_recipe, tmp_path):
+    recipe = load_recipe(tiny_recipe, {"training.learning_rate": 1e30, "training.max_grad_norm": 0.0})
+    with pytest.raises(FedFSTQError, match=r"could not be trained in round \d"):
+        Simulation(recipe, tmp_path / "out", progress=False, workers=2).run()
+
+
+def test_no_workers_are_refused(tiny_recipe, tmp_path):
+    with pytest.raises(ConfigError, match="workers must be at least 1"):
+        Simulation(load_recipe(tiny_recipe), tmp_path / "out", workers=0)

@@ -1,0 +1,205 @@
+"""Clients of a simulated round, trained side by side in worker processes that share one copy of the base model.
+
+A worker does what the simulator would do itself: it opens a client's session, trains, packs and stores the message.
+Everything it leaves is in the client's state folder, so results do not depend on how many workers there are, and a
+worker that dies costs no more than its client's training.
+"""
+
+from __future__ import annotations
+
+import queue
+import signal
+import time
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.multiprocessing as mp
+from torch import Tensor
+
+from fedfstq_hf.errors import FedFSTQError
+from fedfstq_hf.federation.budgets import open_budget
+from fedfstq_hf.federation.client import Assignment, LocalResult, local_seed, store_message
+from fedfstq_hf.federation.session import ClientSession
+from fedfstq_hf.federation.spec import FederationSpec
+
+_LOOK_SECONDS = 2.0  # between two looks at whether the workers still live
+_PATIENCE_SECONDS = 10.0  # for workers to end by themselves
+
+
+def client_name(index: int) -> str:
+    """The client id of client `index`."""
+    return f"client-{index:04d}"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One method and seed: the run's folder, its spec as JSON, and keyword arguments of its `TrainingArguments`."""
+
+    folder: Path
+    spec: bytes
+    arguments: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Task:
+    """One client's local training of one round."""
+
+    job: Job
+    round: int
+    index: int
+    adapter: Tensor
+    adapter_sha256: str
+
+
+def open_session(folder: Path, index: int, spec: FederationSpec, schema: Any) -> ClientSession:
+    """The session of client `index` of the run in `folder`."""
+    name = client_name(index)
+    return ClientSession(name, spec, schema, folder=folder / "clients" / name, durable=False)
+
+
+class WorkerPool:
+    """Worker processes for the methods of one seed. A context manager; leaving it ends them.
+
+    Args:
+        count: processes, each computing in one thread.
+        model: base with adapter; its tensors move to shared memory. Each worker has its own copy of the adapter only.
+        datasets: the clients' data.
+        pad_id: padding token.
+    """
+
+    def __init__(self, count: int, model: Any, datasets: Sequence[Any], pad_id: int) -> None:
+        context = mp.get_context("spawn")  # a fork would inherit locks of threads that it does not have
+        model.share_memory()
+        self._tasks, self._results = context.Queue(), context.Queue()
+        arguments = (model, list(datasets), pad_id, self._tasks, self._results)
+        self._workers = [context.Process(target=_work, args=arguments, daemon=True) for _ in range(count)]
+        for worker in self._workers:
+            worker.start()
+
+    def __enter__(self) -> WorkerPool:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def train(
+        self, job: Job, round: int, indices: Sequence[int], adapter: Tensor, adapter_sha256: str
+    ) -> dict[int, float]:
+        """Train clients `indices` from `adapter` and store their messages; returns seconds per client.
+
+        Raises:
+            FedFSTQError: a worker failed or died; what the others finished is stored.
+        """
+        for index in indices:
+            self._tasks.put(Task(job, round, index, adapter, adapter_sha256))
+        seconds: dict[int, float] = {}
+        while len(seconds) < len(indices):
+            try:
+                index, spent, error = self._results.get(timeout=_LOOK_SECONDS)
+            except queue.Empty:
+                self._check_alive()
+                continue
+            if error is not None:
+                raise FedFSTQError(f"{client_name(index)} could not be trained in round {round}:\n{error}")
+            seconds[index] = spent
+        return seconds
+
+    def close(self) -> None:
+        """End the workers."""
+        for _ in self._workers:
+            self._tasks.put(None)
+        deadline = time.monotonic() + _PATIENCE_SECONDS
+        for worker in self._workers:
+            worker.join(max(0.0, deadline - time.monotonic()))
+            if worker.is_alive():
+                worker.terminate()
+                worker.join()
+
+    def _check_alive(self) -> None:
+        dead = [worker for worker in self._workers if not worker.is_alive()]
+        if dead:
+            raise FedFSTQError(
+                f"A worker process ended with exit code {dead[0].exitcode} (-9: killed, perhaps for want of memory). "
+                "Go on with --resume, with fewer --workers."
+            )
+
+
+class _WorkerParticipation:
+    """What a worker's Trainer asks: tasks of one job, until one of another job, or the end, comes."""
+
+    def __init__(self, first: Task, schema: Any, datasets: Sequence[Any], tasks: Any, results: Any) -> None:
+        self.job = first.job
+        self.spec = FederationSpec.from_json(first.job.spec)
+        self.following: Task | None = first
+        self.total_steps = self.spec.rounds * self.spec.local_steps * len(datasets)
+        self._schema, self._datasets, self._tasks, self._results = schema, datasets, tasks, results
+        self._budget = open_budget(self.spec.uplink_budget, schema.num_params)
+        self._index, self._started = first.index, 0.0
+
+    def next(self) -> Assignment | None:
+        task = self.following if self.following is not None else self._tasks.get()
+        if task is None or task.job != self.job:
+            self.following = task
+            return None
+        self.following = None
+        self._index, self._started = task.index, time.perf_counter()
+        session = open_session(self.job.folder, task.index, self.spec, self._schema)
+        return Assignment(
+            round=task.round,
+            session=session,
+            adapter=task.adapter,
+            adapter_sha256=task.adapter_sha256,
+            seed=local_seed(self.spec.seed, session.client_id, task.round),
+            dataset=self._datasets[task.index],
+        )
+
+    def complete(self, assignment: Assignment, result: LocalResult) -> dict[str, float]:
+        store_message(assignment.session, self._budget, assignment, result)
+        assignment.session.close()
+        self._results.put((self._index, time.perf_counter() - self._started, None))
+        return {}
+
+    def final_adapter(self) -> Tensor | None:
+        return None
+
+    def report(self, error: str) -> None:
+        """Tell the simulator that the client at hand failed."""
+        self._results.put((self._index, 0.0, error))
+
+
+def _work(model: Any, datasets: Sequence[Any], pad_id: int, tasks: Any, results: Any) -> None:
+    """A worker process: one Trainer per job."""
+    import transformers
+
+    from fedfstq_hf.adapter import AdapterView
+    from fedfstq_hf.founding import quiet_arguments
+    from fedfstq_hf.trainer import FedFSTQTrainer
+    from fedfstq_hf.workloads import Collator
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the simulator ends its workers
+    torch.set_num_threads(1)
+    transformers.utils.logging.set_verbosity_error()
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.clone()  # the adapter is a worker's own
+    schema = AdapterView(model).schema
+    task: Task | None = tasks.get()
+    while task is not None:
+        participation = _WorkerParticipation(task, schema, datasets, tasks, results)
+        try:
+            trainer = FedFSTQTrainer(
+                model=model,
+                args=quiet_arguments(task.job.folder, **task.job.arguments),
+                train_dataset=datasets[task.index],
+                data_collator=Collator(pad_id),
+            )
+            trainer.remove_callback(transformers.PrinterCallback)
+            trainer.take_part(participation, participation.spec)
+        except Exception:
+            participation.report(traceback.format_exc())
+            return
+        task = participation.following
