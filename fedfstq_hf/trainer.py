@@ -23,17 +23,19 @@ from fedfstq_hf.federation.client import Assignment, LocalResult, Participation
 from fedfstq_hf.federation.session import Settlement
 from fedfstq_hf.federation.spec import FederationSpec
 from fedfstq_hf.sensitivity import AdapterFisher, TokenSensitivity
+from fedfstq_hf.training.checkpoint import find_state
 from fedfstq_hf.training.joining import join
 from fedfstq_hf.training.observing import StepObserver
 from fedfstq_hf.training.packing import pack_local
-from fedfstq_hf.training.rounds import RoundSampler, dump_optimizer, load_optimizer, set_schedule
+from fedfstq_hf.training.resuming import ResumableRounds
+from fedfstq_hf.training.rounds import RoundSampler, dump_optimizer, load_optimizer, set_schedule, skip_batches
 
 logger = logging.getLogger(__name__)
 
 _TrainerLike: Any = Trainer if TYPE_CHECKING else object  # the mixin stands before any Trainer class, TRL's included
 
 
-class FedFSTQMixin(_TrainerLike):  # type: ignore[misc]
+class FedFSTQMixin(ResumableRounds, _TrainerLike):  # type: ignore[misc]
     """Adds the federation to a Trainer class; put it before that class in the bases.
 
     Args:
@@ -78,9 +80,9 @@ class FedFSTQMixin(_TrainerLike):  # type: ignore[misc]
         """Take part in every round until the federation ends; without a mailbox, train locally.
 
         Args:
-            resume_from_checkpoint: as in `Trainer` for local training. In a federation the client's state folder and
-                the mailbox hold all there is to resume from, at the granularity of a round: the argument changes
-                nothing.
+            resume_from_checkpoint: as in `Trainer`. In a federation a checkpoint of this client from within the round
+                that is still open goes on in the middle of it, bit for bit; from any other, and without one, the newest
+                round starts from its beginning, as the client's state folder and the mailbox hold all it needs.
             **kwargs: passed on to `Trainer.train`.
 
         Raises:
@@ -89,9 +91,10 @@ class FedFSTQMixin(_TrainerLike):  # type: ignore[misc]
             NonFiniteError: the loss became NaN or infinite; nothing of this round was sent.
         """
         if self.federation.mailbox is None:
-            if resume_from_checkpoint is None or self._start_adapter is None:
+            if not resume_from_checkpoint or self._start_adapter is None:
                 self._start_adapter = self.adapter_view.read()
             self._observer.fisher.reset()
+            self._local_step = 0
             return super().train(resume_from_checkpoint, **kwargs)
         self._check_dataset(self.train_dataset)
         participation, spec = join(
@@ -103,16 +106,23 @@ class FedFSTQMixin(_TrainerLike):  # type: ignore[misc]
         )
         self.settlements = participation.settlements
         try:
-            return self.take_part(participation, spec, **kwargs)
+            return self.take_part(participation, spec, resume_from_checkpoint, **kwargs)
         finally:
             participation.session.close()
 
-    def take_part(self, participation: Participation, spec: FederationSpec, **kwargs: Any) -> Any:
+    def take_part(
+        self,
+        participation: Participation,
+        spec: FederationSpec,
+        resume_from_checkpoint: str | bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
         """Train whatever `participation` hands out until it ends, and load the final adapter.
 
         Args:
             participation: a mailbox's, or a simulation's.
             spec: what the federation shares; its training arguments overwrite this trainer's.
+            resume_from_checkpoint: see `train`.
             **kwargs: passed on to `Trainer.train`.
         """
         for name, value in spec.training.items():
@@ -128,13 +138,15 @@ class FedFSTQMixin(_TrainerLike):  # type: ignore[misc]
         self._observer = self._new_observer(spec.rho, spec.refresh_steps)
         self.args.max_steps = max(participation.total_steps, 1)
         try:
-            output = super().train(None, **kwargs)
+            checkpoint = self._choose_checkpoint(find_state(resume_from_checkpoint, self.args.output_dir))
+            output = super().train(checkpoint, **kwargs)
             reached_end = self.state.global_step >= self.args.max_steps  # a user's callback may have stopped it before
             if reached_end and not self._ended and self._next_round():
                 raise MailboxError("The federation handed out a round after its last step.")
         finally:
             self.args.max_steps = max_steps
             self._participation, self._spec, self._assignment, self._batches = None, None, None, None
+            self._upcoming, self._resumed = (), None
         return output
 
     def pack_update(self) -> bytes:
@@ -199,7 +211,7 @@ class FedFSTQMixin(_TrainerLike):  # type: ignore[misc]
         participation, spec, view = self._participation, self._spec, self.adapter_view
         if participation is None or spec is None:
             return False
-        assignment = participation.next()
+        assignment = self._next_assignment(participation)
         if assignment is None:
             final = participation.final_adapter()
             if final is not None:
@@ -211,15 +223,16 @@ class FedFSTQMixin(_TrainerLike):  # type: ignore[misc]
         self._check_dataset(self.train_dataset)
         self._assignment, self._local_step = assignment, 0
         carried = assignment.session.carried
-        view.write(assignment.adapter)
-        load_optimizer(self.optimizer, view.parameters, carried if spec.optimizer_state == "kept" else {})
-        set_schedule(self.lr_scheduler, assignment.round * spec.local_steps)
-        if assignment.global_step is not None:
-            self._skip_steps(assignment.global_step - self.state.global_step)
         self._observer.begin(carried)
-        self._losses = []
+        if not self._continue_round(assignment):
+            view.write(assignment.adapter)
+            load_optimizer(self.optimizer, view.parameters, carried if spec.optimizer_state == "kept" else {})
+            set_schedule(self.lr_scheduler, assignment.round * spec.local_steps)
+        if assignment.global_step is not None:
+            self._skip_steps(assignment.global_step + self._local_step - self.state.global_step)
         set_seed(assignment.seed)
-        self._batches = iter(super().get_train_dataloader())
+        loader = super().get_train_dataloader()
+        self._batches = iter(skip_batches(loader, self._local_step * self.args.gradient_accumulation_steps))
         return True
 
     def _skip_steps(self, count: int) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from accelerate import skip_first_batches
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Sampler
@@ -37,6 +38,11 @@ class RoundSampler(Sampler[int]):
             order = torch.randperm(self.num_examples, generator=generator)[:left]
             yield from order.tolist()
             left -= len(order)
+
+
+def skip_batches(loader: Any, count: int) -> Any:
+    """The loader without its first `count` batches, which are not collated either."""
+    return skip_first_batches(loader, count) if count else loader
 
 
 def set_schedule(scheduler: Any, step: int) -> None:

@@ -1,0 +1,143 @@
+"""What a Trainer checkpoint needs besides model, optimizer, schedule and random numbers to go on within a round.
+
+One file, `fedfstq_state.safetensors`, in each checkpoint folder: both Fisher averages, the losses of the round so far,
+and as JSON in its metadata which step of which round of which federation it is. The residual is not in it: it lies in
+the client's session, which changes between rounds only.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+from transformers.trainer_utils import get_last_checkpoint
+
+from fedfstq_hf.errors import ConfigError
+from fedfstq_hf.federation import storage
+from fedfstq_hf.federation.client import Assignment
+from fedfstq_hf.federation.spec import FederationSpec
+from fedfstq_hf.training.observing import StepObserver
+
+STATE_FILE = "fedfstq_state.safetensors"
+_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where training stood when a checkpoint was taken.
+
+    Attributes:
+        client_id: whose.
+        global_step: of the Trainer.
+        local_step: steps done of the round; of the whole training where there is no federation.
+        federation: id of its spec; None for local training.
+        round: None between two rounds.
+        adapter_sha256: of the adapter that the round started from.
+        metrics: the federation's figures that are logged with every row.
+    """
+
+    client_id: str
+    global_step: int
+    local_step: int
+    federation: str | None = None
+    round: int | None = None
+    adapter_sha256: str | None = None
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint's folder with its place and tensors."""
+
+    folder: str
+    place: Place
+    tensors: dict[str, Tensor]
+
+    def within(self, assignment: Assignment) -> bool:
+        """Whether it was taken in the middle of this very round."""
+        return self.place.round == assignment.round and self.place.adapter_sha256 == assignment.adapter_sha256
+
+    def leads_to(self, assignment: Assignment | None, spec: FederationSpec) -> bool:
+        """Whether its log and step counter are those of this client before the assignment, or in the middle of it."""
+        if assignment is None or assignment.global_step is None:
+            return False
+        mine = (self.place.federation, self.place.client_id) == (spec.id, assignment.session.client_id)
+        done = self.place.local_step if self.within(assignment) else 0
+        return mine and self.place.global_step <= assignment.global_step + done
+
+    def restore(self, observer: StepObserver, device: torch.device | None = None) -> list[Tensor]:
+        """Set both Fisher averages; returns, on `device`, the losses of the round's micro-batches so far."""
+        for name, average in _averages(observer).items():
+            average.load_state_dict(
+                {key.removeprefix(name): value for key, value in self.tensors.items() if key.startswith(name)}
+            )
+        return list(self.tensors["losses"].to(device).unbind())
+
+    @property
+    def start(self) -> Tensor | None:
+        """The adapter that local training started from, (num_params,)."""
+        return self.tensors.get("start")
+
+
+def save_state(
+    folder: str | Path, place: Place, observer: StepObserver, *, losses: Sequence[Tensor], start: Tensor | None
+) -> None:
+    """Write the state file into a checkpoint's folder.
+
+    Args:
+        losses: of the micro-batches of the round so far, scalars.
+        start: the adapter that local training started from, (num_params,).
+    """
+    tensors = {"losses": torch.stack(list(losses)).cpu() if losses else torch.zeros(0)}
+    for name, average in _averages(observer).items():
+        tensors |= {f"{name}{key}": value.cpu() for key, value in average.state_dict().items()}
+    if start is not None:
+        tensors["start"] = start
+    metadata = {"fedfstq": json.dumps({"format": _FORMAT, **dataclasses.asdict(place)}, sort_keys=True)}
+    storage.replace_file(Path(folder) / STATE_FILE, save(tensors, metadata=metadata), durable=False)
+
+
+def load_state(folder: str | Path) -> Saved | None:
+    """Read a checkpoint's state file; None where the checkpoint has none, or another version's.
+
+    Raises:
+        ConfigError: it is damaged.
+    """
+    path = Path(folder) / STATE_FILE
+    if not path.is_file():
+        return None
+    try:
+        with safe_open(path, "pt") as file:
+            fields: dict[str, Any] = json.loads(file.metadata()["fedfstq"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        if fields.pop("format") != _FORMAT:
+            return None
+        return Saved(str(folder), Place(**fields), tensors)
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise ConfigError(
+            f"{path} cannot be read ({error}). Resume from another checkpoint, or without resume_from_checkpoint: the "
+            "round then starts anew."
+        ) from error
+
+
+def find_state(resume_from_checkpoint: str | bool | None, output_dir: str | None) -> Saved | None:
+    """The state of the checkpoint that `Trainer.train(resume_from_checkpoint)` means; None where there is none."""
+    if not resume_from_checkpoint:
+        return None
+    if isinstance(resume_from_checkpoint, str):
+        return load_state(resume_from_checkpoint)
+    exists = output_dir is not None and Path(output_dir).is_dir()
+    folder = get_last_checkpoint(output_dir) if exists else None
+    return None if folder is None else load_state(folder)
+
+
+def _averages(observer: StepObserver) -> dict[str, Any]:
+    return {"fisher.": observer.fisher, "tokens.": observer.tokens}
