@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fedfstq_hf.errors import ConfigError
+from fedfstq_hf.sensitivity.options import check_objective
 
 CONFIG_FILE = "fedfstq_config.json"
 _ANY_ADAPTER = 10**12  # parameters, to check how a budget is written before the adapter is known
@@ -23,8 +24,9 @@ class FedFSTQConfig:
     """Settings of a federated Trainer, passed beside `TrainingArguments`.
 
     With a `mailbox`, `train()` takes part in the federation there, and what its spec says (rounds, local steps, codec,
-    learning rate, ...) wins over `local_steps`, `codec`, `codec_options`, `refresh_steps`, `rho` and `error_feedback`
-    here. Without one, `train()` trains locally and `FedFSTQTrainer.pack_update()` returns the message.
+    learning rate, ...) wins over `local_steps`, `codec`, `codec_options`, `error_feedback`, `refresh_steps`, `rho`,
+    `objective` and `token_keep_ratio` here. Without one, `train()` trains locally and `FedFSTQTrainer.pack_update()`
+    returns the message.
     """
 
     mailbox: str | None = field(
@@ -75,6 +77,17 @@ class FedFSTQConfig:
         default=0.9, metadata={"help": "Decay of the token and adapter Fisher averages (the paper's rho)."}
     )
 
+    objective: str = field(
+        default="full",
+        metadata={
+            "help": "What the target tokens weigh in the local loss between refresh steps: 'full' (all alike), 'hard' "
+            "(the most sensitive ones only), 'soft' (by sensitivity), 'unbiased' (a weighted sample)."
+        },
+    )
+    token_keep_ratio: float = field(
+        default=0.5, metadata={"help": "Share of the target tokens that objectives 'hard' and 'unbiased' keep."}
+    )
+
     def __post_init__(self) -> None:
         if not isinstance(self.client_id, str) or not _CLIENT_ID.fullmatch(self.client_id):
             raise ConfigError(
@@ -87,6 +100,7 @@ class FedFSTQConfig:
             raise ConfigError(f"refresh_steps must be at least 1, not {self.refresh_steps!r}.")
         if not 0 <= self.rho < 1:
             raise ConfigError(f"rho must lie in [0, 1), not {self.rho!r}.")
+        check_objective(self.objective, self.token_keep_ratio)
         if not 0 <= self.error_feedback <= 1:
             raise ConfigError(f"error_feedback must lie in [0, 1], not {self.error_feedback!r}.")
         if self.poll_seconds <= 0:

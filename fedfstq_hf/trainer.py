@@ -24,6 +24,7 @@ from fedfstq_hf.federation.session import Settlement
 from fedfstq_hf.federation.spec import FederationSpec
 from fedfstq_hf.sensitivity import AdapterFisher, TokenSensitivity
 from fedfstq_hf.training.checkpoint import find_state
+from fedfstq_hf.training.filtering import TOKEN_WEIGHTS, open_filter
 from fedfstq_hf.training.joining import join
 from fedfstq_hf.training.observing import StepObserver
 from fedfstq_hf.training.packing import pack_local
@@ -48,7 +49,7 @@ class FedFSTQMixin(ResumableRounds, _TrainerLike):  # type: ignore[misc]
         self.federation = federation or FedFSTQConfig()
         self._spec: FederationSpec | None = None
         self.adapter_view = AdapterView(self.model)
-        self._observer = self._new_observer(self.federation.rho, self.federation.refresh_steps)
+        self._set_up(self.federation)
         self._participation: Participation | None = None
         self._assignment: Assignment | None = None
         self._batches: Iterator[Any] | None = None
@@ -135,7 +136,7 @@ class FedFSTQMixin(ResumableRounds, _TrainerLike):  # type: ignore[misc]
             )
         max_steps = self.args.max_steps
         self._participation, self._spec, self._ended = participation, spec, False
-        self._observer = self._new_observer(spec.rho, spec.refresh_steps)
+        self._set_up(spec)
         self.args.max_steps = max(participation.total_steps, 1)
         try:
             checkpoint = self._choose_checkpoint(find_state(resume_from_checkpoint, self.args.output_dir))
@@ -187,7 +188,7 @@ class FedFSTQMixin(ResumableRounds, _TrainerLike):  # type: ignore[misc]
         batches: list[Any]
         if self._participation is None:
             batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
-            return batches, num_items
+            return self._weigh(batches), num_items
         if self._assignment is None and not self._next_round():
             self.control.should_training_stop = True
             return [], None
@@ -197,7 +198,13 @@ class FedFSTQMixin(ResumableRounds, _TrainerLike):  # type: ignore[misc]
                 f"All labels of a batch of {len(batches)} micro-batches are masked (-100): there is nothing to learn "
                 "from. Check that truncation keeps the answers, or raise max_length."
             )
-        return batches, num_items
+        return self._weigh(batches), num_items
+
+    def _weigh(self, batches: list[Any]) -> list[Any]:
+        if self._filter is not None:
+            seed = self.args.seed if self._assignment is None else self._assignment.seed
+            self._filter.weigh(batches, self._observer.tokens, step=self._local_step, seed=seed)
+        return batches
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         if self._assignment is None or self._spec is None:
@@ -270,7 +277,20 @@ class FedFSTQMixin(ResumableRounds, _TrainerLike):  # type: ignore[misc]
             num_training_steps = self._spec.rounds * self._spec.local_steps
         return super().create_scheduler(num_training_steps, optimizer)
 
-    # What a step gives away for free
+    # A step, and what it gives away for free
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The Trainer's own; in training steps of a token-filtered objective that of the weighted target tokens."""
+        weights = inputs.pop(TOKEN_WEIGHTS, None)
+        if weights is None or self._filter is None:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        steps = self.current_gradient_accumulation_steps
+        loss, outputs = self._filter.loss(model, inputs, weights, num_items_in_batch, steps=steps)
+        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
+            loss = loss * (self.accelerator.num_processes // self.get_tp_size())  # their mean is taken, as in Trainer
+        return (loss, outputs) if return_outputs else loss
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """An ordinary step; then Fisher information from its gradients, before they are clipped."""
@@ -297,8 +317,12 @@ class FedFSTQMixin(ResumableRounds, _TrainerLike):  # type: ignore[misc]
     def _client_id(self) -> str:
         return self.federation.client_id if self._assignment is None else self._assignment.session.client_id
 
-    def _new_observer(self, rho: float, refresh_steps: int) -> StepObserver:
-        return StepObserver(self.model, self.adapter_view, rho=rho, refresh_steps=refresh_steps)
+    def _set_up(self, settings: FedFSTQConfig | FederationSpec) -> None:
+        """What local training reads off and optimises; a federation's spec wins over the client's own settings."""
+        self._observer = StepObserver(
+            self.model, self.adapter_view, rho=settings.rho, refresh_steps=settings.refresh_steps
+        )
+        self._filter = open_filter(self, settings.objective, settings.token_keep_ratio, settings.refresh_steps)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the federation's figures, so that they reach `log_history` and every reporter."""

@@ -14,6 +14,7 @@ from fedfstq_hf import __version__
 from fedfstq_hf.errors import ConfigError, MailboxError
 from fedfstq_hf.federation.keys import parse_public_key
 from fedfstq_hf.federation.record import other_version
+from fedfstq_hf.sensitivity.options import check_objective
 
 FORMAT = 2
 
@@ -53,6 +54,8 @@ class FederationSpec:
         optimizer_state: `"fresh"` restarts the client's optimizer in each round, `"kept"` carries its moments on.
         refresh_steps: token sensitivity is read off every that many local steps (H).
         rho: decay of the two Fisher averages.
+        objective: what target tokens weigh in the local loss between refresh steps (`sensitivity.options.OBJECTIVES`).
+        token_keep_ratio: share of the target tokens that the objectives `hard` and `unbiased` keep.
         seed: of data order and dropout, together with client id and round.
         data: how clients format their examples (the data section of the recipe), for `fedfstq train`.
         client_defaults: `TrainingArguments` that `fedfstq train` starts from; each client may choose others.
@@ -87,6 +90,8 @@ class FederationSpec:
     optimizer_state: str = "fresh"
     refresh_steps: int = 10
     rho: float = 0.9
+    objective: str = "full"
+    token_keep_ratio: float = 0.5
     seed: int = 0
     data: Mapping[str, Any] = field(default_factory=dict)
     client_defaults: Mapping[str, Any] = field(default_factory=dict)
@@ -128,6 +133,7 @@ class FederationSpec:
                 raise ConfigError(f"{name} is a multiple of the round's median: at least 1, or null; not {limit!r}.")
         if self.sealing_key is not None:
             parse_public_key(self.sealing_key, "x25519")
+        check_objective(self.objective, self.token_keep_ratio)
         if self.optimizer_state not in ("fresh", "kept"):
             raise ConfigError(f"optimizer_state must be 'fresh' or 'kept', not {self.optimizer_state!r}.")
         if unknown := sorted(set(self.training) - set(SHARED_TRAINING_ARGUMENTS)):

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from fedfstq_hf.errors import ConfigError
 from fedfstq_hf.recipe.strict import build, join, plain
+from fedfstq_hf.sensitivity.options import check_objective
 from fedfstq_hf.simulation.network import LinkProfile, get_link
 from fedfstq_hf.workloads.config import DataConfig
 
@@ -164,10 +165,16 @@ class MethodSettings:
     error_feedback: bool | float = True
     """Whether a client keeps what its message left out and adds it to its next update; a number is the decay."""
     server: ServerSettings = field(default_factory=ServerSettings)
+    objective: Literal["full", "hard", "soft", "unbiased"] = "full"
+    """What target tokens weigh in the local loss: all alike, the most sensitive ones only (the paper's mask), by
+    sensitivity, or a weighted sample whose gradient is that of all in expectation."""
+    token_keep_ratio: float = 0.5
+    """Share of the target tokens that `hard` and `unbiased` keep; the others pay for no LM head."""
 
     def __post_init__(self) -> None:
         if not 0 <= float(self.error_feedback) <= 1:
             raise ConfigError(f"error_feedback must be true, false or a decay in (0, 1], got {self.error_feedback!r}")
+        check_objective(self.objective, self.token_keep_ratio)
         if isinstance(self.uplink_budget, int) and self.uplink_budget < 1:
             raise ConfigError(f"uplink_budget must be at least 1 byte, got {self.uplink_budget}")
 

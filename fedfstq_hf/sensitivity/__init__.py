@@ -8,11 +8,18 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .adapter import AdapterFisher
+    from .cross_entropy import weighted_cross_entropy
+    from .objective import token_weights
     from .tokens import TokenSensitivity
 
-_HOME = {"AdapterFisher": "adapter", "TokenSensitivity": "tokens"}
+_HOME = {
+    "AdapterFisher": "adapter",
+    "TokenSensitivity": "tokens",
+    "token_weights": "objective",
+    "weighted_cross_entropy": "cross_entropy",
+}
 
-__all__ = ["AdapterFisher", "TokenSensitivity"]
+__all__ = ["AdapterFisher", "TokenSensitivity", "token_weights", "weighted_cross_entropy"]
 
 
 def __getattr__(name: str) -> Any:

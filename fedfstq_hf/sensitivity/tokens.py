@@ -33,8 +33,9 @@ class TokenSensitivity:
     def update(self, input_ids: Tensor, g: Tensor, mask: Tensor | None = None) -> None:
         """Take in one refresh step.
 
-        input_ids: (B, T) int64. g: (B, T) squared gradient norms at the input embeddings, >= 0. mask: (B, T), true
-        where a position counts (None: all). Raises NonFiniteError on NaN or infinity, DataError on unknown ids.
+        input_ids: (B, T) int64, or of any other shape. g: as input_ids, squared gradient norms at the input embeddings,
+        >= 0. mask: as input_ids, true where a position counts (None: all). Raises NonFiniteError on NaN or infinity,
+        DataError on unknown ids.
         """
         if input_ids.shape != g.shape or (mask is not None and mask.shape != g.shape):
             shapes = [tuple(t.shape) for t in (input_ids, g) if t is not None]
@@ -50,17 +51,20 @@ class TokenSensitivity:
             raise DataError(f"token ids span {int(ids.min())} .. {int(ids.max())}; expected 0 .. {self.vocab_size - 1}")
         if not bool(torch.isfinite(values).all()):
             raise NonFiniteError("token gradients hold NaN or infinity; the sensitivity table was left as it was")
-        occurrences = torch.bincount(ids, minlength=self.vocab_size)
-        total = torch.zeros_like(self._ema).index_add_(0, ids, values)
-        seen = occurrences > 0
-        mean = total[seen] / occurrences[seen]
+        seen, place, occurrences = torch.unique(ids, return_inverse=True, return_counts=True)
+        mean = torch.zeros(len(seen), dtype=torch.float64).index_add_(0, place, values) / occurrences
         self._ema[seen] = self.rho * self._ema[seen] + (1.0 - self.rho) * mean
         self._count[seen] += 1
 
     def scores(self) -> Tensor:
         """(vocab_size,) float32; +inf for ids never seen: rare tokens must not be the ones that are dropped."""
-        corrected = self._ema / (1.0 - self.rho ** self._count.double())
-        return torch.where(self._count > 0, corrected, torch.inf).float()
+        return self.scores_of(torch.arange(self.vocab_size))
+
+    def scores_of(self, ids: Tensor) -> Tensor:
+        """Scores of some ids, in the shape of `ids` (int64, CPU), without computing the whole table's."""
+        count = self._count[ids]
+        corrected = self._ema[ids] / (1.0 - self.rho ** count.double())
+        return torch.where(count > 0, corrected, torch.inf).float()
 
     def top(self, k: int) -> Tensor:
         """Ids (at most k, int64) of the most sensitive tokens *seen so far*, highest first, ties to the lower id."""

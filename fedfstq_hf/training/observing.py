@@ -34,11 +34,13 @@ class StepObserver:
         self.rho, self.refresh_steps = rho, refresh_steps
         self.fisher = AdapterFisher(view.parameters, rho=rho)
         self.tokens = self._new_tokens()
+        self._seen: list[tuple[Tensor, Tensor]] = []  # ids and g of the step's micro-batches, (tokens,) each
 
     def begin(self, carried: Mapping[str, Tensor]) -> None:
         """Start a round: a new Fisher average, and the token table that `carried` holds."""
         self.fisher.reset()
         self.tokens = self._new_tokens()
+        self._seen = []
         if table := token_table(carried):
             self.tokens.load_state_dict(table)
 
@@ -59,13 +61,11 @@ class StepObserver:
             NonFiniteError: a gradient is NaN or infinite; the average stays as it was.
         """
         self.fisher.update(self._view.gradients())
+        self._enter_tokens()
 
     @contextlib.contextmanager
     def _token_probe(self, inputs: Mapping[str, Any]) -> Iterator[None]:
-        """Within it, the backward pass leaves g(i) = ||dL/de_i||^2 of each input token in the table (METHOD section 2).
-
-        Micro-batches of one step enter one after the other.
-        """
+        """Within it, the backward pass leaves g(i) = ||dL/de_i||^2 of each input token for the end of the step."""
         mask = inputs.get("attention_mask")
 
         def watch(module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> None:
@@ -75,7 +75,8 @@ class StepObserver:
 
             def collect(gradient: Tensor) -> None:
                 squared = gradient.detach().float().square().sum(dim=-1)
-                self.tokens.update(ids, squared, None if mask is None else mask.to(ids.device).bool())
+                keep = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.to(ids.device).bool()
+                self._seen.append((ids[keep], squared[keep]))
 
             if output.requires_grad and torch.is_grad_enabled():
                 output.register_hook(collect)  # type: ignore[no-untyped-call]
@@ -85,6 +86,13 @@ class StepObserver:
             yield
         finally:
             handle.remove()
+
+    def _enter_tokens(self) -> None:
+        """The micro-batches of one step enter the table as one, however they are cut."""
+        if self._seen:
+            ids, squared = (torch.cat([part.cpu() for part in parts]) for parts in zip(*self._seen, strict=True))
+            self._seen = []
+            self.tokens.update(ids, squared)
 
     def _new_tokens(self) -> TokenSensitivity:
         vocab_size = self._model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]

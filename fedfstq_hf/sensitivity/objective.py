@@ -1,0 +1,109 @@
+"""Token-filtered objectives: what each target token of a batch weighs in the local loss (Fed-FSTQ stage 2).
+
+The loss of a batch with N target tokens is `sum(w_i * loss_i) / N`. The paper knows the hard mask alone; it keeps a
+model from ever learning the ids it drops, which the other two avoid.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ..errors import ConfigError
+from .options import check_objective
+
+GAMMA = 0.5
+"""Exponent on the sensitivity. S is a squared gradient norm, and drawing tokens in proportion to the norm itself gives
+the estimate of the gradient its least variance (importance sampling)."""
+FLOOR = 0.25
+"""Of `token_keep_ratio`: no token is kept with less probability than that, so no weight exceeds 4 / ratio."""
+_LEAST = 1e-6  # scores are told apart down to that share of the largest
+
+
+def token_weights(
+    objective: str,
+    scores: Tensor,
+    valid: Tensor,
+    *,
+    ratio: float = 0.5,
+    generator: torch.Generator | None = None,
+    gamma: float = GAMMA,
+) -> Tensor:
+    """Weights of the target tokens of a batch, one example per row.
+
+    Args:
+        objective: `"full"`, `"hard"`, `"soft"` or `"unbiased"`.
+        scores: (B, T) sensitivity of each target token's id, at least 0; +inf (never seen) counts as most sensitive.
+        valid: (B, T) bool, true where there is a target token.
+        ratio: share of the target tokens that `hard` and `unbiased` keep.
+        generator: for `unbiased`, which draws one number per example, in order; CPU.
+        gamma: exponent on the scores, for `soft` and `unbiased`.
+
+    Returns:
+        (B, T) float64, 0 where nothing is learned. N valid tokens weigh N in total under `full`, `soft` and `hard`
+        (which makes `hard` the mean over the kept ones), and N in expectation under `unbiased`.
+    """
+    check_objective(objective, ratio)
+    weights = torch.zeros(valid.shape, dtype=torch.float64)
+    count = int(valid.sum())
+    if count == 0:
+        return weights
+    given = scores[valid].double()
+    if objective == "full":
+        weights[valid] = 1.0
+    elif objective == "hard":
+        kept = math.ceil(ratio * count - 1e-9)
+        among = torch.zeros(count, dtype=torch.float64)
+        among[torch.argsort(given, descending=True, stable=True)[:kept]] = count / kept
+        weights[valid] = among
+    elif objective == "soft":
+        shares = _relative(given) ** gamma
+        weights[valid] = shares / shares.mean()
+    else:
+        if generator is None:
+            raise ConfigError("the unbiased objective draws tokens; pass generator=torch.Generator().manual_seed(...)")
+        chance = torch.zeros(valid.shape, dtype=torch.float64)
+        chance[valid] = keep_probabilities(given, ratio, gamma)
+        kept_ones = _systematic(chance, torch.rand(len(chance), dtype=torch.float64, generator=generator))
+        weights[kept_ones] = 1.0 / chance[kept_ones]
+    return weights
+
+
+def keep_probabilities(scores: Tensor, ratio: float, gamma: float = GAMMA) -> Tensor:
+    """Probabilities that sum to `ratio * N`, as nearly proportional to `scores ** gamma` as floor and 1 allow.
+
+    scores: (N,) at least 0, +inf counts as the largest. Returns (N,) float64 in [FLOOR * ratio, 1].
+    """
+    wanted, floor = ratio * len(scores), FLOOR * ratio
+    shares = (_relative(scores.double()) ** gamma).clamp_min(_LEAST)
+    low, high = 0.0, 1.0 / _LEAST
+    for _ in range(80):  # the sum grows with the factor: halve the interval until float64 ends it
+        factor = 0.5 * (low + high)
+        if float((factor * shares).clamp(floor, 1.0).sum()) < wanted:
+            low = factor
+        else:
+            high = factor
+    return (high * shares).clamp(floor, 1.0)
+
+
+def _relative(scores: Tensor) -> Tensor:
+    """Scores as shares of the largest finite one, which those never seen are given; all 1 where all are 0."""
+    seen = torch.isfinite(scores)
+    largest = float(scores[seen].max()) if bool(seen.any()) else 0.0
+    if largest == 0.0:
+        return torch.ones_like(scores)
+    return torch.where(seen, scores / largest, 1.0)
+
+
+def _systematic(chance: Tensor, uniform: Tensor) -> Tensor:
+    """Keep each token with its probability, and of each example a number within 1 of the expected one.
+
+    The row's probabilities laid end to end, a token is kept if a mark falls into its piece; marks stand 1 apart from
+    `uniform` on. chance: (B, T), uniform: (B,) in [0, 1). Returns (B, T) bool.
+    """
+    ends = chance.cumsum(dim=1)
+    starts = torch.cat([torch.zeros(len(ends), 1, dtype=ends.dtype), ends[:, :-1]], dim=1)
+    marks = uniform[:, None]
+    return torch.floor(ends - marks) > torch.floor(starts - marks)

@@ -1,0 +1,166 @@
+"""The token-filtered objective inside a Hugging Face training step: which tokens of a window count, and their loss.
+
+A window is what one optimizer step accumulates. Its weights travel with its micro-batches as one more tensor, so that
+batches of 16 and 4 x 4 give the same loss and the same gradient.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import logging
+from collections.abc import MutableMapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fedfstq_hf.errors import ConfigError
+from fedfstq_hf.sensitivity import TokenSensitivity, token_weights, weighted_cross_entropy
+
+logger = logging.getLogger(__name__)
+
+TOKEN_WEIGHTS = "token_weights"
+"""Key in a micro-batch: (B, T) float32, at each position the weight of the target token that it predicts."""
+_IGNORED = -100
+
+
+class TokenFilter:
+    """Weighs the target tokens of each window, and computes the loss of those that weigh something.
+
+    Only their positions go through the LM head, where the model takes a boolean `logits_to_keep`; a step then costs
+    less time and memory the larger the vocabulary. At refresh steps all target tokens weigh 1.
+
+    Args:
+        model: base or PEFT model, a causal language model.
+        objective: `"hard"`, `"soft"` or `"unbiased"`.
+        ratio: share of the target tokens that is kept.
+        refresh_steps: local steps 0, H, 2H, ... see all tokens: there sensitivity is read.
+    """
+
+    def __init__(self, model: nn.Module, objective: str, ratio: float, refresh_steps: int) -> None:
+        self.objective, self.ratio, self.refresh_steps = objective, ratio, refresh_steps
+        self._base = _base_of(model)
+        self._projects_some = _takes_mask(self._base)
+        self._window_targets = 0
+        if not self._projects_some:
+            logger.warning(
+                "%s cannot project single positions through its LM head (no boolean logits_to_keep, or a fused loss): "
+                "objective=%r weights the full logits and saves neither time nor memory.",
+                type(self._base).__name__,
+                objective,
+            )
+
+    def weigh(
+        self, batches: Sequence[MutableMapping[str, Any]], tokens: TokenSensitivity, *, step: int, seed: int
+    ) -> None:
+        """Put the weights of a window's target tokens into its micro-batches.
+
+        Args:
+            batches: of one optimizer step, with `labels` (or `shift_labels`).
+            tokens: how sensitive the loss is to each id.
+            step: local step, from 0.
+            seed: of the round; with `step` and an example's number in the window it fixes what is drawn.
+        """
+        refresh = step % self.refresh_steps == 0
+        if refresh and not self._projects_some:
+            return
+        targets = [_targets(batch).cpu() for batch in batches]
+        width = max((t.shape[1] for t in targets), default=0)
+        rows = [F.pad(t, (0, width - t.shape[1]), value=_IGNORED) for t in targets]
+        window = torch.cat(rows) if rows else torch.zeros(0, 0, dtype=torch.long)
+        valid = window != _IGNORED
+        self._window_targets = int(valid.sum())
+        weights = token_weights(
+            "full" if refresh else self.objective,
+            tokens.scores_of(window.clamp_min(0)),
+            valid,
+            ratio=self.ratio,
+            generator=torch.Generator().manual_seed(_seed(seed, step)),
+        ).float()
+        start = 0
+        for batch, target in zip(batches, targets, strict=True):
+            end = start + len(target)
+            batch[TOKEN_WEIGHTS] = weights[start:end, : target.shape[1]].to(batch["labels"].device)
+            start = end
+
+    def loss(
+        self, model: nn.Module, inputs: dict[str, Any], weights: Tensor, num_items: Tensor | int | None, *, steps: int
+    ) -> tuple[Tensor, Any]:
+        """The weighted loss of one micro-batch.
+
+        Args:
+            model: as the Trainer wrapped it.
+            inputs: the micro-batch, without its weights.
+            weights: (B, T) from `weigh`.
+            num_items: target tokens of the window, over all processes; None where the Trainer divides the loss by the
+                number of micro-batches itself.
+            steps: that number.
+
+        Returns:
+            Loss and the model's outputs; their logits are (kept positions, vocab_size) where only those were projected.
+        """
+        targets, kept = _targets(inputs), weights > 0
+        rest = {name: value for name, value in inputs.items() if name not in ("labels", "shift_labels")}
+        if self._projects_some:
+            rest["logits_to_keep"] = kept
+        outputs = model(**rest)
+        logits = outputs["logits"] if isinstance(outputs, dict) else outputs[0]
+        if logits.ndim == 3:
+            logits = logits[kept]
+        total = weighted_cross_entropy(logits, targets[kept].to(logits.device), weights[kept].to(logits.device))
+        items = self._window_targets / steps if num_items is None else num_items
+        loss = total / (items.to(total.device) if isinstance(items, Tensor) else items)
+        auxiliary = outputs.get("aux_loss") if isinstance(outputs, dict) else None
+        if auxiliary is not None:  # as models with experts add it to their own loss
+            loss = loss + self._base.router_aux_loss_coef * auxiliary.to(loss.device)
+        return loss, outputs
+
+
+def open_filter(trainer: Any, objective: str, ratio: float, refresh_steps: int) -> TokenFilter | None:
+    """The filter of a Trainer; None for the full objective, which is the Trainer's own.
+
+    Raises:
+        ConfigError: the Trainer's loss is not the plain one of a causal language model, per token.
+    """
+    if objective == "full":
+        return None
+    args = trainer.args
+    obstacles = {
+        f"label_smoothing_factor={args.label_smoothing_factor}": args.label_smoothing_factor != 0,
+        "compute_loss_func": trainer.compute_loss_func is not None,
+        f"loss_type={getattr(args, 'loss_type', None)!r}": getattr(args, "loss_type", None) not in (None, "nll"),
+        f"{args.n_gpu} GPUs in one process (use `accelerate launch`)": args.n_gpu > 1,
+        "a model that is not a causal language model": not trainer._loss_shifts_labels,
+    }
+    for obstacle, present in obstacles.items():
+        if present:
+            raise ConfigError(
+                f"objective={objective!r} weights the loss of single tokens and cannot be combined with {obstacle}. "
+                "Use objective='full'."
+            )
+    return TokenFilter(trainer.model, objective, ratio, refresh_steps)
+
+
+def _targets(batch: MutableMapping[str, Any]) -> Tensor:
+    """(B, T) ids that each position predicts, -100 where none."""
+    if "shift_labels" in batch:
+        return batch["shift_labels"]  # type: ignore[no-any-return]
+    return F.pad(batch["labels"][..., 1:], (0, 1), value=_IGNORED)
+
+
+def _seed(seed: int, step: int) -> int:
+    return int.from_bytes(hashlib.sha256(f"token mask/{seed}/{step}".encode()).digest()[:7], "big")
+
+
+def _base_of(model: Any) -> Any:
+    inner = getattr(model, "get_base_model", None)
+    return model if inner is None else inner()
+
+
+def _takes_mask(base: Any) -> bool:
+    """Whether the forward pass is transformers' own, which projects the positions of a (B, T) bool `logits_to_keep`."""
+    forward = inspect.unwrap(base.forward)
+    names = inspect.signature(forward).parameters
+    return "logits_to_keep" in names and "slice_logits_to_keep" in getattr(forward, "__globals__", {})
