@@ -115,8 +115,6 @@ def make_spec(
         server=settings.server.to_yaml(),
         objective=settings.objective,
         token_keep_ratio=settings.token_keep_ratio,
-        objective=settings.objective,
-        token_keep_ratio=settings.token_keep_ratio,
         training={name: getattr(training, name) for name in SHARED_TRAINING_ARGUMENTS},
         optimizer_state=training.optimizer_state,
         refresh_steps=training.refresh_steps,
