@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from ..errors import MessageError
-from .entropy import Adaptive, Reader, Writer, coin, table, uniform
+from .entropy import Adaptive, Bits, Reader, Writer, coin, table, uniform
 from .quantization import OCTAVES, grid
 from .schema import Schema
 from .stacks import is_tall, sides
@@ -97,7 +97,8 @@ def read(reader: Reader, schema: Schema) -> list[Component]:
     depth = np.split(reader.get(sum(rows), table(weights.tolist())), np.cumsum(rows)[:-1])
     components = []
     for owner, top, density, steps in zip(owners, tops, classes, depth, strict=True):
-        t = reader.get(shapes[owner][1], _coin(density)).astype(np.int8)
+        t = np.empty(shapes[owner][1], dtype=np.int8)
+        reader.fill(t, _coin(density))
         points = np.maximum(top - steps.astype(np.int64), 0)
         components.append(Component(owner, points, np.zeros(steps.size, dtype=np.bool_), t))
     return components
@@ -108,16 +109,12 @@ def num_signs(components: Sequence[Component]) -> int:
     return sum(c.points.size + int(np.count_nonzero(c.t)) for c in components)
 
 
-def signed(components: Sequence[Component], bits: Bools) -> list[Component]:
-    """The components with their signs, from the bits of the tail."""
-    start, done, split = 0, [], sum(c.points.size for c in components)
-    for c in components:
-        s_negative = bits[start : start + c.points.size]
-        start += c.points.size
-        t, used = c.t.copy(), np.flatnonzero(c.t)
-        t[used] = np.where(bits[split : split + used.size], -1, 1)
-        split += used.size
-        done.append(Component(c.tensor, c.points, s_negative, t))
+def signed(components: Sequence[Component], bits: Bits) -> list[Component]:
+    """The components with their signs, from the bits of the tail; t is written in place."""
+    done = [Component(c.tensor, c.points, bits.take(c.points.size), c.t) for c in components]
+    for c in done:
+        used = c.t != 0
+        c.t[used] = np.where(bits.take(int(np.count_nonzero(used))), np.int8(-1), np.int8(1))
     return done
 
 

@@ -12,16 +12,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import numpy.typing as npt
 
 from ..errors import MessageError
 from . import support
-from .entropy import Adaptive, Reader, Writer, table, uniform
+from .entropy import Adaptive, Bits, Reader, Writer, table, uniform
+from .places import Part, Places
 from .quantization import OCTAVES, Float64, fit_levels, grid, nearest, steps_per_octave
 from .support import Int64, Layout
 
 Bools = npt.NDArray[np.bool_]
+Float32 = npt.NDArray[np.float32]
 LEVELS = (1, 2, 4, 8)
 _WEIGHTS = 64
 
@@ -50,30 +54,51 @@ def write(
     return np.where(negative, -magnitude, magnitude), negative
 
 
-def read(reader: Reader, layout: Layout, levels: int) -> tuple[Int64, Float64]:
-    """Coordinates and magnitudes, signs still missing. Raises MessageError if malformed."""
-    indices = support.read(reader, layout)
-    tensor = layout.tensor_of(indices)
-    fitted = _read_levels(reader, np.bincount(tensor, minlength=layout.num_tensors) > 0, levels)
-    number = np.zeros(indices.size, dtype=np.int64)
+class Coordinates:
+    """Coordinates as they stand in a message, in a byte or two for each.
+
+    places: which they are. fitted: levels, float32 (tensors, levels). number: level of each, uint8 (nnz,).
+    """
+
+    def __init__(self, places: Places, fitted: Float32, number: npt.NDArray[np.uint8]) -> None:
+        self.places, self._fitted, self._number = places, fitted, number
+
+    def values(self, signs: Bits) -> Iterator[tuple[Part, Float32]]:
+        """Their values part by part, with the signs of the tail."""
+        for part in self.places.parts:
+            magnitude = self._fitted[part.tensor][self._number[part.first : part.last]]
+            yield part, np.where(signs.take(magnitude.size), -magnitude, magnitude)
+
+
+def read(reader: Reader, layout: Layout, levels: int) -> Coordinates:
+    """Coordinates, signs still missing. Raises MessageError if malformed."""
+    places = support.read(reader, layout)
+    fitted = _read_levels(reader, places.used, levels)
+    number = np.zeros(places.count, dtype=np.uint8)
     if levels > 1:
         weights = reader.get(levels, uniform(_WEIGHTS))
         if not weights.any():
             raise MessageError("payload gives every level the frequency 0; expected one above 0")
-        number = reader.get(indices.size, table(weights.tolist())).astype(np.int64)
-    return indices, fitted[tensor, number]
+        reader.fill(number, table(weights.tolist()))
+    return Coordinates(places, fitted, number)
 
 
-def _read_levels(reader: Reader, used: Bools, levels: int) -> Float64:
+def none(layout: Layout) -> Coordinates:
+    """No coordinates at all."""
+    places = Places(np.zeros(layout.num_params, dtype=np.bool_), layout.offsets)
+    return Coordinates(places, np.zeros((layout.num_tensors, 1), dtype=np.float32), np.zeros(0, dtype=np.uint8))
+
+
+def _read_levels(reader: Reader, used: Bools, levels: int) -> Float32:
     """Levels per tensor (tensors, levels); zeros for tensors of which nothing is sent."""
     points = np.zeros((used.size, levels), dtype=np.int64)
     for j in range(levels):
         points[used, j] = reader.get_adaptive(int(used.sum()), _level_model(levels, j))
-    magnitudes = grid(steps_per_octave(levels)).astype(np.float64)
+    magnitudes = grid(steps_per_octave(levels))
     points = points.cumsum(axis=1)
     if points.max(initial=0) >= magnitudes.size:
         raise MessageError(f"payload names level {points.max()}; the grid ends at {magnitudes.size - 1}")
-    return np.where(used[:, None], magnitudes[points], 0.0)
+    return np.where(used[:, None], magnitudes[points], np.float32(0.0))
 
 
 def _level_model(levels: int, position: int) -> Adaptive:

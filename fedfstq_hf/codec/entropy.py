@@ -19,6 +19,7 @@ import numpy.typing as npt
 from ..errors import MessageError
 
 IntArray = npt.NDArray[np.int32]
+_PIECE = 1 << 14  # symbols read at a time
 _TOTAL = 1 << 22  # sum of a table's weights: below constriction's 24 bits of precision, and exact in float64
 # weight that a coded symbol lends to itself and its neighbours, times size / 16; every symbol starts at 1
 _KERNEL = np.array([1, 3, 8, 48, 8, 3, 1])
@@ -61,6 +62,21 @@ class Adaptive:
     def see(self, symbol: int) -> None:
         """Learn from a coded symbol. Weights stay integers, hence exact."""
         self._weights[symbol : symbol + len(_KERNEL)] += self._gain
+
+
+class Bits:
+    """The bits that end a stream, read in order; one byte holds eight until they are."""
+
+    def __init__(self, packed: bytes) -> None:
+        self._packed = np.frombuffer(packed, dtype=np.uint8)
+        self._start = 0
+
+    def take(self, count: int) -> npt.NDArray[np.bool_]:
+        """The next `count` of them, (count,)."""
+        start, end = self._start, self._start + count
+        bits = np.unpackbits(self._packed[start // 8 : -(-end // 8)], bitorder="little")
+        self._start = end
+        return bits[start % 8 : start % 8 + count].view(np.bool_)
 
 
 class Writer:
@@ -109,6 +125,12 @@ class Reader:
         symbols: IntArray = self._coder.decode(model, count)
         return symbols
 
+    def fill(self, out: npt.NDArray[np.integer[Any]], model: Any) -> None:
+        """The next symbols into all of an array, in pieces: it may be of a smaller type than symbols are."""
+        for start in range(0, out.size, _PIECE):
+            piece = out[start : start + _PIECE]
+            piece[:] = self.get(piece.size, model)
+
     def get_adaptive(self, count: int, model: Adaptive) -> list[int]:
         """The next `count` symbols of an adaptive model."""
         symbols = []
@@ -118,13 +140,14 @@ class Reader:
             symbols.append(symbol)
         return symbols
 
-    def finish(self, tail: int = 0) -> npt.NDArray[np.uint8]:
+    def finish(self, tail: int = 0) -> Bits:
         """The `tail` bits that end the stream. Raises MessageError unless exactly they are left."""
-        left = self._coder.get_compressed().astype("<u4").tobytes().rstrip(b"\0")
-        bits = np.unpackbits(np.frombuffer(left, dtype=np.uint8), bitorder="little")
-        if left != _packed_tail(bits[:tail]):
-            raise MessageError("entropy-coded stream does not end where its symbols do; the payload is malformed")
-        return bits[:tail]
+        size = tail // 8 + 1
+        if self._coder.num_words() == -(-size // 4):
+            left = self._coder.get_compressed().astype("<u4").tobytes().rstrip(b"\0")
+            if len(left) == size and left[-1] >> tail % 8 == 1:
+                return Bits(left)
+        raise MessageError("entropy-coded stream does not end where its symbols do; the payload is malformed")
 
 
 def _packed_tail(bits: npt.NDArray[np.uint8]) -> bytes:

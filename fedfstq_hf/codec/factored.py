@@ -17,7 +17,7 @@ Components lie in tensor order, those of one tensor in the order in which they a
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -85,7 +85,7 @@ class FactoredCodec:
 
         def draft(count: int) -> Draft:
             chosen = sorted(components[:count], key=lambda c: c.tensor)  # stable: the order within a tensor stays
-            return Draft(_write(schema, chosen), _assemble(schema, chosen))
+            return Draft(_write(schema, chosen), _assemble(schema, [c.tensor for c in chosen], chosen))
 
         if max_bytes is None:
             best = draft(len(components))
@@ -96,21 +96,22 @@ class FactoredCodec:
     def decode(self, payload: bytes, schema: Schema, context: CodecContext | None = None) -> SparseUpdate:
         """Sum of the components; tensors without any are left out. Raises MessageError on any malformed payload."""
         if not payload:
-            return _assemble(schema, [])
+            return _assemble(schema, [], [])
         reader = Reader(payload)
         counts = reader.get_adaptive(len(schema.tensors), Adaptive(_MAX_COMPONENTS + 1))
         owners = [i for i, count in enumerate(counts) for _ in range(count)]
         shapes = [_sides(schema.tensors[i]) for i in owners]
         model = Adaptive(OCTAVES * _STEPS)
         points = [np.array(reader.get_adaptive(r, model), dtype=np.int64) for r, _ in shapes]
-        tail = reader.finish(tail=sum(r + max(f - 1, 0) for r, f in shapes)).astype(bool)
-        components, start = [], 0
-        for owner, (r, f), row in zip(owners, shapes, points, strict=True):
-            signs = tail[start : start + r + max(f - 1, 0)]
-            start += signs.size
-            t_negative = np.concatenate([np.zeros(min(f, 1), dtype=bool), signs[r:]])
-            components.append(Component(owner, row, signs[:r], t_negative, 0.0))
-        return _assemble(schema, components)
+        signs = reader.finish(tail=sum(r + max(f - 1, 0) for r, f in shapes))
+
+        def components() -> Iterator[Component]:
+            for owner, (_, f), row in zip(owners, shapes, points, strict=True):
+                s_negative, t_negative = signs.take(row.size), np.zeros(f, dtype=bool)
+                t_negative[1:] = signs.take(max(f - 1, 0))
+                yield Component(owner, row, s_negative, t_negative, 0.0)
+
+        return _assemble(schema, owners, components())
 
 
 def _sides(spec: TensorSpec) -> tuple[int, int]:
@@ -198,23 +199,26 @@ def _write(schema: Schema, components: list[Component]) -> bytes:
     return writer.finish(tail=np.concatenate([a for c in components for a in (c.s_negative, c.t_negative[1:])]))
 
 
-def _assemble(schema: Schema, components: list[Component]) -> SparseUpdate:
+def _assemble(schema: Schema, owners: list[int], components: Iterable[Component]) -> SparseUpdate:
+    """Sum of components, which belong to the tensors `owners`; tensors without any are left out if that is smaller."""
     magnitudes = grid(_STEPS)
-    parts: dict[int, npt.NDArray[np.float32]] = {}
+    specs = [schema.tensors[i] for i in sorted(set(owners))]
+    size = sum(spec.size for spec in specs)
+    if 3 * size > schema.num_params:
+        indices, size = None, schema.num_params
+        starts = {i: spec.offset for i, spec in enumerate(schema.tensors)}
+    else:
+        ranges = [torch.arange(spec.offset, spec.offset + spec.size) for spec in specs]
+        indices = torch.cat([torch.zeros(0, dtype=torch.int64), *ranges])
+        starts = dict(zip(sorted(set(owners)), np.cumsum([0, *(spec.size for spec in specs)]).tolist(), strict=False))
+    values = torch.zeros(size)
     for c in components:
         spec = schema.tensors[c.tensor]
-        s = np.where(c.s_negative, -magnitudes[c.points], magnitudes[c.points])
-        product = np.where(c.t_negative, -s[:, None], s[:, None])  # (r, f)
-        if c.tensor in parts:
-            parts[c.tensor] += product.T.reshape(-1) if _tall(spec) else product.reshape(-1)
+        s = torch.from_numpy(np.where(c.s_negative, -magnitudes[c.points], magnitudes[c.points]))
+        t = torch.from_numpy(np.where(c.t_negative, np.float32(-1), np.float32(1)))
+        view = values[starts[c.tensor] : starts[c.tensor] + spec.size]
+        if _tall(spec):
+            view.view(t.numel(), s.numel()).addcmul_(t[:, None], s[None])
         else:
-            parts[c.tensor] = (product.T if _tall(spec) else product).reshape(-1).copy()
-    if not parts:
-        return SparseUpdate(schema.num_params, torch.zeros(0, dtype=torch.int64), torch.zeros(0))
-    specs = [schema.tensors[i] for i in sorted(parts)]
-    values = torch.from_numpy(np.concatenate([parts[i] for i in sorted(parts)]))
-    if values.numel() == schema.num_params:
-        return SparseUpdate(schema.num_params, None, values)
-    return SparseUpdate(
-        schema.num_params, torch.cat([torch.arange(s.offset, s.offset + s.size) for s in specs]), values
-    )
+            view.view(s.numel(), t.numel()).addcmul_(s[:, None], t[None])
+    return SparseUpdate(schema.num_params, indices, values)

@@ -13,7 +13,8 @@ from torch import Tensor
 from ..errors import MessageError
 from . import components, coordinates
 from .components import Component
-from .entropy import Reader, Writer, uniform
+from .coordinates import Coordinates, Float32
+from .entropy import Bits, Reader, Writer, uniform
 from .quantization import Float64
 from .schema import Schema
 from .selection import Chosen
@@ -51,27 +52,40 @@ def write(schema: Schema, layout: Layout, found: Sequence[Component], chosen: Ch
 
 def read(payload: bytes, schema: Schema) -> SparseUpdate:
     """Inverse of `write`. Raises MessageError on any malformed payload."""
-    found, indices, values = parse(payload, schema)
-    return update(schema, components.assemble(schema, found) if found else None, indices, values)
+    found, single, signs = _parse(payload, schema)
+    if not found:
+        values = single.places.room()
+        for part, exact in single.values(signs):
+            values[part.first : part.last] = exact
+        return single.places.update(values)
+    base = components.assemble(schema, found)
+    vector = base.numpy()
+    for part, exact in single.values(signs):
+        vector[part.start : part.end][single.places.mask(part)] += exact
+    return SparseUpdate(schema.num_params, None, base)
 
 
-def parse(payload: bytes, schema: Schema) -> tuple[list[Component], Int64, Float64]:
+def parse(payload: bytes, schema: Schema) -> tuple[list[Component], Int64, Float32]:
     """Components, and coordinates with their values, of a payload. Raises MessageError if it is malformed."""
+    found, single, signs = _parse(payload, schema)
+    values = [exact for _, exact in single.values(signs)]
+    return found, single.places.indices(), np.concatenate([np.zeros(0, dtype=np.float32), *values])
+
+
+def _parse(payload: bytes, schema: Schema) -> tuple[list[Component], Coordinates, Bits]:
+    """Components, coordinates, and the latter's signs."""
+    layout = Layout.of(schema)
     if not payload:
-        return [], np.zeros(0, dtype=np.int64), np.zeros(0)
+        return [], coordinates.none(layout), Bits(b"")
     reader = Reader(payload)
     kind = int(reader.get(1, uniform(_KINDS))[0])
     if not 1 <= kind < 2 * _FORMS:
         raise MessageError(f"fstq payload is of kind {kind}; this version reads 1 to {2 * _FORMS - 1}")
     with_factors, form = divmod(kind, _FORMS)
     found = components.read(reader, schema) if with_factors else []
-    indices, magnitude = np.zeros(0, dtype=np.int64), np.zeros(0)
-    if form:
-        indices, magnitude = coordinates.read(reader, Layout.of(schema), coordinates.LEVELS[form - 1])
-    split = components.num_signs(found)
-    negative = reader.finish(tail=split + indices.size).astype(bool)
-    values = np.where(negative[split:], -magnitude, magnitude)
-    return components.signed(found, negative[:split]), indices, values
+    single = coordinates.read(reader, layout, coordinates.LEVELS[form - 1]) if form else coordinates.none(layout)
+    signs = reader.finish(tail=components.num_signs(found) + single.places.count)
+    return components.signed(found, signs), single, signs
 
 
 def update(schema: Schema, base: Tensor | None, indices: Int64, values: Float64) -> SparseUpdate:

@@ -12,6 +12,7 @@ Entropy-coded support plus exact float32 values; it carries the published global
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 
 import numpy as np
@@ -23,6 +24,7 @@ from ..errors import BudgetError, MessageError
 from . import support
 from .dense import read_delta
 from .entropy import Reader, Writer
+from .places import Places
 from .registry import CodecContext, Encoded, register
 from .schema import Schema
 from .support import Layout
@@ -75,38 +77,39 @@ class Sparse32Codec:
         """Exact update. Raises MessageError on any malformed payload or non-finite value."""
         if not payload or payload[0] & 3 == 3 or payload[0] & ~7:
             raise MessageError(f"sparse32 payload begins with byte {payload[:1].hex()!r}; expected a mode, 00 to 06")
-        form, rest = payload[0] & 3, payload[1:]
-        indices = None
-        if not payload[0] & _DENSE:
+        form, rest, layout = payload[0] & 3, memoryview(payload)[1:], Layout.of(schema)
+        if payload[0] & _DENSE:
+            places = Places(np.ones(schema.num_params, dtype=np.bool_), layout.offsets)
+        else:
             length = int.from_bytes(rest[:4], "little")
             if len(rest) < 4 or length > len(rest) - 4:
                 raise MessageError(f"sparse32 payload of {len(payload)} bytes announces a support of {length} bytes")
-            reader = Reader(rest[4 : 4 + length])
-            indices = torch.from_numpy(support.read(reader, Layout.of(schema)))
+            reader = Reader(bytes(rest[4 : 4 + length]))
+            places = support.read(reader, layout)
             reader.finish()
             rest = rest[4 + length :]
-        count = schema.num_params if indices is None else indices.numel()
-        data = rest if form == _RAW else _decompress(rest, 4 * count)
-        if len(data) != 4 * count:
-            raise MessageError(f"sparse32 payload holds {len(data)} bytes of values; expected {4 * count}")
-        if form == _PLANES:
-            data = np.frombuffer(data, dtype=np.uint8).reshape(4, -1).T.tobytes()
-        values = np.frombuffer(data, dtype="<f4").astype(np.float32)
+        data = rest if form == _RAW else _decompress(rest, 4 * places.count)
+        if len(data) != 4 * places.count:
+            raise MessageError(f"sparse32 payload holds {len(data)} bytes of values; expected {4 * places.count}")
+        values = places.room()
+        cells = values[: places.count].view(np.uint8).reshape(-1, 4)
+        raw = np.frombuffer(data, dtype=np.uint8)
+        cells[:] = raw.reshape(4, -1).T if form == _PLANES else raw.reshape(-1, 4)
+        if sys.byteorder == "big":
+            values.byteswap(inplace=True)
+        del data, raw
         if not np.isfinite(values).all():  # torch's takes twice the memory of the values
             raise MessageError("sparse32 payload holds NaN or infinity; expected finite values")
-        return SparseUpdate(schema.num_params, indices, torch.from_numpy(values))
+        return places.update(values)
 
 
-def _decompress(data: bytes, size: int) -> bytes:
+def _decompress(data: memoryview, size: int) -> bytes:
     try:
         # the announced size is checked before any allocation
         frame = zstandard.get_frame_parameters(data)
         if frame.content_size != size or frame.window_size > _MAX_WINDOW:
             raise MessageError(f"sparse32 values announce {frame.content_size} bytes; expected {size}")
-        stream = zstandard.ZstdDecompressor(max_window_size=_MAX_WINDOW).decompressobj()
-        values = stream.decompress(data)
+        decompressor = zstandard.ZstdDecompressor(max_window_size=_MAX_WINDOW)
+        return decompressor.decompress(data, allow_extra_data=False)
     except zstandard.ZstdError as error:
-        raise MessageError(f"sparse32 values are not a valid zstandard frame: {error}") from error
-    if not stream.eof or stream.unused_data:
-        raise MessageError("sparse32 values end before or after their zstandard frame")
-    return values
+        raise MessageError(f"sparse32 values are not exactly one valid zstandard frame: {error}") from error

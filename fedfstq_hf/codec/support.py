@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .entropy import Adaptive, Reader, Writer, coin, table, uniform
+from .places import Places, runs
 from .schema import Schema
 
 Int64 = npt.NDArray[np.int64]
@@ -197,31 +198,62 @@ def write(writer: Writer, layout: Layout, indices: Int64, chosen: SupportPlan) -
             left -= mask[j]
 
 
-def read(reader: Reader, layout: Layout) -> Int64:
-    """Decode a support: sorted coordinates. Never more than the schema holds, whatever the stream says."""
+def read(reader: Reader, layout: Layout) -> Places:
+    """Decode a support. Never more than the schema holds, whatever the stream says."""
     concentration = int(reader.get(1, uniform(len(CONCENTRATIONS)))[0])
     classes = np.zeros(layout.num_tensors, dtype=np.int64)
     for members in layout.sides:
         classes[members] = reader.get_adaptive(members.size, Adaptive(len(DENSITIES)))
-    counts = np.empty(int(layout.columns[-1]), dtype=np.int64)
+    counts = np.empty(int(layout.columns[-1]), dtype=np.uint8)
     for m in range(layout.num_tensors):
         model = _column_model(int(layout.heights[m]), int(classes[m]), concentration)
-        counts[layout.columns[m] : layout.columns[m + 1]] = reader.get(
-            int(layout.columns[m + 1] - layout.columns[m]), model
-        )
-    parts = []
+        reader.fill(counts[layout.columns[m] : layout.columns[m + 1]], model)
+    mask = np.zeros(layout.num_params, dtype=np.bool_)
     for height in layout.groups:
-        used = _used_columns(layout, counts, height)
-        left = counts[used].copy()
-        for j in range(height):
-            bits = left == height - j  # no choice left: every remaining row is set
-            for remaining in range(1, min(height - j - 1, int(left.max(initial=0))) + 1):
-                among = np.flatnonzero(left == remaining)
-                bits[among] = reader.get(among.size, coin(remaining, height - j - remaining))
-            chosen = used[bits]
-            parts.append(layout.indices_of(chosen, np.full(chosen.size, j, dtype=np.int64)))
-            left -= bits
-    return np.sort(np.concatenate(parts)) if parts else np.zeros(0, dtype=np.int64)
+        _read_rows(reader, layout, counts, height, mask)
+    return Places(mask, layout.offsets)
+
+
+def _read_rows(
+    reader: Reader, layout: Layout, counts: npt.NDArray[np.uint8], height: int, mask: npt.NDArray[np.bool_]
+) -> None:
+    """Set in the mask what the columns of one height hold."""
+    left, place, stride = _used(layout, counts, height)
+    for j in range(height):
+        bits = left == height - j  # no choice left: every remaining row is set
+        for remaining in range(1, min(height - j - 1, int(left.max(initial=0))) + 1):
+            for start, end in runs(0, left.size):
+                among = np.flatnonzero(left[start:end] == remaining)
+                bits[start:end][among] = reader.get(among.size, coin(remaining, height - j - remaining))
+        for start, end in runs(0, left.size):
+            mask[place[start:end][bits[start:end]]] = True
+        place += stride
+        left -= bits
+
+
+def _used(
+    layout: Layout, counts: npt.NDArray[np.uint8], height: int
+) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.signedinteger], npt.NDArray[np.signedinteger]]:
+    """Columns of one height that hold something: how much, first coordinate, and distance between rows."""
+    members = np.flatnonzero(layout.heights == height).tolist()
+    spans = [run for m in members for run in runs(int(layout.columns[m]), int(layout.columns[m + 1]))]
+    size = sum(int(np.count_nonzero(counts[start:end])) for start, end in spans)
+    small: type[np.signedinteger] = np.int32 if layout.num_params < 1 << 30 else np.int64
+    left = np.empty(size, dtype=np.uint8)
+    place: npt.NDArray[np.signedinteger] = np.empty(size, dtype=small)
+    stride: npt.NDArray[np.signedinteger] = np.empty(size, dtype=small)
+    first = 0
+    for m in members:
+        feature = int(layout.features[m])
+        for start, end in runs(int(layout.columns[m]), int(layout.columns[m + 1])):
+            used = np.flatnonzero(counts[start:end])
+            column = used + (start - int(layout.columns[m]))
+            mine = slice(first, first + used.size)
+            left[mine] = counts[start:end][used]
+            place[mine] = layout.offsets[m] + column // feature * feature * height + column % feature
+            stride[mine] = layout.strides[m]
+            first += used.size
+    return left, place, stride
 
 
 def _used_columns(layout: Layout, counts: Int64, height: int) -> Int64:

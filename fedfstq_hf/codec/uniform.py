@@ -73,7 +73,7 @@ class Shape(NamedTuple):
 class Levels(NamedTuple):
     """A quantised adapter: per tensor the signed magnitudes (groups, width), classes and steps (groups,)."""
 
-    magnitudes: list[Int64]
+    magnitudes: list[npt.NDArray[np.signedinteger]]
     classes: list[Int64]
     steps: list[Int64]
     fine: int
@@ -194,12 +194,13 @@ def read(payload: bytes, sides: list[tuple[int, int]]) -> Levels:
         indices = np.array(reader.get_adaptive(top + 1, weights), dtype=np.int64)
         shapes[number] = Shape(indices, reader.get(3, uniform(OFFSETS)).astype(np.int64))
         models[number] = shapes[number].model()
-    magnitudes = []
+    magnitudes: list[npt.NDArray[np.signedinteger]] = []
     for (groups, width), numbers in zip(sides, classes, strict=True):
-        rows = np.zeros((groups, width), dtype=np.int64)
+        rows = np.zeros((groups, width), dtype=np.int16)
         for k, number in enumerate(numbers.tolist()):
             if number:
-                rows[k] = reader.get(width, models[number]) - (len(shapes[number].weights) - 1)
+                reader.fill(rows[k], models[number])
+                rows[k] -= len(shapes[number].weights) - 1
         magnitudes.append(rows)
     reader.finish()
     return Levels(magnitudes, classes, steps, fine, shapes)
@@ -212,8 +213,8 @@ def values_of(levels: Levels, i: int) -> Float32:
     for k, number in enumerate(levels.classes[i].tolist()):
         if number:
             row = levels.magnitudes[i][k]
-            points = levels.shapes[number].levels()[np.abs(row)] * np.float64(grid[levels.steps[i][k]])
-            out[k] = np.where(row < 0, -points, points)
+            points = (levels.shapes[number].levels() * np.float64(grid[levels.steps[i][k]])).astype(np.float32)
+            out[k] = np.concatenate([-points[:0:-1], points])[row + (points.size - 1)]
     return out
 
 

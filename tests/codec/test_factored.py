@@ -66,5 +66,5 @@ def test_vectors_become_signs_times_one_magnitude():
 def test_without_a_budget_every_matrix_gets_one_component():
     delta = {"a": torch.randn(4, 32), "b": torch.zeros(4, 32), "c": torch.randn(32, 4)}
     update = get_codec("factored").encode(delta).reconstruction
-    assert update.nnz == 256
+    assert int(update.to_dense().count_nonzero()) == 256
     assert (update.to_dense()[128:256] == 0).all()

@@ -78,7 +78,7 @@ def test_components_survive_coding_and_cost_their_entropy():
     data = writer.finish(tail=tail)
     reader = Reader(data)
     back = parts.read(reader, schema)
-    back = parts.signed(back, reader.finish(tail=parts.num_signs(back)).astype(bool))
+    back = parts.signed(back, reader.finish(tail=parts.num_signs(back)))
     for one, two in zip(found, back, strict=True):
         assert one.tensor == two.tensor
         for field in ("points", "s_negative", "t"):

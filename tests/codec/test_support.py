@@ -30,9 +30,9 @@ def code(layout, indices):
 
 def decode(layout, data):
     reader = Reader(data)
-    indices = support.read(reader, layout)
+    places = support.read(reader, layout)
     reader.finish()
-    return indices
+    return places.indices()
 
 
 def test_layout_is_a_bijection_onto_small_columns():

@@ -14,14 +14,17 @@ levels become bits it leaves open; most are zero, so they get the entropy coder 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from ...errors import ConfigError, MessageError
 from ..dense import read_delta
-from ..entropy import IntArray, Reader, Writer, table, uniform
+from ..entropy import Reader, Writer, table, uniform
+from ..places import runs
 from ..registry import CodecContext, Encoded, register
 from ..schema import Schema
 from ..update import SparseUpdate
@@ -84,11 +87,15 @@ class FedpaqCodec:
         weights = reader.get(2 * levels + 1, uniform(_WEIGHTS))
         if not weights.any():
             raise MessageError("fedpaq payload gives every level the frequency 0; expected one above 0")
-        symbols = reader.get(schema.num_params, table(weights.tolist()))
+        symbols = np.empty(schema.num_params, dtype=np.uint8)
+        reader.fill(symbols, table(weights.tolist()))
         reader.finish()
         return _update(symbols, norm[0], levels)
 
 
-def _update(symbols: IntArray, norm: np.float32, levels: int) -> SparseUpdate:
+def _update(symbols: npt.NDArray[np.integer[Any]], norm: np.float32, levels: int) -> SparseUpdate:
     points = np.arange(-levels, levels + 1, dtype=np.float32) / np.float32(levels) * np.float32(norm)
-    return SparseUpdate(symbols.size, None, torch.from_numpy(points[symbols]))
+    values = np.empty(symbols.size, dtype=np.float32)
+    for start, end in runs(0, symbols.size):
+        values[start:end] = points[symbols[start:end]]
+    return SparseUpdate(symbols.size, None, torch.from_numpy(values))

@@ -95,28 +95,29 @@ class PaperCodec:
         if not payload:
             return _update(layout, np.zeros(0, dtype=np.int64), np.zeros(0))
         reader = Reader(payload)
-        indices = support.read(reader, layout)
+        places = support.read(reader, layout)
         weights = reader.get(len(WIDTHS), uniform(_WEIGHTS))
         if not weights.any():
             raise MessageError("paper payload gives every width the frequency 0; expected one above 0")
-        widths = reader.get(indices.size, table(weights.tolist()))
-        tensor = layout.tensor_of(indices)
-        used = np.bincount(tensor, minlength=layout.num_tensors) > 0
-        raw = reader.get(4 * int(used.sum()), uniform(256)).astype(np.uint8).tobytes()
+        widths = np.zeros(places.count, dtype=np.uint8)
+        reader.fill(widths, table(weights.tolist()))
+        raw = reader.get(4 * int(places.used.sum()), uniform(256)).astype(np.uint8).tobytes()
         largest = np.zeros(layout.num_tensors, dtype=np.float64)
         scales = np.frombuffer(raw, dtype="<f4")
         if not np.isfinite(scales).all() or (scales < 0).any():
             raise MessageError("paper payload holds a scale that is negative or not finite")
-        largest[used] = scales
-        values = np.zeros(indices.size)
+        largest[places.used] = scales
+        values = places.room()
         for number, width in enumerate(WIDTHS):
-            mine = widths == number
-            levels = reader.get(int(mine.sum()), uniform(1 << width)).astype(np.int64) - _q_max(width)
-            if levels.max(initial=0) > _q_max(width):
-                raise MessageError(f"paper payload holds a {width}-bit value above {_q_max(width)}")
-            values[mine] = dequantize(levels, largest[tensor[mine]], width)
+            for part in places.parts:
+                mine = np.flatnonzero(widths[part.first : part.last] == number)
+                levels = reader.get(mine.size, uniform(1 << width)).astype(np.int64) - _q_max(width)
+                if levels.max(initial=0) > _q_max(width):
+                    raise MessageError(f"paper payload holds a {width}-bit value above {_q_max(width)}")
+                scale = np.broadcast_to(largest[part.tensor], levels.shape)
+                values[part.first : part.last][mine] = dequantize(levels, scale, width)
         reader.finish()
-        return _update(layout, indices, values)
+        return places.update(values)
 
     def _draft(self, layout: Layout, vector: npt.NDArray[np.float32], ranked: Int64, columns: Int64) -> Draft:
         if not ranked.size:

@@ -90,11 +90,12 @@ class QsgdCodec:
             raise MessageError(
                 f"qsgd payload has {len(payload)} bytes; expected {body + packed_bytes(schema.num_params, bits)}"
             )
-        scale = read_floats(payload[5:body], buckets, "norm")
-        levels = unpack_bits(memoryview(payload)[body:], schema.num_params, bits, np.int16)
-        levels -= _steps(bits)
-        if levels.max(initial=0) > _steps(bits):
+        scale = read_floats(memoryview(payload)[5:body], buckets, "norm")
+        raised = unpack_bits(memoryview(payload)[body:], schema.num_params, bits, np.uint8)
+        if raised.max(initial=0) > 2 * _steps(bits):
             raise MessageError(f"qsgd payload holds a level above {_steps(bits)}")
+        levels = raised.view(np.int8)
+        levels -= np.int8(_steps(bits))
         return _update(levels, scale, bucket, _steps(bits))
 
     def _size(self, num_params: int) -> int:

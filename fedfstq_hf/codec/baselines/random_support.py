@@ -84,13 +84,15 @@ class RandomCodec:
         if not payload:
             return _update(layout, np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.float32))
         reader = Reader(payload)
-        indices = support.read(reader, layout)
-        tensor = layout.tensor_of(indices)
+        places = support.read(reader, layout)
         magnitude = np.zeros(layout.num_tensors, dtype=np.float32)
-        used = np.bincount(tensor, minlength=layout.num_tensors) > 0
+        used = places.used
         magnitude[used] = grid(_STEPS)[reader.get_adaptive(int(used.sum()), Adaptive(OCTAVES * _STEPS))]
-        negative = reader.finish(tail=indices.size).astype(bool)
-        return _update(layout, indices, _signed(magnitude[tensor], negative))
+        signs, values = reader.finish(tail=places.count), places.room()
+        for part in places.parts:
+            negative = signs.take(part.last - part.first)
+            values[part.first : part.last] = np.where(negative, -magnitude[part.tensor], magnitude[part.tensor])
+        return places.update(values)
 
 
 def _draft(layout: Layout, vector: npt.NDArray[np.float32], indices: Int64) -> Draft:

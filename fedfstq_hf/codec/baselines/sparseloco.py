@@ -23,6 +23,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -109,7 +110,7 @@ class SparselocoCodec:
             raise MessageError("sparseloco payload holds a level that is NaN or infinite; expected finite values")
         if form == _CODED:
             reader = Reader(payload[body:])
-            places = chunks.places(reader.get(count, _gaps(k)))
+            places: npt.NDArray[np.integer[Any]] = chunks.places(reader.get(count, _gaps(k)))
             weights = reader.get(_LEVELS, uniform(_WEIGHTS))
             if not weights.any():
                 raise MessageError("sparseloco payload gives every level the frequency 0; expected one above 0")
@@ -117,12 +118,15 @@ class SparselocoCodec:
             reader.finish()
         else:
             middle = body + packed_bytes(count, _INDEX_BITS)
-            places = unpack_bits(memoryview(payload)[body:middle], count, _INDEX_BITS)
+            places = unpack_bits(memoryview(payload)[body:middle], count, _INDEX_BITS, np.int16)
             numbers = unpack_bits(memoryview(payload)[middle:], count, 8 if form == _STORED else 2, np.uint8)
             if numbers.max() >= _LEVELS:
                 raise MessageError(f"sparseloco payload holds level number {numbers.max()}; expected 0 to 3")
         indices = chunks.indices(places)
-        return _update(schema, indices, levels[np.repeat(chunks.tensor, chunks.sent), numbers])
+        values = np.empty(count, dtype=np.float32)
+        for mine, of_tensor in zip(chunks.by_tensor(), levels, strict=True):
+            values[mine] = of_tensor[numbers[mine]]
+        return _update(schema, indices, values)
 
     def _draft(self, schema: Schema, values: npt.NDArray[np.float32], k: int) -> Draft:
         chunks = Chunks.of(schema, k)
@@ -130,12 +134,11 @@ class SparselocoCodec:
             [_top(values[a : a + n], sent) for a, n, sent in zip(chunks.start, chunks.size, chunks.sent, strict=True)]
         )
         indices = chunks.indices(places)
-        owner = np.repeat(chunks.tensor, chunks.sent)
-        ends = np.searchsorted(owner, np.arange(chunks.tensors + 1))
         numbers, levels = np.empty(indices.size, dtype=np.uint8), np.empty((chunks.tensors, _LEVELS), dtype=np.float32)
-        for tensor in range(chunks.tensors):
-            mine = slice(ends[tensor], ends[tensor + 1])
+        sent = np.empty(indices.size, dtype=np.float32)
+        for tensor, mine in enumerate(chunks.by_tensor()):
             numbers[mine], levels[tensor] = quantize(values[indices[mine]])
+            sent[mine] = levels[tensor][numbers[mine]]
         head = bytes([self._form]) + k.to_bytes(2, "little") + levels.astype("<f4").tobytes()
         if self._form == _CODED:
             writer = Writer()
@@ -147,7 +150,7 @@ class SparselocoCodec:
             body = writer.finish()
         else:
             body = pack_bits(places, _INDEX_BITS) + pack_bits(numbers, 8 if self._form == _STORED else 2)
-        return Draft(head + body, _update(schema, indices, levels[owner, numbers]))
+        return Draft(head + body, _update(schema, indices, sent))
 
 
 @dataclass(frozen=True)
@@ -171,11 +174,17 @@ class Chunks:
         tensor = np.repeat(np.arange(len(specs)), [s.size for s in starts])
         return cls(start, size, -(-k * size // CHUNK), tensor, len(specs))
 
-    def indices(self, places: Int64) -> Int64:
+    def by_tensor(self) -> list[slice]:
+        """Where the places of each tensor that is not empty lie among all of them."""
+        ends = np.cumsum(np.bincount(self.tensor, weights=self.sent, minlength=self.tensors)).astype(np.int64).tolist()
+        return [slice(start, end) for start, end in pairwise([0, *ends])]
+
+    def indices(self, places: npt.NDArray[np.integer[Any]]) -> Int64:
         """Coordinates of places within their chunks. Raises MessageError unless they ascend within each chunk."""
-        if (places >= np.repeat(self.size, self.sent)).any():
+        if (places >= np.repeat(self.size.astype(np.int16), self.sent)).any():
             raise MessageError("sparseloco payload holds a place beyond its chunk")
-        indices: Int64 = places + np.repeat(self.start, self.sent)
+        indices: Int64 = np.repeat(self.start, self.sent)
+        indices += places
         if (indices[1:] <= indices[:-1]).any():
             raise MessageError("sparseloco payload holds places that do not ascend within their chunk")
         return indices
