@@ -120,7 +120,7 @@ def signed(components: Sequence[Component], bits: Bits) -> list[Component]:
 
 def assemble(schema: Schema, components: Sequence[Component]) -> Tensor:
     """Their sum as a vector: (num_params,) float32. The same bits wherever it is computed: products are exact."""
-    out = torch.zeros(schema.num_params)
+    out = torch.zeros(schema.num_params, device="cpu")
     magnitudes = grid(STEPS)
     for c in components:
         spec = schema.tensors[c.tensor]

@@ -150,7 +150,7 @@ def _analyse(schema: Schema, vector: Tensor, fisher: Tensor, wanted: int) -> lis
         # a coordinate counts by the size of its gradient: that is what a step along it gains to first order
         weight = _matrices(fisher, specs).sqrt()
         weight = weight + _FLOOR * weight.mean(dim=(1, 2), keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
-        ceiling = torch.full((len(members),), torch.inf)
+        ceiling = torch.full((len(members),), torch.inf, device="cpu")
         for _ in range(wanted):
             points, s, t = _component(rest, weight)
             left = rest - s[:, :, None] * t[:, None, :]
@@ -208,10 +208,10 @@ def _assemble(schema: Schema, owners: list[int], components: Iterable[Component]
         indices, size = None, schema.num_params
         starts = {i: spec.offset for i, spec in enumerate(schema.tensors)}
     else:
-        ranges = [torch.arange(spec.offset, spec.offset + spec.size) for spec in specs]
-        indices = torch.cat([torch.zeros(0, dtype=torch.int64), *ranges])
+        ranges = [torch.arange(spec.offset, spec.offset + spec.size, device="cpu") for spec in specs]
+        indices = torch.cat([torch.zeros(0, dtype=torch.int64, device="cpu"), *ranges])
         starts = dict(zip(sorted(set(owners)), np.cumsum([0, *(spec.size for spec in specs)]).tolist(), strict=False))
-    values = torch.zeros(size)
+    values = torch.zeros(size, device="cpu")
     for c in components:
         spec = schema.tensors[c.tensor]
         s = torch.from_numpy(np.where(c.s_negative, -magnitudes[c.points], magnitudes[c.points]))

@@ -46,7 +46,7 @@ def fit(stack: Stack, rest: Tensor, weight: Tensor, price: float, exponent: int,
     rest: (m, r, f), overwritten by what the components leave. scale: features that each one here stands for.
     """
     layers: list[Layer] = []
-    members = torch.arange(rest.shape[0])
+    members = torch.arange(rest.shape[0], device="cpu")
     few = slice(None, None, max(1, rest.shape[2] // _SKETCH))
     part, part_weight = rest, weight
     sketch = weight[:, :, few].contiguous()
@@ -79,7 +79,7 @@ def _direction(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Grid points of s and s itself (m, r), by alternation, and the share of features last taken to be sent (m,)."""
     t, mass = _start(product, part), weight.sum(dim=2)
-    density = torch.full((product.shape[0],), _DENSE_START)
+    density = torch.full((product.shape[0],), _DENSE_START, device="cpu")
     for _ in range(_SWEEPS):
         t, _, sent = _signs(
             product, weight, torch.bmm(t[:, None], product.transpose(1, 2))[:, 0] / mass, density, price
@@ -108,7 +108,7 @@ def _density(sent: Tensor) -> tuple[Tensor, Tensor]:
 def _start(product: Tensor, part: Tensor) -> Tensor:
     """Signs of the row with the most energy: (m, f)."""
     row = (product * part).sum(dim=2).argmax(dim=1)
-    return torch.where(product[torch.arange(row.numel()), row] < 0, -1.0, 1.0)
+    return torch.where(product[torch.arange(row.numel(), device="cpu"), row] < 0, -1.0, 1.0)
 
 
 @lru_cache(maxsize=64)

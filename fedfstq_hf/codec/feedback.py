@@ -35,8 +35,5 @@ class ErrorFeedback:
         If the update was refused or lost, the residual is `corrected` itself.
         """
         residual = corrected.clone()
-        if sent.indices is None:
-            residual -= sent.values
-        else:
-            residual[sent.indices] -= sent.values
+        sent.add_to(residual, -1.0)
         return residual

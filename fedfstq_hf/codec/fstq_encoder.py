@@ -117,7 +117,7 @@ class Encoder:
                 rest -= self._source.read(state, stack)
             natural = _natural(stack, rest)
             row, place = (natural.square().mul_(weight) > threshold).nonzero(as_tuple=True)
-            offset = torch.tensor([self._schema.tensors[i].offset for i in stack.tensors])
+            offset = torch.tensor([self._schema.tensors[i].offset for i in stack.tensors], device="cpu")
             return offset[row] + place, natural[row, place], weight[row, place]
 
         parts = each(beyond, self._stacks, self._threads)

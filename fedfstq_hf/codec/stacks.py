@@ -116,7 +116,7 @@ class Source:
     def weight(self, stack: Stack, stride: int = 1) -> Tensor:
         """Weight of each squared error, above 0: (m, r, ceil(f / stride)) float32."""
         if self._fisher is None:
-            return torch.ones(len(stack.tensors), stack.r, -(-stack.f // stride))
+            return torch.ones(len(stack.tensors), stack.r, -(-stack.f // stride), device="cpu")
         weight = self._scaled(self._fisher, stack, stride, self._fisher_exponent)
         if self._power < 1:
             root = weight.sqrt()

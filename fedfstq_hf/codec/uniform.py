@@ -120,7 +120,7 @@ class UniformCodec:
         """The adapter. Raises MessageError on any malformed payload."""
         sides = [_sides(spec) for spec in schema.tensors]
         if not payload:
-            return SparseUpdate(schema.num_params, None, torch.zeros(schema.num_params))
+            return SparseUpdate(schema.num_params, None, torch.zeros(schema.num_params, device="cpu"))
         return _assemble(schema, read(payload, sides))
 
 
@@ -235,7 +235,7 @@ def _residuals(before: Int64 | None, steps: Int64, classes: Int64) -> tuple[list
 
 
 def _assemble(schema: Schema, levels: Levels) -> SparseUpdate:
-    flat = torch.zeros(schema.num_params)
+    flat = torch.zeros(schema.num_params, device="cpu")
     for i, spec in enumerate(schema.tensors):
         values = values_of(levels, i)
         values = values.T if _tall(spec) else values

@@ -39,7 +39,7 @@ class SparseUpdate:
         """A new float32 vector of shape (num_params,)."""
         if self.indices is None:
             return self.values.clone()
-        dense = torch.zeros(self.num_params, dtype=torch.float32)
+        dense = torch.zeros(self.num_params, dtype=torch.float32, device="cpu")
         dense[self.indices] = self.values
         return dense
 
