@@ -1,6 +1,7 @@
 """All codecs on recorded updates, and at the size of Llama-3-8B: bytes, distortion, time, memory.
 
-Run, after `record_deltas.py --out FOLDER ...` (some minutes; `--part scale` needs about 3 GB of memory):
+Run, after `record_deltas.py --out FOLDER ...` (some minutes; `--part scale` needs about 3 GB of memory, `--part linear`
+about 10 GB):
 
     python recipes/benchmarks/codec.py FOLDER --out recipes/results/codec.json --plot docs/images/codec.png
 
@@ -16,13 +17,14 @@ import argparse
 import json
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import numpy as np
 import torch
-from codec_data import Update, enlarged, load_recordings
+from codec_data import Update, enlarged, load_recordings, sized
 
 from fedfstq_hf.codec import Schema, codec_names, get_codec
 from fedfstq_hf.codec.fstq_stream import parse
@@ -172,6 +174,34 @@ def scale(update: Update, layers: int, labels: tuple[str, ...]) -> dict[str, Any
     return {"num_params": size, "topk_seconds": round(topk, 3), "threads": torch.get_num_threads(), "codecs": rows}
 
 
+def linear(update: Update, sizes: list[int], repeats: int = 3) -> list[dict[str, float]]:
+    """`fstq` at 0.1 bpp on adapters of about the given sizes: ns per parameter, memory in multiples of the update."""
+    rows, codec = [], get_codec("fstq")
+    for wanted in sizes:
+        delta, fisher = sized(update, wanted)
+        schema = Schema.from_state_dict(delta)
+        size = schema.num_params
+        best: dict[str, float] = {}
+        for _ in range(repeats):
+            encoded, encode, more = peak_during(partial(codec.encode, delta, fisher, max_bytes=size // 80))
+            payload = encoded.payload
+            del encoded
+            _, decode, least = peak_during(partial(codec.decode, payload, schema))
+            row = {"encode_ns": 1e9 * encode / size, "decode_ns": 1e9 * decode / size}
+            row |= {"encode_memory": more / (4 * size), "decode_memory": least / (4 * size)}
+            best = {key: min(best.get(key, np.inf), value) for key, value in row.items()}
+        # the vector is one more copy of the update, which nothing above needs
+        vector = torch.cat([tensor.reshape(-1) for tensor in delta.values()]).abs()
+        del delta, fisher
+        for _ in range(repeats):
+            started = time.perf_counter()
+            torch.topk(vector, vector.numel() // 100)
+            best["topk_ns"] = min(best.get("topk_ns", np.inf), 1e9 * (time.perf_counter() - started) / size)
+        del vector
+        rows.append({"num_params": size, **{key: round(value, 2) for key, value in best.items()}})
+    return rows
+
+
 def plot(table: dict[str, list[dict[str, Any]]], path: Path) -> None:
     """Distortion under the other Fisher over bits per parameter."""
     import matplotlib
@@ -197,7 +227,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recordings", type=Path)
     parser.add_argument("--updates", type=int, default=3, help="how many of the recordings, spread over the rounds")
-    parser.add_argument("--part", choices=("real", "scale", "all"), default="all")
+    parser.add_argument("--part", choices=("real", "scale", "linear", "all"), default="all")
+    parser.add_argument("--sizes", default="1e6,1e7,1e8,4e8", help="parameters of the linear part; 4e8 take 10 GB")
     parser.add_argument("--layers", default="32", help="blocks of Llama-3-8B, as in 1,32,305 (42M parameters are 32)")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--plot", type=Path)
@@ -207,14 +238,17 @@ def main() -> None:
     result: dict[str, Any] = {"updates": [u.name for u in updates], "num_params": updates[0].schema.num_params}
     if known.out and known.out.exists():
         result = json.loads(known.out.read_text()) | result
-    if known.part != "scale":
+    if known.part in ("real", "all"):
         result["real"] = real(updates)
         for label, rows in result["real"].items():
             for row in rows:
                 print(f"{label:18} " + "  ".join(f"{key} {value}" for key, value in row.items()))
         if known.plot:
             plot(result["real"], known.plot)
-    if known.part != "real":
+    if known.part in ("linear", "all"):
+        result["linear"] = linear(updates[-1], [int(float(size)) for size in known.sizes.split(",")])
+        print(json.dumps(result["linear"], indent=1))
+    if known.part in ("scale", "all"):
         for layers in known.layers.split(","):
             labels = AT_SCALE if layers == "32" else ("fstq",)
             result.setdefault("scale", {})[layers] = row = scale(updates[-1], int(layers), labels)

@@ -47,11 +47,18 @@ def load_recordings(folder: Path) -> list[Update]:
     return [Update(file.stem, schema, load_file(file)) for file in files]
 
 
-def enlarged(update: Update, layers: int, seed: int = 0) -> tuple[Vectors, Vectors]:
+def sized(update: Update, num_params: int) -> tuple[Vectors, Vectors]:
+    """(delta, fisher) of about `num_params` coordinates: blocks of Llama-3-8B, or one narrower block below its size."""
+    block = RANK * sum(wide_in + wide_out for wide_in, wide_out in LLAMA_8B.values())
+    return enlarged(update, max(1, round(num_params / block)), width=min(1.0, num_params / block))
+
+
+def enlarged(update: Update, layers: int, seed: int = 0, width: float = 1.0) -> tuple[Vectors, Vectors]:
     """(delta, fisher) for `layers` blocks of Llama-3-8B: each matrix draws its features from one recorded matrix.
 
     A feature's column comes whole, changes and Fisher information together, so rows, columns and their correlations are
-    those of the recording. Recorded rows are repeated or cut to rank 16.
+    those of the recording. Recorded rows are repeated or cut to rank 16. width: of the blocks, as a share of
+    Llama-3-8B's.
     """
     generator = torch.Generator().manual_seed(seed)
     sources: dict[str, list[tuple[Tensor, Tensor]]] = {"A": [], "B": []}
@@ -68,7 +75,7 @@ def enlarged(update: Update, layers: int, seed: int = 0) -> tuple[Vectors, Vecto
         for module, (wide_in, wide_out) in LLAMA_8B.items():
             for side, features in (("A", wide_in), ("B", wide_out)):
                 values, weights = sources[side][number % len(sources[side])]
-                drawn = torch.randint(values.shape[1], (features,), generator=generator)
+                drawn = torch.randint(values.shape[1], (round(width * features),), generator=generator)
                 name = f"layers.{layer:03d}.{module}.lora_{side}.weight"
                 for state, matrix in ((delta, values[:, drawn]), (fisher, weights[:, drawn])):
                     state[name] = (matrix if side == "A" else matrix.T).contiguous()
