@@ -165,9 +165,14 @@ class MailboxParticipation:
     def complete(self, assignment: Assignment, result: LocalResult) -> dict[str, float]:
         """Store the message, then post it."""
         posted = posted_losses(self.mailbox.read_metrics()) if self._budget.controller is not None else ()
+        owed = self.session.residual_norm()
         pending = store_message(self.session, self._budget, assignment, result, posted)
         self._post(self._record(assignment.round))
-        return {"fed_round": assignment.round, "fed_uplink_bytes": len(pending.message)}
+        return {
+            "fed_round": assignment.round,
+            "fed_uplink_bytes": len(pending.message),
+            "fed_residual_norm": owed,  # of what earlier messages left out and this one carried on
+        }
 
     def final_adapter(self) -> Tensor | None:
         """The newest published adapter."""

@@ -36,7 +36,7 @@ def test_what_is_logged(tmp_path):
     assignment = client.participation.next()
     logged = client.participation.complete(assignment, fake_training(assignment.adapter, assignment.seed, {}))
     size = mailbox.list_updates(0)[0].num_bytes
-    assert logged == {"fed_round": 0, "fed_uplink_bytes": size}
+    assert logged == {"fed_round": 0, "fed_uplink_bytes": size, "fed_residual_norm": 0.0}
 
 
 def test_a_client_waits_between_rounds_and_ends_with_the_federation(tmp_path):
