@@ -72,7 +72,7 @@ class SensitivityText:
         return self._bold_from <= score < math.inf
 
     def html(self) -> str:
-        """One `<div>` on one line, without script or style block, as the Hub and notebooks show it.
+        """One `<div>` on one line, without script or style block, for a model card or a notebook.
 
         Colours are inline styles. Where a renderer strips those, the most sensitive tenth stays bold and tokens never
         seen stay underlined; hovering shows the score where `title` survives.
