@@ -235,10 +235,11 @@ def main() -> None:
     known = parser.parse_args()
     updates = load_recordings(known.recordings)
     updates = updates[:: max(1, len(updates) // known.updates)][: known.updates]
-    result: dict[str, Any] = {"updates": [u.name for u in updates], "num_params": updates[0].schema.num_params}
+    result: dict[str, Any] = {}
     if known.out and known.out.exists():
-        result = json.loads(known.out.read_text()) | result
+        result = json.loads(known.out.read_text())
     if known.part in ("real", "all"):
+        result |= {"updates": [u.name for u in updates], "num_params": updates[0].schema.num_params}
         result["real"] = real(updates)
         for label, rows in result["real"].items():
             for row in rows:
@@ -246,7 +247,12 @@ def main() -> None:
         if known.plot:
             plot(result["real"], known.plot)
     if known.part in ("linear", "all"):
-        result["linear"] = linear(updates[-1], [int(float(size)) for size in known.sizes.split(",")])
+        result["linear"] = {
+            "update": updates[-1].name,
+            "update_params": updates[-1].schema.num_params,
+            "threads": torch.get_num_threads(),
+            "rows": linear(updates[-1], [int(float(size)) for size in known.sizes.split(",")]),
+        }
         print(json.dumps(result["linear"], indent=1))
     if known.part in ("scale", "all"):
         for layers in known.layers.split(","):
