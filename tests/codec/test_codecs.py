@@ -226,3 +226,26 @@ def test_sparse32_is_lossless_and_compact(update):
     assert len(dense.payload) <= 4 * schema.num_params + 1
     with pytest.raises(BudgetError, match="losslessly"):
         codec.encode(delta, max_bytes=10)
+
+
+def test_the_number_of_threads_does_not_matter():
+    generator = torch.Generator().manual_seed(3)
+    shapes = {"a": (8, 512), "b": (512, 8), "c": (8, 256), "d": (8, 2600)}
+    delta = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    fisher = {name: torch.rand(shape, generator=generator) for name, shape in shapes.items()}
+    before, payloads = torch.get_num_threads(), []
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            payloads.append(get_codec("fstq").encode(delta, fisher, max_bytes=600).payload)
+    finally:
+        torch.set_num_threads(before)
+    assert payloads[0] == payloads[1]
+
+
+def test_an_outer_product_of_many_features_is_found_from_some_of_them():
+    generator = torch.Generator().manual_seed(4)
+    t = torch.randint(0, 2, (5000,), generator=generator) * 2.0 - 1.0
+    delta = {"a": torch.tensor([2.0, -1.0, 0.5, 4.0])[:, None] * t}
+    update = get_codec("fstq", parts="factors").encode(delta, max_bytes=800).reconstruction
+    assert torch.equal(update.to_dense().view(4, 5000), delta["a"])
