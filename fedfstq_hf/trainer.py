@@ -12,31 +12,31 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, set_seed
 
 from fedfstq_hf.adapter import AdapterView
 from fedfstq_hf.config import FedFSTQConfig
-from fedfstq_hf.errors import ConfigError, DataError, MailboxError, NonFiniteError
+from fedfstq_hf.errors import ConfigError, DataError, MailboxError
 from fedfstq_hf.federation.client import Assignment, LocalResult, Participation
 from fedfstq_hf.federation.session import Settlement
 from fedfstq_hf.federation.spec import FederationSpec
-from fedfstq_hf.sensitivity import AdapterFisher, TokenSensitivity
+from fedfstq_hf.sensitivity import TokenSensitivity
+from fedfstq_hf.sensitivity.table import SensitivityTable
 from fedfstq_hf.training.checkpoint import find_state
-from fedfstq_hf.training.filtering import TOKEN_WEIGHTS, open_filter
 from fedfstq_hf.training.joining import join
-from fedfstq_hf.training.observing import StepObserver
 from fedfstq_hf.training.packing import pack_local
 from fedfstq_hf.training.resuming import ResumableRounds
 from fedfstq_hf.training.rounds import RoundSampler, dump_optimizer, load_optimizer, set_schedule, skip_batches
+from fedfstq_hf.training.steps import LocalSteps
 
 logger = logging.getLogger(__name__)
 
 _TrainerLike: Any = Trainer if TYPE_CHECKING else object  # the mixin stands before any Trainer class, TRL's included
 
 
-class FedFSTQMixin(ResumableRounds, _TrainerLike):  # type: ignore[misc]
+class FedFSTQMixin(ResumableRounds, LocalSteps, _TrainerLike):  # type: ignore[misc]
     """Adds the federation to a Trainer class; put it before that class in the bases.
 
     Args:
@@ -68,14 +68,19 @@ class FedFSTQMixin(ResumableRounds, _TrainerLike):  # type: ignore[misc]
     # What a user calls
 
     @property
-    def adapter_fisher(self) -> AdapterFisher:
-        """Fisher information of the adapter's coordinates, as of the last step."""
-        return self._observer.fisher
-
-    @property
     def sensitivity(self) -> TokenSensitivity:
         """Sensitivity of the loss to each token id, as of the last refresh step."""
         return self._observer.tokens
+
+    def token_sensitivity(self) -> SensitivityTable:
+        """The same as a table, most sensitive tokens first; shows itself in a notebook.
+
+        Raises:
+            ConfigError: the trainer has no tokenizer to name the ids by.
+        """
+        if self.processing_class is None:
+            raise ConfigError("token_sensitivity() names token ids: pass processing_class=tokenizer to the trainer.")
+        return SensitivityTable.from_sensitivity(self.sensitivity, self.processing_class)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         """Take part in every round until the federation ends; without a mailbox, train locally.
@@ -89,14 +94,17 @@ class FedFSTQMixin(ResumableRounds, _TrainerLike):  # type: ignore[misc]
         Raises:
             AdapterMismatchError: another base model or LoRA configuration than the federation's.
             MailboxError: no federation at the address, or nobody serves it.
-            NonFiniteError: the loss became NaN or infinite; nothing of this round was sent.
+            NonFiniteError: in every step of a round the gradients were NaN or infinite; nothing of it was sent.
+                Where only some are, those steps are skipped and counted in the log as `fed_skipped_steps`.
         """
         if self.federation.mailbox is None:
             if not resume_from_checkpoint or self._start_adapter is None:
                 self._start_adapter = self.adapter_view.read()
             self._observer.fisher.reset()
-            self._local_step = 0
-            return super().train(resume_from_checkpoint, **kwargs)
+            self._local_step, self._skipped_steps = 0, 0
+            output = super().train(resume_from_checkpoint, **kwargs)
+            self._check_some_step_counted(self._skipped_steps, self._local_step, "local training")
+            return output
         self._check_dataset(self.train_dataset)
         participation, spec = join(
             self.federation,
@@ -136,7 +144,7 @@ class FedFSTQMixin(ResumableRounds, _TrainerLike):  # type: ignore[misc]
             )
         max_steps = self.args.max_steps
         self._participation, self._spec, self._ended = participation, spec, False
-        self._set_up(spec)
+        self._set_up(spec, fit_probe=spec.share_saliency and self.federation.share_saliency)
         self.args.max_steps = max(participation.total_steps, 1)
         try:
             checkpoint = self._choose_checkpoint(find_state(resume_from_checkpoint, self.args.output_dir))
@@ -162,7 +170,7 @@ class FedFSTQMixin(ResumableRounds, _TrainerLike):  # type: ignore[misc]
             self.federation,
             self.adapter_view,
             self._start_adapter,
-            self.adapter_fisher.vector(),
+            self.fisher_vector(),
             self._num_examples(),
         )
 
@@ -199,12 +207,6 @@ class FedFSTQMixin(ResumableRounds, _TrainerLike):  # type: ignore[misc]
                 "from. Check that truncation keeps the answers, or raise max_length."
             )
         return self._weigh(batches), num_items
-
-    def _weigh(self, batches: list[Any]) -> list[Any]:
-        if self._filter is not None:
-            seed = self.args.seed if self._assignment is None else self._assignment.seed
-            self._filter.weigh(batches, self._observer.tokens, step=self._local_step, seed=seed)
-        return batches
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         if self._assignment is None or self._spec is None:
@@ -251,9 +253,13 @@ class FedFSTQMixin(ResumableRounds, _TrainerLike):  # type: ignore[misc]
     def _end_step(self) -> None:
         """After an optimizer step: close the round when its local steps are done."""
         self._local_step += 1
+        self._after_step()
         assignment, spec, participation = self._assignment, self._spec, self._participation
         if assignment is None or spec is None or participation is None or self._local_step < spec.local_steps:
             return
+        counted = len(self._losses) // self.args.gradient_accumulation_steps
+        skipped = spec.local_steps - counted
+        self._check_some_step_counted(skipped, spec.local_steps, f"round {assignment.round}")
         if self._batches is not None:
             next(self._batches, None)  # lets Accelerate close the exhausted loader
         carried = self._observer.carried()
@@ -261,12 +267,13 @@ class FedFSTQMixin(ResumableRounds, _TrainerLike):  # type: ignore[misc]
             carried |= dump_optimizer(self.optimizer, self.adapter_view.parameters)
         result = LocalResult(
             adapter=self.adapter_view.read(),
-            fisher=self.adapter_fisher.vector(),
+            fisher=self.fisher_vector(),
             num_examples=self._num_examples(),
             carried=carried,
-            loss=float(torch.stack(self._losses).sum()) / spec.local_steps if self._losses else None,
+            loss=float(torch.stack(self._losses).sum()) / counted,
         )
-        self._fed_metrics = participation.complete(assignment, result)
+        metrics = participation.complete(assignment, result)
+        self._fed_metrics = {**metrics, "fed_skipped_steps": skipped} if metrics else {}
         self._assignment, self._batches = None, None
         if self._fed_metrics and self.args.logging_strategy != "no":
             self.control.should_log = True  # a row for every round, however rarely the losses are logged
@@ -277,56 +284,16 @@ class FedFSTQMixin(ResumableRounds, _TrainerLike):  # type: ignore[misc]
             num_training_steps = self._spec.rounds * self._spec.local_steps
         return super().create_scheduler(num_training_steps, optimizer)
 
-    # A step, and what it gives away for free
-
-    def compute_loss(
-        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
-        """The Trainer's own; in training steps of a token-filtered objective that of the weighted target tokens."""
-        weights = inputs.pop(TOKEN_WEIGHTS, None)
-        if weights is None or self._filter is None:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        steps = self.current_gradient_accumulation_steps
-        loss, outputs = self._filter.loss(model, inputs, weights, num_items_in_batch, steps=steps)
-        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
-            loss = loss * (self.accelerator.num_processes // self.get_tp_size())  # their mean is taken, as in Trainer
-        return (loss, outputs) if return_outputs else loss
-
-    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        """An ordinary step; then Fisher information from its gradients, before they are clipped."""
-        try:
-            with self._observer.watch(self._local_step, inputs):
-                loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
-            if self.accelerator.sync_gradients:
-                self._observer.end_step()
-        except NonFiniteError as error:
-            place = f"local step {self._local_step + 1}"
-            if self._assignment is not None:
-                place = f"round {self._assignment.round}, {place}"
-            raise NonFiniteError(
-                f"The loss or a gradient of client {self._client_id()!r} became NaN or infinite in {place}; nothing of "
-                "this round was sent. Lower the learning rate or check the data."
-            ) from error
-        if self._assignment is not None:
-            self._losses.append(loss.detach())  # of a micro-batch, already divided by the number of them
-        return loss
-
     def _num_examples(self) -> int:
         return len(self.train_dataset)
 
     def _client_id(self) -> str:
         return self.federation.client_id if self._assignment is None else self._assignment.session.client_id
 
-    def _set_up(self, settings: FedFSTQConfig | FederationSpec) -> None:
-        """What local training reads off and optimises; a federation's spec wins over the client's own settings."""
-        self._observer = StepObserver(
-            self.model, self.adapter_view, rho=settings.rho, refresh_steps=settings.refresh_steps
-        )
-        self._filter = open_filter(self, settings.objective, settings.token_keep_ratio, settings.refresh_steps)
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the federation's figures, so that they reach `log_history` and every reporter."""
-        super().log({**logs, **self._fed_metrics}, start_time)
+        local = {"fed_skipped_steps": self._skipped_steps} if self._skipped_steps and self._spec is None else {}
+        super().log({**logs, **local, **self._fed_metrics}, start_time)
 
 
 class _RoundEnd(TrainerCallback):  # type: ignore[misc]

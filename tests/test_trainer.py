@@ -218,6 +218,8 @@ def test_token_sensitivity_is_the_gradient_at_the_embeddings(tmp_path):
     rows[1]["labels"][-2:] = [-100, -100]
     _, squared = hand_computed(make_tiny_model(), rows)
     trainer, _ = take_part(tmp_path, data=rows, spec={"local_steps": 1})
+    with pytest.raises(ConfigError, match="processing_class=tokenizer"):
+        trainer.token_sensitivity()
     scores = trainer.sensitivity.scores()
     seen: dict[int, list[float]] = {}
     for row, values in zip(rows, squared, strict=True):
@@ -674,7 +676,7 @@ def test_a_loss_that_diverges_in_a_later_round_loses_no_residual(tmp_path):
 
     class Poison(TrainerCallback):
         def on_step_end(self, args, state, control, model=None, **kwargs):
-            if state.global_step == 3:
+            if state.global_step == 2:
                 model.get_base_model().model.norm.weight.data.fill_(torch.nan)
 
     trainer.add_callback(Poison())

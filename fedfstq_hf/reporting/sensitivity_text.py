@@ -11,9 +11,9 @@ from typing import Any
 
 from fedfstq_hf.errors import DataError
 from fedfstq_hf.sensitivity import TokenSensitivity
+from fedfstq_hf.sensitivity.table import token_text
 
 from .sensitivity_shades import Shades
-from .sensitivity_table import token_text
 
 BOLD_SHARE = 0.1
 """Share of a text's measured tokens that is set in bold, so that the most sensitive show even without colours."""

@@ -20,7 +20,6 @@ from transformers import TrainingArguments, set_seed
 from fedfstq_hf import FedFSTQConfig, FedFSTQTrainer
 from fedfstq_hf.demo import load_model, load_tokenizer, make_examples
 from fedfstq_hf.demo.vocabulary import SPECIALTIES
-from fedfstq_hf.reporting.sensitivity_table import SensitivityTable
 from fedfstq_hf.reporting.sensitivity_text import SensitivityText
 from fedfstq_hf.workloads.collate import collate
 
@@ -63,11 +62,12 @@ def main() -> None:
             ),
             train_dataset=rows,
             data_collator=lambda batch: collate(batch, tokenizer.pad_token_id),
+            processing_class=tokenizer,
             federation=FedFSTQConfig(refresh_steps=2),
         )
         trainer.train()
 
-    table = SensitivityTable.from_sensitivity(trainer.sensitivity, tokenizer)
+    table = trainer.token_sensitivity()
     print(f"{table!r}\n\n{table.to_markdown(10)}\n")
     shaded = SensitivityText.from_text(f"{example['prompt']} {example['answer']}", trainer.sensitivity, tokenizer)
     print(shaded)

@@ -15,9 +15,9 @@ from PIL import Image
 from fedfstq_hf.demo import load_tokenizer
 from fedfstq_hf.errors import AdapterMismatchError, DataError
 from fedfstq_hf.reporting.sensitivity_shades import COLORS, Shades
-from fedfstq_hf.reporting.sensitivity_table import SensitivityTable, TokenRow
 from fedfstq_hf.reporting.sensitivity_text import SensitivityText
 from fedfstq_hf.sensitivity import TokenSensitivity
+from fedfstq_hf.sensitivity.table import SensitivityTable, TokenRow
 
 TEXT = "note: former thirst, no headache."
 

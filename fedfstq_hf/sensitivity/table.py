@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fedfstq_hf.errors import AdapterMismatchError
-from fedfstq_hf.sensitivity import TokenSensitivity
+from ..errors import AdapterMismatchError
+from .tokens import TokenSensitivity
 
 _SHOWN = 20
 
