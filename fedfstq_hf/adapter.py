@@ -1,4 +1,4 @@
-"""The bridge to PEFT: a LoRA model's trained numbers as one vector, and checks that two parties mean the same model."""
+"""The bridge to PEFT: an adapter's trained numbers as one vector, and checks that two parties mean the same model."""
 
 from __future__ import annotations
 
@@ -8,23 +8,43 @@ from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from fedfstq_hf.codec import Schema
 from fedfstq_hf.errors import AdapterMismatchError
 
 # What scales or shapes the adapter's effect without showing in its tensors.
-_EFFECTIVE_CONFIG = (
+_EFFECTIVE_LORA = (
+    "alora_invocation_tokens",
     "alpha_pattern",
     "bias",
     "fan_in_fan_out",
+    "layer_replication",
     "lora_alpha",
     "lora_bias",
     "peft_type",
+    "qalora_group_size",
     "r",
     "rank_pattern",
     "use_dora",
+    "use_qalora",
     "use_rslora",
+)
+# Of other kinds of adapters all fields count, except those that name the base, or that the schema shows anyway.
+_WITHOUT_EFFECT = (
+    "auto_mapping",
+    "base_model_name_or_path",
+    "exclude_modules",
+    "inference_mode",
+    "layers_pattern",
+    "layers_to_transform",
+    "peft_version",
+    "revision",
+    "runtime_config",
+    "target_modules",
+    "task_type",
 )
 _BASE_CHANGING_INITS = ("pissa", "olora", "loftq", "corda", "eva", "lora_ga")
 _PROBES = 16
@@ -33,9 +53,11 @@ _PROBES = 16
 class AdapterView:
     """The active adapter of a `PeftModel` as one float32 vector in schema order.
 
+    Any kind of adapter will do whose saved tensors are its trained parameters.
+
     Raises:
-        AdapterMismatchError: the model has no adapter, more than one active adapter, trains anything else besides, or
-            its adapter is not float32.
+        AdapterMismatchError: the model has no adapter, more than one active adapter, trains anything else besides, its
+            adapter is not float32, or is one that cannot be federated.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -50,7 +72,15 @@ class AdapterView:
             )
         self.model = model
         self.name: str = model.active_adapters[0]
-        check_config(model.peft_config[self.name].to_dict())
+        config = model.peft_config[self.name]
+        check_config(config.to_dict())
+        if config.is_prompt_learning:
+            raise AdapterMismatchError(
+                f"{config.peft_type.value} learns a prompt, not changes of weights, and is not supported. Use LoRA: "
+                "get_peft_model(base, LoraConfig(...))."
+            )
+        _check_no_vocabulary_adapter(model)
+        self._vocab_size = _vocab_size(model)
         state = get_peft_model_state_dict(model, adapter_name=self.name, save_embedding_layers=False)
         by_storage = {parameter.data_ptr(): parameter for parameter in model.parameters() if parameter.requires_grad}
         self.schema = Schema.from_state_dict(state)
@@ -64,9 +94,7 @@ class AdapterView:
                 )
             parameter = by_storage.pop(tensor.data_ptr(), None)
             if parameter is None:
-                raise AdapterMismatchError(
-                    f"Adapter tensor {spec.name} is not trainable. Make the adapter with inference_mode=False."
-                )
+                raise AdapterMismatchError(_not_trainable(spec.name, model, config))
             self.parameters.append(parameter)
         if by_storage:
             extra = next(name for name, p in model.named_parameters() if p.data_ptr() in by_storage)
@@ -77,11 +105,13 @@ class AdapterView:
     @torch.no_grad()
     def read(self) -> Tensor:
         """A copy of the adapter, (num_params,) float32 on the CPU."""
+        self._check_vocabulary()
         return torch.cat([parameter.detach().reshape(-1) for parameter in self.parameters]).cpu()
 
     @torch.no_grad()
     def write(self, vector: Tensor) -> None:
         """Set the adapter from a (num_params,) vector."""
+        self._check_vocabulary()
         for spec, parameter in zip(self.schema.tensors, self.parameters, strict=True):
             parameter.copy_(vector[spec.offset : spec.offset + spec.size].view(parameter.shape))
 
@@ -92,6 +122,15 @@ class AdapterView:
     def state(self) -> dict[str, Tensor]:
         """The adapter as PEFT's state dict."""
         return self.schema.unflatten(self.read())
+
+    def _check_vocabulary(self) -> None:
+        size = _vocab_size(self.model)
+        if size != self._vocab_size:
+            raise AdapterMismatchError(
+                f"The vocabulary was resized from {self._vocab_size} to {size} tokens, so that this is another base "
+                "model than the federation's. Resize before the federation is founded, save the base, and load that "
+                "one in every client; without new tokens, leave out resize_token_embeddings."
+            )
 
 
 def check_config(config: Mapping[str, Any]) -> None:
@@ -106,6 +145,52 @@ def check_config(config: Mapping[str, Any]) -> None:
             f"init_lora_weights={init!r} changes the base model's weights, which every client holds unchanged. "
             "Use init_lora_weights=True or 'gaussian'."
         )
+    if config.get("kasa_config") is not None:
+        raise AdapterMismatchError(
+            "kasa_config truncates the base model's weights, which every client holds unchanged. Leave it out."
+        )
+
+
+def _check_no_vocabulary_adapter(model: PeftModel) -> None:
+    for place, module in (
+        ("input embeddings", model.get_input_embeddings()),
+        ("LM head", model.get_base_model().get_output_embeddings()),
+    ):
+        if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+            raise AdapterMismatchError(
+                f"The adapter trains the {place}: matrices of the vocabulary's size, which every message would have to "
+                "carry, and whose gradients token sensitivity is read from. Leave embed_tokens and lm_head out of "
+                'target_modules, modules_to_save and trainable_token_indices; target_modules="all-linear" does.'
+            )
+
+
+def _not_trainable(name: str, model: PeftModel, config: Any) -> str:
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        return f"Adapter tensor {name} is not trainable. Make the adapter with inference_mode=False."
+    if getattr(config, "save_projection", False):
+        return (
+            f"Adapter tensor {name} is a frozen projection that is saved with what is trained, and would travel. Make "
+            f"the adapter with {type(config).__name__}(save_projection=False): projection_prng_key then stands for it."
+        )
+    return (
+        f"Adapter tensor {name} is saved but not trained, so a {config.peft_type.value} adapter configured like this "
+        "cannot be federated. Use LoRA, or a kind all of whose saved tensors are trained."
+    )
+
+
+def _vocab_size(model: PeftModel) -> int:
+    return int(model.get_input_embeddings().weight.shape[0])
+
+
+def _plain(value: Any) -> Any:
+    """As it comes back from a JSON file; None for whatever is empty or off."""
+    if isinstance(value, set):
+        value = sorted(value)
+    return json.loads(json.dumps(value, default=str)) or None
+
+
+def _shown(value: Any) -> str:
+    return repr(_plain(value) if value else value)
 
 
 def config_json(model: PeftModel, name: str) -> bytes:
@@ -122,10 +207,13 @@ def check_same_adapter(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> No
     Raises:
         AdapterMismatchError: naming the first difference.
     """
-    for key in _EFFECTIVE_CONFIG:
-        if (mine.get(key) or None) != (theirs.get(key) or None):
+    lora = str(_plain(mine.get("peft_type"))) == str(_plain(theirs.get("peft_type"))) == "LORA"
+    keys = _EFFECTIVE_LORA if lora else ("peft_type", *sorted({*mine, *theirs} - {"peft_type", *_WITHOUT_EFFECT}))
+    for key in keys:
+        if _plain(mine.get(key)) != _plain(theirs.get(key)):
             raise AdapterMismatchError(
-                f"This model's LoRA config has {key}={mine.get(key)!r}, the federation's has {theirs.get(key)!r}. "
+                f"This model's adapter config has {key}={_shown(mine.get(key))}, the federation's has "
+                f"{_shown(theirs.get(key))}. "
                 "Make the adapter from the federation's adapter_config.json (PeftModel.from_pretrained(base, mailbox))."
             )
 
@@ -157,8 +245,8 @@ def check_same_base(mine: Mapping[str, Any], theirs: Mapping[str, Any], name: st
         AdapterMismatchError: naming the first difference and the model to load.
     """
     remedy = f"Load the base model {name!r}."
-    for key, expected in theirs.items():
-        found = mine.get(key)
+    for key in sorted(theirs, key=lambda key: key == "embedding_probe"):  # last: it differs where shapes do
+        expected, found = theirs[key], mine.get(key)
         if key == "embedding_probe":
             if not _close(found or [], expected):
                 raise AdapterMismatchError(

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, PeftType, get_peft_model
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments, set_seed
 
 from fedfstq_hf.adapter import AdapterView, base_fingerprint, config_json
@@ -76,14 +77,13 @@ def wrap_base(base: Any, adapter_config: bytes) -> PeftModel:
     """The base with a trainable adapter of a published configuration; its numbers come from the mailbox later.
 
     Raises:
-        MailboxError: not the configuration of a LoRA adapter.
+        MailboxError: not the configuration of an adapter that this PEFT knows.
     """
     try:
         fields = json.loads(adapter_config)
-        config = LoraConfig(
-            **{name: value for name, value in fields.items() if name in LoraConfig.__dataclass_fields__}
-        )
-    except (ValueError, TypeError, AttributeError) as error:
+        kind = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(fields["peft_type"])]
+        config = kind(**{name: value for name, value in fields.items() if name in kind.__dataclass_fields__})
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
         raise MailboxError(f"The mailbox's {ADAPTER_CONFIG_FILE} cannot be read: {error}") from error
     config.inference_mode = False
     # PEFT warns where the base is called otherwise here; the fingerprint is what tells bases apart
