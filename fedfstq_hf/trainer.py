@@ -27,6 +27,7 @@ from fedfstq_hf.sensitivity.table import SensitivityTable
 from fedfstq_hf.training.checkpoint import find_state
 from fedfstq_hf.training.joining import join
 from fedfstq_hf.training.packing import pack_local
+from fedfstq_hf.training.processes import check_shared, join_together, open_processes
 from fedfstq_hf.training.resuming import ResumableRounds
 from fedfstq_hf.training.rounds import RoundSampler, dump_optimizer, load_optimizer, set_schedule, skip_batches
 from fedfstq_hf.training.steps import LocalSteps
@@ -48,6 +49,7 @@ class FedFSTQMixin(ResumableRounds, LocalSteps, _TrainerLike):  # type: ignore[m
         super().__init__(*args, **kwargs)
         self.federation = federation or FedFSTQConfig()
         self._spec: FederationSpec | None = None
+        self._processes = open_processes(self)
         self.adapter_view = AdapterView(self.model)
         self._set_up(self.federation)
         self._participation: Participation | None = None
@@ -59,10 +61,6 @@ class FedFSTQMixin(ResumableRounds, LocalSteps, _TrainerLike):  # type: ignore[m
         self._start_adapter: Tensor | None = None
         self._fed_metrics: dict[str, float] = {}
         self.settlements: list[Settlement] = []
-        if getattr(self.args, "fp16", False):
-            raise ConfigError(
-                "fp16 scales gradients, which the Fisher information must not see. Use bf16=True or float32."
-            )
         self.add_callback(_RoundEnd(self))
 
     # What a user calls
@@ -106,12 +104,15 @@ class FedFSTQMixin(ResumableRounds, LocalSteps, _TrainerLike):  # type: ignore[m
             self._check_some_step_counted(self._skipped_steps, self._local_step, "local training")
             return output
         self._check_dataset(self.train_dataset)
-        participation, spec = join(
-            self.federation,
-            self.model,
-            self.adapter_view,
-            tokenizer=self.processing_class,
-            output_dir=self.args.output_dir,
+        participation, spec = join_together(
+            self._processes,
+            lambda: join(
+                self.federation,
+                self.model,
+                self.adapter_view,
+                tokenizer=self.processing_class,
+                output_dir=self.args.output_dir,
+            ),
         )
         self.settlements = participation.settlements
         try:
@@ -138,17 +139,14 @@ class FedFSTQMixin(ResumableRounds, LocalSteps, _TrainerLike):  # type: ignore[m
             if getattr(self.args, name) != value:
                 logger.info("The federation sets %s=%r (was %r).", name, value, getattr(self.args, name))
                 setattr(self.args, name, value)
-        if self.args.world_size > 1:
-            raise ConfigError(
-                f"A federated client runs in one process, not {self.args.world_size}. Start it without a launcher."
-            )
+        check_shared(participation, self._processes)
         max_steps = self.args.max_steps
         self._participation, self._spec, self._ended = participation, spec, False
         self._set_up(spec, fit_probe=spec.share_saliency and self.federation.share_saliency)
         self.args.max_steps = max(participation.total_steps, 1)
         try:
-            checkpoint = self._choose_checkpoint(find_state(resume_from_checkpoint, self.args.output_dir))
-            output = super().train(checkpoint, **kwargs)
+            saved = self._processes.first_alone(lambda: find_state(resume_from_checkpoint, self.args.output_dir))
+            output = super().train(self._choose_checkpoint(saved), **kwargs)
             reached_end = self.state.global_step >= self.args.max_steps  # a user's callback may have stopped it before
             if reached_end and not self._ended and self._next_round():
                 raise MailboxError("The federation handed out a round after its last step.")
@@ -239,7 +237,7 @@ class FedFSTQMixin(ResumableRounds, LocalSteps, _TrainerLike):  # type: ignore[m
             set_schedule(self.lr_scheduler, assignment.round * spec.local_steps)
         if assignment.global_step is not None:
             self._skip_steps(assignment.global_step + self._local_step - self.state.global_step)
-        set_seed(assignment.seed)
+        set_seed((assignment.seed + self._processes.rank) % 2**32)
         loader = super().get_train_dataloader()
         self._batches = iter(skip_batches(loader, self._local_step * self.args.gradient_accumulation_steps))
         return True
@@ -270,7 +268,7 @@ class FedFSTQMixin(ResumableRounds, LocalSteps, _TrainerLike):  # type: ignore[m
             fisher=self.fisher_vector(),
             num_examples=self._num_examples(),
             carried=carried,
-            loss=float(torch.stack(self._losses).sum()) / counted,
+            loss=self._processes.mean(self._losses, counted),
         )
         metrics = participation.complete(assignment, result)
         self._fed_metrics = {**metrics, "fed_skipped_steps": skipped} if metrics else {}

@@ -1,8 +1,8 @@
 """What a Trainer checkpoint needs besides model, optimizer, schedule and random numbers to go on within a round.
 
-One file, `fedfstq_state.safetensors`, in each checkpoint folder: both Fisher averages, the losses of the round so far,
-and as JSON in its metadata which step of which round of which federation it is. The residual is not in it: it lies in
-the client's session, which changes between rounds only.
+One file, `fedfstq_state.safetensors`, in each checkpoint folder: the averages over steps, the losses of the round so
+far, and as JSON in its metadata which step of which round of which federation it is. The residual is not in it: it lies
+in the client's session, which changes between rounds only.
 """
 
 from __future__ import annotations
@@ -74,11 +74,11 @@ class Saved:
         return mine and self.place.global_step <= assignment.global_step + done
 
     def restore(self, observer: StepObserver, device: torch.device | None = None) -> list[Tensor]:
-        """Set both Fisher averages; returns, on `device`, the losses of the round's micro-batches so far."""
+        """Set the observer's averages; returns, on `device`, the losses of the round's micro-batches so far."""
         for name, average in _averages(observer).items():
-            average.load_state_dict(
-                {key.removeprefix(name): value for key, value in self.tensors.items() if key.startswith(name)}
-            )
+            state = {key.removeprefix(name): value for key, value in self.tensors.items() if key.startswith(name)}
+            if state:
+                average.load_state_dict(state)
         return list(self.tensors["losses"].to(device).unbind())
 
     @property
@@ -140,4 +140,5 @@ def find_state(resume_from_checkpoint: str | bool | None, output_dir: str | None
 
 
 def _averages(observer: StepObserver) -> dict[str, Any]:
-    return {"fisher.": observer.fisher, "tokens.": observer.tokens}
+    averages: dict[str, Any] = {"fisher.": observer.fisher, "tokens.": observer.tokens}
+    return averages if observer.probe is None else {**averages, "probe.": observer.probe}

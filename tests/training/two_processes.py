@@ -1,0 +1,99 @@
+"""What each of two processes does in `test_processes.py`; started by `accelerate launch` with a folder.
+
+Writes what it saw into `FOLDER/rank-RANK.pt`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from local_training import Padded, ragged_data
+from small_federation import Gradients, settings_of
+from tiny import make_arguments, make_tiny_model
+from transformers import TrainerCallback
+
+from fedfstq_hf import FedFSTQConfig, FedFSTQTrainer
+from fedfstq_hf.errors import MailboxError
+from fedfstq_hf.federation.local import FolderMailbox
+
+ONE_STEP = {"max_grad_norm": 0.0, "learning_rate": 0.0, "max_steps": 2, "train_sampling_strategy": "sequential"}
+
+
+class Killed(Exception):
+    """Stands for whatever ends all processes at once."""
+
+
+class KillAt(TrainerCallback):  # type: ignore[misc]
+    """Ends training where step `step` begins."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            raise Killed
+
+
+def make_trainer(folder: Path, federation: FedFSTQConfig, *, steps: int, **arguments: Any) -> FedFSTQTrainer:
+    """Of a client with 16 ragged rows, 4 in a micro-batch."""
+    settings = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": steps, **arguments}
+    return FedFSTQTrainer(
+        model=make_tiny_model(),
+        args=make_arguments(folder, **settings),
+        train_dataset=ragged_data(),
+        data_collator=Padded(),
+        federation=federation,
+    )
+
+
+def watched(folder: Path, *, steps: int, **options: Any) -> dict[str, Any]:
+    """Two steps of 16 examples without moving: gradients, Fisher information and token sensitivity."""
+    federation = settings_of(None, refresh_steps=2, **options)
+    trainer = make_trainer(folder, federation, steps=steps, **ONE_STEP)
+    gradients = Gradients(trainer.adapter_view)
+    trainer.add_callback(gradients)
+    trainer.train()
+    tokens = trainer.sensitivity.scores()
+    return {"gradients": gradients.seen, "fisher": trainer.adapter_fisher.vector().double(), "tokens": tokens.double()}
+
+
+def federated(folder: Path, mailbox: FolderMailbox, *, steps: int, kill_at: int | None) -> dict[str, Any]:
+    """A whole federation, in one process or two; killed on the way and resumed in the middle of a round."""
+
+    def start() -> FedFSTQTrainer:
+        trainer = make_trainer(folder, settings_of(mailbox), steps=steps, save_strategy="steps", save_steps=1)
+        trainer._processes.heartbeat_seconds = 0.02
+        return trainer
+
+    if kill_at is not None:
+        killed = start()
+        killed.add_callback(KillAt(kill_at))
+        with contextlib.suppress(Killed):
+            killed.train()
+    trainer = start()
+    trainer.train(resume_from_checkpoint=kill_at is not None)
+    outcomes = [settlement.outcome for settlement in trainer.settlements]
+    return {"adapter": trainer.adapter_view.read(), "outcomes": outcomes, "steps": trainer.state.global_step}
+
+
+def main(folder: Path) -> None:
+    """Everything that the test looks at, in one launch."""
+    seen: dict[str, Any] = {}
+    for objective in ("full", "unbiased"):
+        seen[objective] = watched(folder / objective, steps=2, objective=objective)
+    seen["federated"] = federated(folder / "two", FolderMailbox(folder / "two-box"), steps=2, kill_at=4)
+    try:
+        make_trainer(folder, settings_of(FolderMailbox(folder / "nowhere")), steps=2).train()
+    except MailboxError as error:
+        seen["error"] = str(error)
+    rank = torch.distributed.get_rank()
+    torch.save(seen, folder / f"rank-{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
