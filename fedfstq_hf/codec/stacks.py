@@ -22,7 +22,7 @@ _CHUNK = 1 << 18  # coordinates of a stack: its working set stays in a core's ca
 _FEWEST = 512  # features that a sample keeps at least: from fewer, factors seem to explain more than they do
 # weight of a coordinate at least, as a share of its matrix's mean and of the largest: unseen ones come last, but come
 _FLOOR, _LEAST = 1e-3, 1e-12
-POWERS = (0.5, 0.75, 1.0)
+POWERS = (0.25, 0.5, 0.75, 1.0)
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -120,7 +120,10 @@ class Source:
         weight = self._scaled(self._fisher, stack, stride, self._fisher_exponent)
         if self._power < 1:
             root = weight.sqrt()
-            weight = root if self._power == 0.5 else root.mul_(root.sqrt())
+            if self._power == 0.25:
+                weight = root.sqrt_()
+            else:
+                weight = root if self._power == 0.5 else root.mul_(root.sqrt())
         return weight.add_(weight.mean(dim=(1, 2), keepdim=True).mul_(_FLOOR).add_(_LEAST))
 
     def read(self, state: Mapping[str, Tensor], stack: Stack, stride: int = 1) -> Tensor:

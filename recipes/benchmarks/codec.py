@@ -33,6 +33,7 @@ from fedfstq_hf.errors import FedFSTQError
 RATES = (0.1, 0.3, 1.0)
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     **{name: (name, {}) for name in codec_names()},
+    "fstq, power 0.75": ("fstq", {"fisher_power": 0.75}),  # nearer to the distortion measured here
     "fstq coordinates": ("fstq", {"parts": "coordinates"}),
     "fstq factors": ("fstq", {"parts": "factors"}),
     "fstq, no Fisher": ("uniform-fisher", {}),

@@ -49,7 +49,7 @@ def test_a_sample_takes_every_so_many_th_feature():
     assert torch.equal(tall[0], state["b"][::4].T)
 
 
-@pytest.mark.parametrize("power", [0.5, 0.75, 1.0])
+@pytest.mark.parametrize("power", [0.25, 0.5, 0.75, 1.0])
 def test_weights_follow_the_power_and_never_vanish(power):
     state = {"a": torch.ones(2, 3)}
     fisher = {"a": torch.tensor([[1.0, 0.0, 0.25], [0.5, 0.0625, 0.0]])}
