@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fedfstq_hf.errors import ConfigError
-from fedfstq_hf.sensitivity.options import check_objective
+from fedfstq_hf.sensitivity.options import check_fisher, check_objective
 
 CONFIG_FILE = "fedfstq_config.json"
 _ANY_ADAPTER = 10**12  # parameters, to check how a budget is written before the adapter is known
@@ -25,8 +25,8 @@ class FedFSTQConfig:
 
     With a `mailbox`, `train()` takes part in the federation there, and what its spec says (rounds, local steps, codec,
     learning rate, ...) wins over `local_steps`, `codec`, `codec_options`, `error_feedback`, `refresh_steps`, `rho`,
-    `objective` and `token_keep_ratio` here. Without one, `train()` trains locally and `FedFSTQTrainer.pack_update()`
-    returns the message.
+    `objective`, `token_keep_ratio`, `fisher`, `fisher_objective` and `proximal_mu` here. Without one, `train()` trains
+    locally and `FedFSTQTrainer.pack_update()` returns the message.
     """
 
     mailbox: str | None = field(
@@ -87,6 +87,23 @@ class FedFSTQConfig:
     token_keep_ratio: float = field(
         default=0.5, metadata={"help": "Share of the target tokens that objectives 'hard' and 'unbiased' keep."}
     )
+    fisher: str = field(
+        default="gradients",
+        metadata={
+            "help": "Source of the adapter's Fisher information: 'gradients' (of every step, before clipping), or "
+            "'adam' (the optimizer's second moments: no cost, clipped gradients)."
+        },
+    )
+    fisher_objective: str = field(
+        default="same",
+        metadata={
+            "help": "Whose gradients it is of: 'same' as the optimizer's, or 'filtered-only': the filter is for the "
+            "Fisher information alone, by a second backward pass at refresh steps."
+        },
+    )
+    proximal_mu: float = field(
+        default=0.0, metadata={"help": "FedProx: pull towards the adapter that the round started from, 0 for none."}
+    )
 
     def __post_init__(self) -> None:
         if not isinstance(self.client_id, str) or not _CLIENT_ID.fullmatch(self.client_id):
@@ -101,6 +118,7 @@ class FedFSTQConfig:
         if not 0 <= self.rho < 1:
             raise ConfigError(f"rho must lie in [0, 1), not {self.rho!r}.")
         check_objective(self.objective, self.token_keep_ratio)
+        check_fisher(self.fisher, self.fisher_objective, self.objective, self.proximal_mu)
         if not 0 <= self.error_feedback <= 1:
             raise ConfigError(f"error_feedback must lie in [0, 1], not {self.error_feedback!r}.")
         if self.poll_seconds <= 0:

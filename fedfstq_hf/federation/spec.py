@@ -14,7 +14,7 @@ from fedfstq_hf import __version__
 from fedfstq_hf.errors import ConfigError, MailboxError
 from fedfstq_hf.federation.keys import parse_public_key
 from fedfstq_hf.federation.record import other_version
-from fedfstq_hf.sensitivity.options import check_objective
+from fedfstq_hf.sensitivity.options import check_fisher, check_objective
 
 FORMAT = 2
 
@@ -56,6 +56,9 @@ class FederationSpec:
         rho: decay of the two Fisher averages.
         objective: what target tokens weigh in the local loss between refresh steps (`sensitivity.options.OBJECTIVES`).
         token_keep_ratio: share of the target tokens that the objectives `hard` and `unbiased` keep.
+        fisher: source of the adapter's Fisher information (`sensitivity.options.FISHER_SOURCES`).
+        fisher_objective: whose gradients it is of (`sensitivity.options.FISHER_OBJECTIVES`).
+        proximal_mu: FedProx's pull towards the adapter that the round started from; 0 for none.
         seed: of data order and dropout, together with client id and round.
         data: how clients format their examples (the data section of the recipe), for `fedfstq train`.
         client_defaults: `TrainingArguments` that `fedfstq train` starts from; each client may choose others.
@@ -92,6 +95,9 @@ class FederationSpec:
     rho: float = 0.9
     objective: str = "full"
     token_keep_ratio: float = 0.5
+    fisher: str = "gradients"
+    fisher_objective: str = "same"
+    proximal_mu: float = 0.0
     seed: int = 0
     data: Mapping[str, Any] = field(default_factory=dict)
     client_defaults: Mapping[str, Any] = field(default_factory=dict)
@@ -134,6 +140,7 @@ class FederationSpec:
         if self.sealing_key is not None:
             parse_public_key(self.sealing_key, "x25519")
         check_objective(self.objective, self.token_keep_ratio)
+        check_fisher(self.fisher, self.fisher_objective, self.objective, self.proximal_mu)
         if self.optimizer_state not in ("fresh", "kept"):
             raise ConfigError(f"optimizer_state must be 'fresh' or 'kept', not {self.optimizer_state!r}.")
         if unknown := sorted(set(self.training) - set(SHARED_TRAINING_ARGUMENTS)):

@@ -13,6 +13,7 @@ from fedfstq_hf.errors import DataError, MessageError
 from fedfstq_hf.generation.hub_function import HUB_PATH, custom_generate_source
 from fedfstq_hf.generation.saliency import Saliency, aggregate, tokenizer_fingerprint
 from fedfstq_hf.generation.saliency_file import FILE_NAME, pack, unpack
+from fedfstq_hf.generation.scorers.probe import Probe, ProbeFit
 from fedfstq_hf.sensitivity import TokenSensitivity
 
 logger = logging.getLogger(__name__)
@@ -21,14 +22,22 @@ MIN_CLIENTS = 2
 """An id that fewer clients saw is published as one never seen, where there are so many clients."""
 
 
-def client_saliency(state: Mapping[str, Tensor], *, rho: float, tokenizer: Any, model: Any) -> bytes | None:
-    """A client's token table for the coordinator: scores, and counts in coarse steps.
+def client_saliency(
+    state: Mapping[str, Tensor],
+    *,
+    rho: float,
+    tokenizer: Any,
+    model: Any,
+    probe: Mapping[str, Tensor] | None = None,
+) -> bytes | None:
+    """A client's token table for the coordinator: scores, counts in coarse steps, and the probe if one was fitted.
 
     Args:
         state: of `TokenSensitivity`.
         rho: of its average.
         tokenizer: whose ids these are.
         model: base or PEFT model, to say whose embeddings the gradients are of.
+        probe: state of a `ProbeFit`; None or empty for a table alone.
 
     Returns:
         A saliency file; None where no token was seen yet.
@@ -42,9 +51,16 @@ def client_saliency(state: Mapping[str, Tensor], *, rho: float, tokenizer: Any, 
         "num_hidden_layers": config.num_hidden_layers,
     }
     try:
-        return pack(Saliency.from_sensitivity(table, tokenizer_fingerprint(tokenizer), base))
+        fitted = _solve(probe, int(config.hidden_size)) if probe else None
+        return pack(Saliency.from_sensitivity(table, tokenizer_fingerprint(tokenizer), base, fitted))
     except DataError:
         return None
+
+
+def _solve(state: Mapping[str, Tensor], hidden_size: int) -> Probe:
+    fit = ProbeFit(hidden_size, layer=int(state["layer"]))
+    fit.load_state_dict(state)
+    return fit.solve()
 
 
 def join_saliency(files: Sequence[tuple[bytes, float]]) -> dict[str, bytes]:

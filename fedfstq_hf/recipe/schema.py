@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from fedfstq_hf.errors import ConfigError
 from fedfstq_hf.recipe.strict import build, join, plain
-from fedfstq_hf.sensitivity.options import check_objective
+from fedfstq_hf.sensitivity.options import check_fisher, check_objective
 from fedfstq_hf.simulation.network import LinkProfile, get_link
 from fedfstq_hf.workloads.config import DataConfig
 
@@ -170,11 +170,20 @@ class MethodSettings:
     sensitivity, or a weighted sample whose gradient is that of all in expectation."""
     token_keep_ratio: float = 0.5
     """Share of the target tokens that `hard` and `unbiased` keep; the others pay for no LM head."""
+    fisher: Literal["gradients", "adam"] = "gradients"
+    """Where the adapter's Fisher information comes from: gradients before clipping, or the optimizer's second moments,
+    which cost nothing."""
+    fisher_objective: Literal["same", "filtered-only"] = "same"
+    """Whose gradients it is of: `filtered-only` has the optimizer see all tokens and costs a second backward pass at
+    refresh steps."""
+    proximal_mu: float = 0.0
+    """FedProx: pull towards the adapter that the round started from."""
 
     def __post_init__(self) -> None:
         if not 0 <= float(self.error_feedback) <= 1:
             raise ConfigError(f"error_feedback must be true, false or a decay in (0, 1], got {self.error_feedback!r}")
         check_objective(self.objective, self.token_keep_ratio)
+        check_fisher(self.fisher, self.fisher_objective, self.objective, self.proximal_mu)
         if isinstance(self.uplink_budget, int) and self.uplink_budget < 1:
             raise ConfigError(f"uplink_budget must be at least 1 byte, got {self.uplink_budget}")
 

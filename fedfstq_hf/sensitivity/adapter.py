@@ -6,6 +6,7 @@ Fed-FSTQ's token-to-parameter coupling: the gradients are those of the (token-fi
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,10 +38,7 @@ class AdapterFisher:
             raise AdapterMismatchError(f"got {len(grads)} gradients; expected {len(self._ema)}, one per parameter")
         pairs = [(e, g.detach().float()) for e, g in zip(self._ema, grads, strict=True) if g is not None]
         given = [g for _, g in pairs]
-        if given:
-            norms = torch.stack([n.to(given[0].device) for n in torch._foreach_norm(given)])
-            if not bool(torch.isfinite(norms.square().sum())):
-                raise NonFiniteError("adapter gradients hold NaN or infinity; the Fisher average was left as it was")
+        check_finite(given)
         self._steps += 1
         if self._ema:
             torch._foreach_mul_(self._ema, self.rho)
@@ -76,3 +74,39 @@ class AdapterFisher:
 
     def _flat(self) -> Tensor:
         return torch.cat([e.reshape(-1) for e in self._ema]) if self._ema else torch.zeros(0)
+
+
+@torch.no_grad()
+def check_finite(grads: Sequence[Tensor]) -> None:
+    """Raise NonFiniteError if a gradient, or the square of one's norm, is NaN or infinite."""
+    if grads:
+        norms = torch.stack([norm.to(grads[0].device) for norm in torch._foreach_norm(list(grads))])
+        if not bool(torch.isfinite(norms.float().square().sum())):
+            raise NonFiniteError("adapter gradients hold NaN or infinity; nothing was taken from them")
+
+
+@torch.no_grad()
+def second_moments(optimizer: Any, params: Sequence[Tensor]) -> Tensor:
+    """Adam's `exp_avg_sq`, bias-corrected: a Fisher diagonal that costs nothing, of gradients as they were clipped.
+
+    Returns:
+        Flat float32 (sum of sizes,) in the order of `params`; zeros for a parameter that never had a gradient.
+
+    Raises:
+        ConfigError: the optimizer keeps no such average per coordinate.
+    """
+    betas = {id(p): group.get("betas") for group in optimizer.param_groups for p in group["params"]}
+    parts = []
+    for parameter in params:
+        state, beta = optimizer.state.get(parameter, {}), betas.get(id(parameter))
+        if beta is not None and not state:
+            parts.append(torch.zeros(parameter.numel(), device=parameter.device))
+        elif beta is not None and {"exp_avg_sq", "step"} <= set(state):
+            correction = 1.0 - beta[1] ** float(state["step"])
+            parts.append(state["exp_avg_sq"].float().reshape(-1) / correction)
+        else:
+            raise ConfigError(
+                f"fisher='adam' reads Adam's second moments, and this optimizer keeps "
+                f"{', '.join(map(str, state)) or 'none'}. Use optim='adamw_torch' or fisher='gradients'."
+            )
+    return torch.cat(parts) if parts else torch.zeros(0)

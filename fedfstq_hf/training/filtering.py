@@ -23,6 +23,8 @@ logger = logging.getLogger(__name__)
 
 TOKEN_WEIGHTS = "token_weights"
 """Key in a micro-batch: (B, T) float32, at each position the weight of the target token that it predicts."""
+FISHER_WEIGHTS = "fisher_weights"
+"""Likewise, where the filter is for the Fisher information alone."""
 _IGNORED = -100
 
 
@@ -37,9 +39,14 @@ class TokenFilter:
         objective: `"hard"`, `"soft"` or `"unbiased"`.
         ratio: share of the target tokens that is kept.
         refresh_steps: local steps 0, H, 2H, ... see all tokens: there sensitivity is read.
+        fisher_only: the optimizer sees all tokens at every step; the filter's weights are for a second loss at refresh
+            steps, whose gradients are read off and not applied.
     """
 
-    def __init__(self, model: nn.Module, objective: str, ratio: float, refresh_steps: int) -> None:
+    def __init__(
+        self, model: nn.Module, objective: str, ratio: float, refresh_steps: int, *, fisher_only: bool = False
+    ) -> None:
+        self.fisher_only = fisher_only
         self.objective, self.ratio, self.refresh_steps = objective, ratio, refresh_steps
         self._base = _base_of(model)
         self._projects_some = _takes_mask(self._base)
@@ -64,42 +71,53 @@ class TokenFilter:
             seed: of the round; with `step` and an example's number in the window it fixes what is drawn.
         """
         refresh = step % self.refresh_steps == 0
-        if refresh and not self._projects_some:
-            return
+        if not refresh if self.fisher_only else refresh and not self._projects_some:
+            return  # the Trainer's own loss
         targets = [_targets(batch).cpu() for batch in batches]
         width = max((t.shape[1] for t in targets), default=0)
         rows = [F.pad(t, (0, width - t.shape[1]), value=_IGNORED) for t in targets]
         window = torch.cat(rows) if rows else torch.zeros(0, 0, dtype=torch.long)
         valid = window != _IGNORED
         self._window_targets = int(valid.sum())
-        weights = token_weights(
-            "full" if refresh else self.objective,
-            tokens.scores_of(window.clamp_min(0)),
-            valid,
-            ratio=self.ratio,
-            generator=torch.Generator().manual_seed(_seed(seed, step)),
-        ).float()
-        start = 0
-        for batch, target in zip(batches, targets, strict=True):
-            end = start + len(target)
-            batch[TOKEN_WEIGHTS] = weights[start:end, : target.shape[1]].to(batch["labels"].device)
-            start = end
+        scores = tokens.scores_of(window.clamp_min(0))
 
-    def loss(
-        self, model: nn.Module, inputs: dict[str, Any], weights: Tensor, num_items: Tensor | int | None, *, steps: int
-    ) -> tuple[Tensor, Any]:
-        """The weighted loss of one micro-batch.
+        def deal(name: str, objective: str) -> None:
+            generator = torch.Generator().manual_seed(_seed(seed, step))
+            weights = token_weights(objective, scores, valid, ratio=self.ratio, generator=generator).float()
+            start = 0
+            for batch, target in zip(batches, targets, strict=True):
+                end = start + len(target)
+                batch[name] = weights[start:end, : target.shape[1]].to(batch["labels"].device)
+                start = end
+
+        deal(TOKEN_WEIGHTS, "full" if refresh else self.objective)
+        if self.fisher_only:
+            deal(FISHER_WEIGHTS, self.objective)
+
+    def losses(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        weights: Tensor,
+        for_fisher: Tensor | None,
+        num_items: Tensor | int | None,
+        *,
+        steps: int,
+    ) -> tuple[Tensor, Tensor | None, Any]:
+        """The weighted loss of one micro-batch, and a second one with other weights from the same forward pass.
 
         Args:
             model: as the Trainer wrapped it.
             inputs: the micro-batch, without its weights.
-            weights: (B, T) from `weigh`.
+            weights: (B, T) from `weigh`, `TOKEN_WEIGHTS`.
+            for_fisher: (B, T), `FISHER_WEIGHTS`, where `weights` are above 0 or nowhere; None for no second loss.
             num_items: target tokens of the window, over all processes; None where the Trainer divides the loss by the
                 number of micro-batches itself.
             steps: that number.
 
         Returns:
-            Loss and the model's outputs; their logits are (kept positions, vocab_size) where only those were projected.
+            Loss, second loss and the model's outputs; their logits are (kept positions, vocab_size) where only those
+            were projected.
         """
         targets, kept = _targets(inputs), weights > 0
         rest = {name: value for name, value in inputs.items() if name not in ("labels", "shift_labels")}
@@ -109,16 +127,22 @@ class TokenFilter:
         logits = outputs["logits"] if isinstance(outputs, dict) else outputs[0]
         if logits.ndim == 3:
             logits = logits[kept]
-        total = weighted_cross_entropy(logits, targets[kept].to(logits.device), weights[kept].to(logits.device))
         items = self._window_targets / steps if num_items is None else num_items
-        loss = total / (items.to(total.device) if isinstance(items, Tensor) else items)
+
+        def mean(given: Tensor) -> Tensor:
+            total = weighted_cross_entropy(logits, targets[kept].to(logits.device), given[kept].to(logits.device))
+            return total / (items.to(total.device) if isinstance(items, Tensor) else items)
+
+        loss, second = mean(weights), None if for_fisher is None else mean(for_fisher)
         auxiliary = outputs.get("aux_loss") if isinstance(outputs, dict) else None
         if auxiliary is not None:  # as models with experts add it to their own loss
             loss = loss + self._base.router_aux_loss_coef * auxiliary.to(loss.device)
-        return loss, outputs
+        return loss, second, outputs
 
 
-def open_filter(trainer: Any, objective: str, ratio: float, refresh_steps: int) -> TokenFilter | None:
+def open_filter(
+    trainer: Any, objective: str, ratio: float, refresh_steps: int, *, fisher_only: bool = False
+) -> TokenFilter | None:
     """The filter of a Trainer; None for the full objective, which is the Trainer's own.
 
     Raises:
@@ -140,7 +164,7 @@ def open_filter(trainer: Any, objective: str, ratio: float, refresh_steps: int) 
                 f"objective={objective!r} weights the loss of single tokens and cannot be combined with {obstacle}. "
                 "Use objective='full'."
             )
-    return TokenFilter(trainer.model, objective, ratio, refresh_steps)
+    return TokenFilter(trainer.model, objective, ratio, refresh_steps, fisher_only=fisher_only)
 
 
 def _targets(batch: MutableMapping[str, Any]) -> Tensor:

@@ -18,7 +18,7 @@ from fedfstq_hf.federation.key_files import client_signer
 from fedfstq_hf.federation.mailbox import ADAPTER_CONFIG_FILE, SPEC_FILE, open_mailbox
 from fedfstq_hf.federation.session import ClientSession
 from fedfstq_hf.federation.spec import FederationSpec
-from fedfstq_hf.training.observing import token_table
+from fedfstq_hf.training.observing import probe_state, token_table
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +67,9 @@ def join(
             logger.warning("share_saliency needs the tokenizer: pass processing_class=tokenizer. Nothing is shared.")
             return None
         state = token_table(carried)
-        return client_saliency(state, rho=spec.rho, tokenizer=tokenizer, model=model) if state else None
+        if not state:
+            return None
+        return client_saliency(state, rho=spec.rho, tokenizer=tokenizer, model=model, probe=probe_state(carried))
 
     try:
         participation = MailboxParticipation(

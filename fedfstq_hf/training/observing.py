@@ -3,50 +3,83 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from fedfstq_hf.adapter import AdapterView
+from fedfstq_hf.errors import NonFiniteError
 from fedfstq_hf.sensitivity import AdapterFisher, TokenSensitivity
+from fedfstq_hf.sensitivity.adapter import check_finite
+from fedfstq_hf.training.processes import Processes
+
+if TYPE_CHECKING:
+    from fedfstq_hf.generation.scorers.probe import ProbeFit
 
 _TOKENS = "tokens."
+_PROBE = "probe."
 
 
 class StepObserver:
-    """Keeps the two Fisher averages of one client.
+    """Keeps the two Fisher averages of one client, and the fit of its saliency probe.
 
     Args:
         model: base or PEFT model, for its input embeddings.
         view: of the adapter.
         rho: decay of both averages.
         refresh_steps: token sensitivity is read off at local steps 0, H, 2H, ...
+        processes: that train together; each enters the tokens of all.
+        own_gradients: the adapter Fisher is of gradients that `take_gradients` is given at refresh steps, not of those
+            that the optimizer sees.
+        keep_fisher: False where the Fisher information is read elsewhere; gradients are then only checked.
+        fit_probe: fit a saliency probe at refresh steps, for a client that shares it.
 
     Attributes:
         fisher: of the adapter's coordinates, from gradients before clipping.
         tokens: per token id.
+        probe: from early hidden states; None where none is fitted.
     """
 
-    def __init__(self, model: nn.Module, view: AdapterView, *, rho: float, refresh_steps: int) -> None:
-        self._model, self._view = model, view
+    def __init__(
+        self,
+        model: nn.Module,
+        view: AdapterView,
+        *,
+        rho: float,
+        refresh_steps: int,
+        processes: Processes | None = None,
+        own_gradients: bool = False,
+        keep_fisher: bool = True,
+        fit_probe: bool = False,
+    ) -> None:
+        self._model, self._view, self._processes = model, view, processes or Processes()
         self.rho, self.refresh_steps = rho, refresh_steps
+        self._own_gradients, self._keep_fisher, self._fit_probe = own_gradients, keep_fisher, fit_probe
         self.fisher = AdapterFisher(view.parameters, rho=rho)
         self.tokens = self._new_tokens()
-        self._seen: list[tuple[Tensor, Tensor]] = []  # ids and g of the step's micro-batches, (tokens,) each
+        self.probe = self._new_probe()
+        # of the step's micro-batches: ids, g and the hidden states for the probe, (tokens,), (tokens,), (tokens, H)
+        self._seen: list[tuple[Tensor, Tensor, Tensor | None]] = []
+        self._taken: list[Tensor | None] = []
 
     def begin(self, carried: Mapping[str, Tensor]) -> None:
-        """Start a round: a new Fisher average, and the token table that `carried` holds."""
+        """Start a round: a new Fisher average, and the token table and probe that `carried` holds."""
         self.fisher.reset()
-        self.tokens = self._new_tokens()
-        self._seen = []
+        self.tokens, self.probe = self._new_tokens(), self._new_probe()
+        self._seen, self._taken = [], []
         if table := token_table(carried):
             self.tokens.load_state_dict(table)
+        if self.probe is not None and (state := probe_state(carried)):
+            self.probe.load_state_dict(state)
 
     def carried(self) -> dict[str, Tensor]:
         """What the next round of this client begins with."""
-        return {f"{_TOKENS}{name}": value for name, value in self.tokens.state_dict().items()}
+        carried = {f"{_TOKENS}{name}": value for name, value in self.tokens.state_dict().items()}
+        if self.probe is not None:
+            carried |= {f"{_PROBE}{name}": value for name, value in self.probe.state_dict().items()}
+        return carried
 
     def watch(self, local_step: int, inputs: Mapping[str, Any]) -> contextlib.AbstractContextManager[None]:
         """Within it runs one micro-batch, forward and backward, of local step `local_step` (from 0)."""
@@ -54,19 +87,58 @@ class StepObserver:
             return contextlib.nullcontext()
         return self._token_probe(inputs)
 
-    def end_step(self) -> None:
+    def take_gradients(self, gradients: Sequence[Tensor | None]) -> None:
+        """Add a micro-batch's gradients, in schema order, to those that the Fisher average is of."""
+        if not self._taken:
+            self._taken = list(gradients)
+            return
+        pairs = zip(self._taken, gradients, strict=True)
+        self._taken = [b if a is None else a if b is None else a + b for a, b in pairs]
+
+    def end_step(self, local_step: int) -> bool:
         """After the last backward pass of an optimizer step, before clipping.
 
-        Raises:
-            NonFiniteError: a gradient is NaN or infinite; the average stays as it was.
+        Returns:
+            False if a gradient is NaN or infinite: nothing was taken in, and the step should not count.
         """
-        self.fisher.update(self._view.gradients())
-        self._enter_tokens()
+        seen, self._seen = self._seen, []
+        taken, self._taken = self._taken, []
+        gradients = self._view.gradients()
+        try:
+            if self._own_gradients:
+                check_finite(gradients)
+                if taken:
+                    self.fisher.update(taken)
+            elif self._keep_fisher:
+                self.fisher.update(gradients)
+            else:
+                check_finite(gradients)
+        except NonFiniteError:
+            return False
+        if seen:
+            self._enter_tokens(seen)
+        return True
+
+    def _enter_tokens(self, seen: Sequence[tuple[Tensor, Tensor, Tensor | None]]) -> None:
+        """The micro-batches of one step enter table and probe as one, however they are cut."""
+        columns = [
+            torch.cat([part.cpu() for part in parts if part is not None])
+            for parts in zip(*seen, strict=True)
+            if parts[0] is not None
+        ]
+        columns[1] /= self._processes.count**2  # gradients are averaged: a process's own is that many times its share
+        ids, squared, *hidden = self._processes.joined(*columns)
+        if not bool(torch.isfinite(squared).all()):  # squares can overflow where the gradients themselves do not
+            return
+        self.tokens.update(ids, squared)
+        if self.probe is not None and hidden:
+            self.probe.update(hidden[0], squared, torch.ones_like(ids))
 
     @contextlib.contextmanager
     def _token_probe(self, inputs: Mapping[str, Any]) -> Iterator[None]:
         """Within it, the backward pass leaves g(i) = ||dL/de_i||^2 of each input token for the end of the step."""
         mask = inputs.get("attention_mask")
+        hidden: list[Tensor] = []
 
         def watch(module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> None:
             ids = arguments[0]
@@ -76,29 +148,48 @@ class StepObserver:
             def collect(gradient: Tensor) -> None:
                 squared = gradient.detach().float().square().sum(dim=-1)
                 keep = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.to(ids.device).bool()
-                self._seen.append((ids[keep], squared[keep]))
+                self._seen.append((ids[keep], squared[keep], hidden[0][keep] if hidden else None))
 
             if output.requires_grad and torch.is_grad_enabled():
                 output.register_hook(collect)  # type: ignore[no-untyped-call]
 
-        handle = self._model.get_input_embeddings().register_forward_hook(watch)  # type: ignore[operator]
+        handles = [self._model.get_input_embeddings().register_forward_hook(watch)]  # type: ignore[operator]
+        if self.probe is not None:
+            from fedfstq_hf.generation.blocks import block_at, read_block
+
+            ids = inputs["input_ids"]
+
+            def keep_hidden(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                if not hidden:  # activation checkpointing comes by a second time
+                    hidden.append(read_block(block, args, kwargs, ids, torch.ones_like(ids)).hidden.detach())
+
+            block = block_at(self._model, self.probe.layer)
+            handles.append(block.register_forward_pre_hook(keep_hidden, with_kwargs=True))
         try:
             yield
         finally:
-            handle.remove()
-
-    def _enter_tokens(self) -> None:
-        """The micro-batches of one step enter the table as one, however they are cut."""
-        if self._seen:
-            ids, squared = (torch.cat([part.cpu() for part in parts]) for parts in zip(*self._seen, strict=True))
-            self._seen = []
-            self.tokens.update(ids, squared)
+            for handle in handles:
+                handle.remove()
 
     def _new_tokens(self) -> TokenSensitivity:
         vocab_size = self._model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
         return TokenSensitivity(int(vocab_size), rho=self.rho)
 
+    def _new_probe(self) -> ProbeFit | None:
+        if not self._fit_probe:
+            return None
+        from fedfstq_hf.generation.blocks import decoder_blocks
+        from fedfstq_hf.generation.scorers.probe import ProbeFit
+
+        size = self._model.config.get_text_config(decoder=True).hidden_size  # type: ignore[union-attr, operator]
+        return ProbeFit(int(size), layer=min(1, len(decoder_blocks(self._model)) - 1))
+
 
 def token_table(carried: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The state of the `TokenSensitivity` among what a session carries; empty where there is none."""
     return {name.removeprefix(_TOKENS): value for name, value in carried.items() if name.startswith(_TOKENS)}
+
+
+def probe_state(carried: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The state of the `ProbeFit` among what a session carries; empty where there is none."""
+    return {name.removeprefix(_PROBE): value for name, value in carried.items() if name.startswith(_PROBE)}

@@ -9,6 +9,10 @@ from tiny import make_arguments, make_tiny_data, make_tiny_model
 from transformers import TrainerCallback
 
 from fedfstq_hf import FedFSTQConfig, FedFSTQTrainer
+from fedfstq_hf.adapter import AdapterView, base_fingerprint
+from fedfstq_hf.federation.client import Assignment, local_seed
+from fedfstq_hf.federation.session import ClientSession
+from fedfstq_hf.federation.spec import FederationSpec
 
 
 def ragged_data(num: int = 16, length: int = 12, seed: int = 0) -> list[dict[str, list[int]]]:
@@ -69,3 +73,45 @@ def make_trainer(tmp_path: Any, *, model: Any = None, data: Any = None, argument
     watch = Watch(trainer)
     trainer.add_callback(watch)
     return trainer, watch
+
+
+class Listed:
+    """A participation that hands out rounds of one client from an adapter in memory."""
+
+    total_steps: int
+
+    def __init__(self, model: Any, rounds: int, **spec: Any) -> None:
+        self.view = AdapterView(model)
+        settings: dict[str, Any] = {
+            "name": "tiny",
+            "model": "org/tiny",
+            "base_fingerprint": base_fingerprint(model),
+            "schema": self.view.schema.fingerprint,
+            "rounds": rounds,
+            "local_steps": 3,
+            "max_message_bytes": 100_000,
+            "codec": "fp32",
+        }
+        self.spec = FederationSpec(**(settings | spec))
+        self.session = ClientSession("a", self.spec, self.view.schema)
+        self.total_steps = rounds * self.spec.local_steps
+        self.adapter = self.view.read()
+        self.starts: list[torch.Tensor] = []
+        self.results: list[Any] = []
+
+    def next(self) -> Assignment | None:
+        round = len(self.results)
+        if round == self.spec.rounds:
+            return None
+        self.starts.append(self.adapter)
+        return Assignment(
+            round=round, session=self.session, adapter=self.adapter, adapter_sha256="", seed=local_seed(0, "a", round)
+        )
+
+    def complete(self, assignment: Assignment, result: Any) -> dict[str, float]:
+        self.results.append(result)
+        self.adapter, self.session.carried = result.adapter, result.carried
+        return {"fed_round": assignment.round}
+
+    def final_adapter(self) -> torch.Tensor | None:
+        return None

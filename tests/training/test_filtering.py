@@ -102,7 +102,7 @@ def test_loss_and_gradient_in_double_precision(objective, size):
     total = 0.0
     for batch in batches:
         weights = batch.pop(TOKEN_WEIGHTS)
-        loss, _ = token_filter.loss(model, batch, weights, torch.tensor(82), steps=len(batches))
+        loss, _, _ = token_filter.losses(model, batch, weights, None, torch.tensor(82), steps=len(batches))
         loss.backward()
         total += loss.item()
     assert total == pytest.approx(expected.item(), rel=1e-9)
@@ -115,7 +115,7 @@ def test_only_kept_positions_are_projected():
     seen = []
     model.get_output_embeddings().register_forward_hook(lambda module, given, output: seen.append(output.shape))
     weights = batch.pop(TOKEN_WEIGHTS)
-    _, outputs = token_filter.loss(model, batch, weights, 82, steps=1)
+    _, _, outputs = token_filter.losses(model, batch, weights, None, 82, steps=1)
     assert seen == [(41, 64)]  # half of 82
     assert outputs["logits"].shape == (41, 64)
 
@@ -136,7 +136,7 @@ def test_the_expected_gradient_is_the_full_one():
         if step % 10 == 0:
             continue
         model.zero_grad()
-        loss, _ = token_filter.loss(model, drawn, drawn.pop(TOKEN_WEIGHTS), count, steps=1)
+        loss, _, _ = token_filter.losses(model, drawn, drawn.pop(TOKEN_WEIGHTS), None, count, steps=1)
         loss.backward()
         shares.append(float(gradient_of(model) @ full / full.square().sum()))
     shares = torch.tensor(shares, dtype=torch.float64)

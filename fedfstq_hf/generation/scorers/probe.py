@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fedfstq_hf.errors import ConfigError, DataError
+from fedfstq_hf.errors import AdapterMismatchError, ConfigError, DataError
 from fedfstq_hf.generation.blocks import early_scores
 from fedfstq_hf.generation.scorer import BlockInput
 
@@ -56,7 +57,7 @@ class ProbeFit:
         self.num_tokens = 0
 
     def update(self, hidden: Tensor, g: Tensor, mask: Tensor) -> None:
-        """Take in one step. hidden: (B, T, H) before block `layer`. g: (B, T) >= 0. mask: (B, T), 1 = counts."""
+        """Take in one step. hidden: (..., H) before block `layer`. g: (...) >= 0. mask: (...), 1 = counts."""
         keep = mask.bool() & (g > 0)
         rows = hidden.detach()[keep].double().cpu()
         rows = torch.cat([rows, torch.ones(len(rows), 1, dtype=torch.float64)], dim=1)
@@ -66,6 +67,37 @@ class ProbeFit:
         self._gram += rows.T @ rows
         self._moment += rows.T @ targets
         self.num_tokens += len(rows)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What a later round goes on from, in float32; of the symmetric matrix the upper triangle."""
+        return {
+            "gram": self._gram[self._upper()].float(),
+            "moment": self._moment.float(),
+            "layer": torch.tensor(self.layer),
+            "tokens": torch.tensor(self.num_tokens),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Restore `state_dict()`. Raises AdapterMismatchError if it is of another hidden size or layer."""
+        size = len(self._moment)
+        shapes = {name: tuple(value.shape) for name, value in state.items()}
+        if shapes != {
+            "gram": (size * (size + 1) // 2,),
+            "moment": (size,),
+            "layer": (),
+            "tokens": (),
+        } or self.layer != (int(state["layer"])):
+            raise AdapterMismatchError(
+                f"probe state has {shapes}; expected that of hidden size {size - 1} at layer {self.layer}"
+            )
+        gram = torch.zeros_like(self._gram)
+        gram[self._upper()] = state["gram"].double()
+        self._gram = gram + gram.triu(1).T
+        self._moment = state["moment"].double()
+        self.num_tokens = int(state["tokens"])
+
+    def _upper(self) -> Tensor:
+        return torch.ones(self._gram.shape, dtype=torch.bool).triu()
 
     def solve(self) -> Probe:
         """The fitted probe. Raises DataError before the first token."""
