@@ -25,7 +25,7 @@ from fedfstq_hf.federation.spec import FederationSpec
 from fedfstq_hf.sensitivity import TokenSensitivity
 from fedfstq_hf.sensitivity.table import SensitivityTable
 from fedfstq_hf.training.checkpoint import find_state
-from fedfstq_hf.training.joining import join
+from fedfstq_hf.training.joining import check_arguments, join
 from fedfstq_hf.training.packing import pack_local
 from fedfstq_hf.training.processes import check_shared, join_together, open_processes
 from fedfstq_hf.training.resuming import ResumableRounds
@@ -140,6 +140,7 @@ class FedFSTQMixin(ResumableRounds, LocalSteps, _TrainerLike):  # type: ignore[m
                 logger.info("The federation sets %s=%r (was %r).", name, value, getattr(self.args, name))
                 setattr(self.args, name, value)
         check_shared(participation, self._processes)
+        check_arguments(self.args)
         max_steps = self.args.max_steps
         self._participation, self._spec, self._ended = participation, spec, False
         self._set_up(spec, fit_probe=spec.share_saliency and self.federation.share_saliency)

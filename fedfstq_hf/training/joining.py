@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fedfstq_hf.adapter import AdapterView, base_fingerprint, check_same_adapter, check_same_base
 from fedfstq_hf.config import FedFSTQConfig
-from fedfstq_hf.errors import BudgetError, MailboxError
+from fedfstq_hf.errors import BudgetError, ConfigError, MailboxError
 from fedfstq_hf.federation.budgets import open_budget
 from fedfstq_hf.federation.client import MailboxParticipation
 from fedfstq_hf.federation.key_files import client_signer
@@ -21,6 +21,19 @@ from fedfstq_hf.federation.spec import FederationSpec
 from fedfstq_hf.training.observing import probe_state, token_table
 
 logger = logging.getLogger(__name__)
+
+
+def check_arguments(args: Any) -> None:
+    """Refuse `TrainingArguments` that have no meaning in a federation.
+
+    Raises:
+        ConfigError: saying what to do instead.
+    """
+    if args.load_best_model_at_end:
+        raise ConfigError(
+            "load_best_model_at_end=True would put this client's best checkpoint in the place of the federation's "
+            "adapter. Leave it out; `fedfstq evaluate` measures published rounds, `fedfstq rollback` goes back to one."
+        )
 
 
 def join(
