@@ -14,7 +14,17 @@ except ImportError as error:
     ) from error
 
 
-class FedFSTQSFTTrainer(FedFSTQMixin, SFTTrainer):  # type: ignore[misc]
+class _Float32Adapters(SFTTrainer):  # type: ignore[misc]
+    """TRL casts the adapter of a base in 4 or 8 bits to bfloat16, too coarse for small changes; this casts it back."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        for parameter in self.model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
+
+
+class FedFSTQSFTTrainer(FedFSTQMixin, _Float32Adapters):
     """`trl.SFTTrainer` with one argument more, `federation`.
 
     Whatever `SFTConfig` can do to the data happens before the first round: chat templates, prompts with completions,
