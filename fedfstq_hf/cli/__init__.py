@@ -8,7 +8,19 @@ from typing import Annotated, Any
 import typer
 
 from fedfstq_hf import __version__
-from fedfstq_hf.cli import control, coordinate, evaluate, federation, init, keys, messages, recipes, sharing, simulate
+from fedfstq_hf.cli import (
+    control,
+    coordinate,
+    evaluate,
+    federation,
+    init,
+    keys,
+    messages,
+    recipes,
+    report,
+    sharing,
+    simulate,
+)
 from fedfstq_hf.errors import FedFSTQError
 
 app = typer.Typer(
@@ -17,7 +29,7 @@ app = typer.Typer(
     add_completion=False,
     help="Federated LoRA fine-tuning in Fisher-guided messages. Start with: fedfstq simulate quickstart",
 )
-for group in (simulate, init, coordinate, federation, evaluate, control, messages, sharing):
+for group in (simulate, report, init, coordinate, federation, evaluate, control, messages, sharing):
     app.add_typer(group.app)
 app.add_typer(recipes.app, name="recipes")
 app.add_typer(keys.app, name="keys")

@@ -78,7 +78,7 @@ def curves(rows: Iterable[Row]) -> dict[str, dict[int, list[Row]]]:
 
 def target_value(series: Sequence[Row], rule: TargetRule, *, higher_is_better: bool) -> float | None:
     """Target metric from the reference's rows of one seed; None where it did not improve."""
-    first, last = _metric(series[0]), _metric(series[-1])
+    first, last = metric_of(series[0]), metric_of(series[-1])
     if first is None or last is None or not (last > first if higher_is_better else last < first):
         return None
     return first + rule.fraction * (last - first)
@@ -90,12 +90,34 @@ def reached_at(series: Sequence[Row], target: float | None, rule: TargetRule, *,
         return None
     held = 0
     for index, row in enumerate(series[1:], start=1):
-        value = _metric(row)
+        value = metric_of(row)
         meets = value is not None and (value >= target if higher_is_better else value <= target)
         held = held + 1 if meets else 0
         if held == rule.consecutive:
             return series[index - rule.consecutive + 1]
     return None
+
+
+def totals(series: Sequence[Row]) -> dict[str, Any]:
+    """Where one run of a method ended: rounds, metric, and the bytes of all clients and rounds."""
+    last = series[-1]
+    return {
+        "rounds": last["round"],
+        "final_metric": metric_of(last),
+        "uplink_bytes": last["cumulative_uplink_bytes"],
+        "downlink_bytes": last["cumulative_downlink_bytes"],
+    }
+
+
+def to_target(
+    series: Sequence[Row], target: float | None, rule: TargetRule, *, higher_is_better: bool
+) -> dict[str, Any]:
+    """Bytes of all clients and simulated seconds per link until `target` is reached by `rule`; null where it is not."""
+    hit = reached_at(series, target, rule, higher_is_better=higher_is_better)
+    return {
+        "uplink_bytes_to_target": hit["cumulative_uplink_bytes"] if hit else None,
+        "seconds_to_target": {link: hit["seconds"][link] if hit else None for link in series[-1]["seconds"]},
+    }
 
 
 def summarize(
@@ -116,10 +138,10 @@ def summarize(
     return {
         "metric": metric,
         "higher_is_better": higher_is_better,
-        **_merge(trees, _mean),
+        **_merge(trees, mean_of),
         "target_rule": rule.describe(metric),
         "seeds": seeds,
-        "spread": _merge(trees, _spread),
+        "spread": _merge(trees, spread_of),
         "per_seed": per_seed,
     }
 
@@ -140,15 +162,7 @@ def _one_seed(
     methods = {}
     for name, by_seed in by_method.items():
         series = by_seed[seed]
-        last, hit = series[-1], reached_at(series, target, rule, higher_is_better=higher_is_better)
-        methods[name] = {
-            "rounds": last["round"],
-            "final_metric": _metric(last),
-            "uplink_bytes": last["cumulative_uplink_bytes"],
-            "downlink_bytes": last["cumulative_downlink_bytes"],
-            "uplink_bytes_to_target": hit["cumulative_uplink_bytes"] if hit else None,
-            "seconds_to_target": {link: hit["seconds"][link] if hit else None for link in last["seconds"]},
-        }
+        methods[name] = {**totals(series), **to_target(series, target, rule, higher_is_better=higher_is_better)}
     return {"target": target, "methods": methods, "ratios": _ratios(methods)}
 
 
@@ -159,14 +173,15 @@ def _ratios(methods: Mapping[str, Any]) -> dict[str, Any]:
         return {"uplink_to_target": None, "time_to_target": dict.fromkeys(links)}
     above, below = methods[REFERENCE], methods[COMPARED]
     return {
-        "uplink_to_target": _quotient(above["uplink_bytes_to_target"], below["uplink_bytes_to_target"]),
+        "uplink_to_target": quotient(above["uplink_bytes_to_target"], below["uplink_bytes_to_target"]),
         "time_to_target": {
-            link: _quotient(above["seconds_to_target"][link], below["seconds_to_target"][link]) for link in links
+            link: quotient(above["seconds_to_target"][link], below["seconds_to_target"][link]) for link in links
         },
     }
 
 
-def _quotient(above: float | None, below: float | None) -> float | None:
+def quotient(above: float | None, below: float | None) -> float | None:
+    """The ratio; None where either is None or zero."""
     return above / below if above is not None and below else None
 
 
@@ -177,15 +192,17 @@ def _merge(trees: Sequence[Any], combine: Callable[[list[float]], float | None])
     return None if any(leaf is None for leaf in trees) else combine(list(trees))
 
 
-def _mean(values: list[float]) -> float:
+def mean_of(values: list[float]) -> float:
+    """Mean over seeds."""
     return values[0] if len(set(values)) == 1 else statistics.fmean(values)  # equal counts stay whole numbers
 
 
-def _spread(values: list[float]) -> float | None:
+def spread_of(values: list[float]) -> float | None:
+    """Sample standard deviation over seeds; None with one."""
     return statistics.stdev(values) if len(values) > 1 else None
 
 
-def _metric(row: Row) -> float | None:
+def metric_of(row: Row) -> float | None:
     """The row's metric; NaN and infinity, as a diverged run leaves them, count as none."""
     value = row["metric"]
     return float(value) if value is not None and math.isfinite(value) else None

@@ -1,0 +1,29 @@
+"""`fedfstq report`."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer()
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Run folders of `fedfstq simulate`.")],
+    out: Annotated[
+        Path, typer.Option(metavar="FILE.html", help="The page; the same tables as Markdown go beside it.")
+    ] = Path("report.html"),
+) -> None:
+    """Put runs side by side: one HTML page with plots, and its tables as Markdown.
+
+    Runs of the same workload are merged, whatever their methods and seeds; others get sections of their own.
+    """
+    from fedfstq_hf.reporting.comparison import write_comparison
+
+    command = shlex.join(["fedfstq", "report", *map(str, runs), "--out", str(out)])
+    page, text = write_comparison(runs, out, command=command)
+    typer.echo(f"Wrote {page} and {text}.")

@@ -1,0 +1,60 @@
+"""`fedfstq report`: finished or interrupted runs side by side, as one HTML page and the same tables in Markdown."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from fedfstq_hf.errors import ConfigError
+from fedfstq_hf.reporting.comparison_figures import Comparison, compare
+from fedfstq_hf.reporting.comparison_markdown import MARK, render_markdown
+from fedfstq_hf.reporting.comparison_runs import read_runs
+from fedfstq_hf.reporting.comparison_workloads import group_runs
+from fedfstq_hf.reporting.page import GENERATOR, render_page
+
+
+def write_comparison(folders: Sequence[str | Path], out: str | Path, *, command: str) -> tuple[Path, Path]:
+    """Write the page `out` and, beside it, the same name with `.md`; returns both paths.
+
+    Args:
+        folders: run folders of `fedfstq simulate`.
+        out: the page, ending in `.html`. An earlier page is replaced, a file of anything else is not.
+        command: the line that makes the page again.
+
+    Raises:
+        ConfigError: a folder holds no run, or `out` cannot be written to.
+        DataError: a run cannot be read, or two hold the same method and seed with different rows.
+    """
+    page = Path(out)
+    if page.suffix != ".html":
+        raise ConfigError(f"--out is {page}; expected the name of a page. Type --out {page.with_suffix('.html')}")
+    text = page.with_suffix(".md")
+    for path, mark in ((page, GENERATOR), (text, MARK)):
+        _check_free(path, mark)
+    comparisons = [compare(workload) for workload in group_runs(read_runs(folders))]
+    title = _title(comparisons)
+    page.parent.mkdir(parents=True, exist_ok=True)
+    _replace(page, render_page(comparisons, title=title, command=command))
+    _replace(text, render_markdown(comparisons, title=title, command=command, page=page.name))
+    return page, text
+
+
+def _title(comparisons: Sequence[Comparison]) -> str:
+    names = [comparison.workload.name for comparison in comparisons]
+    return f"{', '.join(names[:3])}{' and others' if len(names) > 3 else ''}: methods side by side"
+
+
+def _check_free(path: Path, mark: str) -> None:
+    """A run's own report.md, or a file of somebody else, is not overwritten."""
+    if path.is_dir():
+        raise ConfigError(f"{path} is a folder; expected the name of a page. Type --out {path / 'comparison.html'}")
+    if path.exists() and mark not in path.read_text(encoding="utf-8", errors="replace"):
+        raise ConfigError(
+            f"{path} exists and was not made by `fedfstq report`; it was left alone. Give another name: --out "
+            f"{path.with_name('comparison.html')}"
+        )
+
+
+def _replace(path: Path, text: str) -> None:
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)

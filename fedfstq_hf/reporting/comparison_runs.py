@@ -1,0 +1,146 @@
+"""One run folder of `fedfstq simulate`, read for a comparison: recipe, rows, the command and version where known."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fedfstq_hf.errors import ConfigError, DataError
+from fedfstq_hf.recipe.schema import Recipe
+from fedfstq_hf.reporting.summary import Row, curves, read_rows
+
+_RECIPE, _ROWS, _REPORT = "recipe.json", "metrics.jsonl", "report.md"
+_EXPECTED = f"expected a folder that `fedfstq simulate` wrote, with {_RECIPE} and {_ROWS}"
+_KEYS = (
+    "method",
+    "seed",
+    "round",
+    "metric",
+    "uplink_bytes",
+    "downlink_bytes",
+    "cumulative_uplink_bytes",
+    "cumulative_downlink_bytes",
+    "seconds",
+    "num_dropped",
+)
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one run folder holds.
+
+    Attributes:
+        folder: as it was given.
+        series: method -> seed -> rows of rounds 0, 1, 2, ... as far as the run came.
+        command: the line that made it; None where the run has not finished and so has no report.
+        version: of the package that founded its federations; None where their folders are gone.
+        torn: the last line was cut short, as by a kill, and was left out.
+    """
+
+    folder: Path
+    recipe: Recipe
+    series: dict[str, dict[int, list[Row]]]
+    command: str | None
+    version: str | None
+    torn: bool
+
+    def rounds(self, method: str, seed: int) -> int | None:
+        """Last round that has a row; None where there is none."""
+        rows = self.series.get(method, {}).get(seed)
+        return None if rows is None else int(rows[-1]["round"])
+
+
+def read_runs(folders: Sequence[str | Path]) -> list[Run]:
+    """Read each folder once, in the order given.
+
+    Raises:
+        ConfigError: no folder, or one that holds no run.
+        DataError: a run's files cannot be read, or it has no rows yet.
+    """
+    if not folders:
+        raise ConfigError("There is no run to report on. Type: fedfstq report DIR..., each of `fedfstq simulate`.")
+    distinct = {Path(folder).resolve(): Path(folder) for folder in reversed(folders)}
+    return [read_run(folder) for folder in reversed(distinct.values())]
+
+
+def read_run(folder: Path) -> Run:
+    """Read one run folder; see `read_runs`."""
+    if not all((folder / name).is_file() for name in (_RECIPE, _ROWS)):
+        raise ConfigError(_nothing_there(folder))
+    recipe = _read_recipe(folder / _RECIPE)
+    try:
+        rows = read_rows(folder / _ROWS)
+        num_lines = len((folder / _ROWS).read_text(encoding="utf-8").splitlines())
+    except UnicodeDecodeError as error:
+        raise DataError(f"{folder / _ROWS} is not text ({error}); {_EXPECTED}.") from None
+    for number, row in enumerate(rows, start=1):
+        _check_row(row, recipe, f"{folder / _ROWS}, line {number}")
+    if not rows:
+        raise DataError(
+            f"{folder} holds a run without a single row yet; expected one per method, seed and round. Go on with it by "
+            "`fedfstq simulate ... --resume`, or leave it out."
+        )
+    try:
+        series = curves(rows)
+    except DataError as error:
+        raise DataError(f"{folder / _ROWS}: {error}") from None
+    return Run(folder, recipe, series, _find_command(folder), _find_version(folder), torn=num_lines > len(rows))
+
+
+def _nothing_there(folder: Path) -> str:
+    """The error for a folder without a run; where its subfolders hold some, it names them."""
+    if not folder.exists():
+        return f"There is no folder {folder}; {_EXPECTED}. Make one: fedfstq simulate quickstart --out {folder}"
+    inside = sorted(path.parent for path in folder.glob(f"*/{_RECIPE}")) if folder.is_dir() else []
+    if inside:
+        return f"{folder} holds no run itself, but its folders do. Type: fedfstq report {' '.join(map(str, inside))}"
+    if (folder / _RECIPE).is_file():
+        return (
+            f"{folder} holds a run that has not measured anything yet (no {_ROWS}). Go on with it by "
+            "`fedfstq simulate ... --resume`, or leave it out."
+        )
+    return f"{folder} holds no run; {_EXPECTED}. Give the folder that was --out, or runs/RECIPE."
+
+
+def _read_recipe(path: Path) -> Recipe:
+    try:
+        return Recipe.from_dict(json.loads(path.read_text(encoding="utf-8")), str(path))
+    except ConfigError as error:
+        raise ConfigError(f"{error} (a run of another version of this package?). Leave {path.parent} out.") from None
+    except ValueError as error:
+        raise DataError(f"{path} cannot be read ({error}); {_EXPECTED}.") from None
+
+
+def _check_row(row: Any, recipe: Recipe, where: str) -> None:
+    keys = _KEYS if not isinstance(row, dict) or row.get("round") == 0 else (*_KEYS, "compute_seconds")
+    missing = [key for key in keys if not isinstance(row, dict) or key not in row]
+    if missing:
+        raise DataError(f"{where} lacks {', '.join(missing)}; expected a row as `fedfstq simulate` writes it.")
+    if row["method"] not in recipe.methods:
+        known = ", ".join(recipe.methods)
+        raise DataError(f"{where} is of method {row['method']!r}; expected one of the recipe beside it: {known}.")
+    links = [link.name for link in recipe.links]
+    if sorted(row["seconds"]) != sorted(links):
+        raise DataError(f"{where} has seconds on {sorted(row['seconds'])}; expected the recipe's links {links}.")
+
+
+def _find_command(folder: Path) -> str | None:
+    """The first code block of the run's own report, where that is a command that was typed."""
+    try:
+        text = (folder / _REPORT).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return None
+    blocks = text.split("```")
+    command = blocks[1].strip() if len(blocks) > 2 else ""
+    return command if command.startswith("fedfstq simulate ") and "#" not in command else None
+
+
+def _find_version(folder: Path) -> str | None:
+    versions = set()
+    for path in folder.glob("runs/*/seed-*/mailbox/rounds/000000/spec.json"):
+        try:
+            versions.add(str(json.loads(path.read_text(encoding="utf-8"))["package_version"]))
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    return " and ".join(sorted(versions)) or None

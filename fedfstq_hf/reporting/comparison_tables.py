@@ -1,0 +1,213 @@
+"""The tables of a comparison as data, which the page and the Markdown report both print."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from fedfstq_hf.reporting.comparison_ceiling import has_one_rate
+from fedfstq_hf.reporting.comparison_estimate import Estimate
+from fedfstq_hf.reporting.comparison_figures import TIGHT, Comparison, MethodFigures
+from fedfstq_hf.reporting.comparison_runs import Run
+from fedfstq_hf.reporting.comparison_workloads import settings_text
+from fedfstq_hf.reporting.units import format_bytes, format_figure, format_ratio, format_seconds
+from fedfstq_hf.simulation.network import LinkProfile
+
+NONE = "–"
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table whose first column names its rows. `text_columns` are the further columns that hold words."""
+
+    title: str
+    head: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    note: str = ""
+    text_columns: Sequence[int] = ()
+
+
+def figure_tables(comparison: Comparison) -> list[Table]:
+    """Quality and traffic, bytes and time to the targets, energy; those without any figure are left out."""
+    tables = [_traffic(comparison)]
+    if comparison.targets:
+        tables.append(_to_targets(comparison))
+    if TIGHT in comparison.targets:
+        tables.append(_time(comparison))
+    if any(figures.energy for figures in comparison.methods):
+        tables.append(_energy(comparison))
+    return tables
+
+
+def target_name(comparison: Comparison, fraction: float) -> str:
+    """`90 % (3.3829)`: the share and the metric, mean over seeds where they differ."""
+    values = list(comparison.targets[fraction].values())
+    return f"{100 * fraction:g} % ({sum(values) / len(values):.4f})"
+
+
+def link_table(links: Sequence[LinkProfile]) -> Table:
+    """The simulated links."""
+    rows = []
+    for link in links:
+        rate = f"{link.uplink_mbps:g} Mbit/s"
+        low, high = link.tail_mbps
+        rows.append(
+            [
+                link.name,
+                f"{rate}, every client" if not link.spread else f"log-normal around {rate}, spread {link.spread:g}",
+                f"{100 * link.tail_fraction:g} % at {low:g}–{high:g} Mbit/s" if link.tail_fraction else NONE,
+                f"{link.downlink_ratio:g} × uplink",
+                "measured" if link.compute_seconds is None else f"{link.compute_seconds:g} s set",
+                f"{link.server_seconds:g} s",
+                f"{link.transmit_watts:g} / {link.compute_watts:g} W",
+            ]
+        )
+    head = ["link", "uplink rate", "slow tail", "downlink", "local compute", "server", "sending / computing"]
+    return Table("Links (modelled)", head, rows, text_columns=(1, 2, 4))
+
+
+def run_table(runs: Sequence[Run]) -> Table:
+    """The folders, how far each came, and the command and version that made it."""
+    rows = [
+        [
+            str(run.folder),
+            ", ".join(run.series),
+            ", ".join(map(str, sorted({seed for by_seed in run.series.values() for seed in by_seed}))),
+            _state(run),
+            run.command or "not recorded",
+            run.version or "not recorded",
+        ]
+        for run in runs
+    ]
+    note = "A run records the package's version, not its commit."
+    return Table(
+        "Runs", ["run", "methods", "seeds", "state", "command", "fedfstq_hf"], rows, note, text_columns=range(1, 6)
+    )
+
+
+def _state(run: Run) -> str:
+    pairs = [(method, seed) for method in run.recipe.methods for seed in run.recipe.seeds]
+    rounds = run.recipe.federation.rounds
+    done = sum((run.rounds(method, seed) or 0) >= rounds for method, seed in pairs)
+    return "finished" if done == len(pairs) else f"unfinished: {done} of {len(pairs)} methods and seeds done"
+
+
+def _traffic(comparison: Comparison) -> Table:
+    rounds = comparison.workload.recipe.federation.rounds
+    rows = []
+    for figures in comparison.methods:
+        rows.append(
+            [
+                figures.label,
+                settings_text(figures.method.settings),
+                ", ".join(map(str, figures.series)),
+                str(figures.rounds) if figures.finished else f"{figures.rounds} of {rounds}",
+                format_figure(figures.final.mean, figures.final.spread, digits=4),
+                _with_spread(figures.uplink, format_bytes),
+                _with_spread(figures.downlink, format_bytes),
+            ]
+        )
+    metric = comparison.workload.recipe.evaluation.metric
+    better = "higher" if comparison.workload.recipe.evaluation.higher_is_better else "lower"
+    return Table(
+        "Quality and traffic",
+        ["method", "settings", "seeds", "rounds", f"final {metric}", "uplink", "downlink"],
+        rows,
+        f"Bytes of all clients and rounds. Before training: "
+        f"{format_figure(comparison.start.mean, comparison.start.spread, digits=4)}; {better} is better.",
+        text_columns=(1, 2),
+    )
+
+
+def _to_targets(comparison: Comparison) -> Table:
+    head = ["method"]
+    for fraction in comparison.targets:
+        head += [f"to {target_name(comparison, fraction)}", f"fewer than {comparison.reference}"]
+    rows = []
+    for figures in comparison.methods:
+        row = [figures.label]
+        for fraction in comparison.targets:
+            reached = figures.reached[fraction]
+            row += [_reached(reached.uplink, format_bytes, figures), _ratio(reached.uplink_ratio)]
+        rows.append(row)
+    note = (
+        f"Cumulative uplink of all clients until a share of {comparison.reference}'s improvement is made and held in "
+        f"{comparison.rule.consecutive} consecutive evaluations; in brackets the metric."
+    )
+    return Table("Uplink bytes to the targets", head, rows, note)
+
+
+def _time(comparison: Comparison) -> Table:
+    links = comparison.workload.recipe.links
+    head = ["method"]
+    for link in links:
+        head += [f"{link.name}: time", "sooner", "time with zero uplink", "ceiling"]
+    rows = []
+    for figures in comparison.methods:
+        row = [figures.label]
+        reached = figures.reached[TIGHT]
+        for link in links:
+            exact = has_one_rate(link)
+            floor = reached.floor[link.name]
+            row += [
+                _reached(reached.seconds[link.name], format_seconds, figures),
+                _ratio(reached.seconds_ratio[link.name]),
+                NONE if floor.mean is None else ("" if exact else "≥ ") + _with_spread(floor, format_seconds),
+                _ratio(reached.ceiling[link.name], "" if exact else "≤ "),
+            ]
+        rows.append(row)
+    return Table(f"Simulated time to {target_name(comparison, TIGHT)}", head, rows, _ceiling_note(comparison))
+
+
+def _ceiling_note(comparison: Comparison) -> str:
+    note = (
+        f"Sooner: {comparison.reference}'s time over the method's. Ceiling: {comparison.reference}'s time over the "
+        "method's with messages of zero bytes, which is as far as saving uplink can go in as many rounds. "
+    )
+    links = comparison.workload.recipe.links
+    if any(map(has_one_rate, links)):
+        note += "Sending is taken off the clock as if the messages of a round were of one size. "
+    if unequal := [link.name for link in links if not has_one_rate(link)]:
+        note += (
+            f"On {', '.join(unequal)} clients differ, and rows do not hold each client's share: given are bounds, from "
+            "server time and mean compute alone, without the downlink. "
+        )
+    return note.strip()
+
+
+def _energy(comparison: Comparison) -> Table:
+    links = [link for link in comparison.links if any(link in figures.energy for figures in comparison.methods)]
+    head = ["method"]
+    for link in links:
+        head += [f"{link}: mean client", "straggler"]
+    rows = [
+        [
+            figures.label,
+            *(
+                f"{joules:.2f} J"
+                for link in links
+                for joules in figures.energy.get(link, ())  # a run of round 0 alone has none
+            ),
+        ]
+        for figures in comparison.methods
+    ]
+    rows = [[*row, *[NONE] * (len(head) - len(row))] for row in rows]
+    return Table("Energy per client and round", head, rows, "Modelled: sending and computing, not receiving.")
+
+
+def _with_spread(value: Estimate, text_of: Callable[[float | None], str]) -> str:
+    """The spread too, unless it is lost in the digits shown."""
+    shown = value.mean is not None and value.spread is not None and value.spread > 5e-4 * abs(value.mean)
+    return text_of(value.mean) + (f" ± {text_of(value.spread)}" if shown else "")
+
+
+def _reached(value: Estimate, text_of: Callable[[float | None], str], figures: MethodFigures) -> str:
+    if value.mean is not None:
+        return _with_spread(value, text_of)
+    if not value.count:
+        return NONE
+    if not value.known:
+        return "not reached" if figures.finished else "not yet"
+    return f"in {value.known} of {value.count} seeds"
+
+
+def _ratio(value: Estimate, sign: str = "") -> str:
+    return NONE if value.mean is None else sign + format_ratio(value.mean, value.spread)

@@ -1,0 +1,253 @@
+"""`fedfstq report`: what is merged, what is kept apart, and figures checked by hand."""
+
+import json
+import math
+import shutil
+import statistics
+
+import pytest
+from metric_rows import make_rows
+
+from fedfstq_hf.cli import main
+from fedfstq_hf.errors import ConfigError, DataError
+from fedfstq_hf.recipe import load_recipe
+from fedfstq_hf.reporting.comparison import write_comparison
+from fedfstq_hf.reporting.comparison_ceiling import seconds_without_uplink
+from fedfstq_hf.reporting.comparison_figures import compare
+from fedfstq_hf.reporting.comparison_notes import notes
+from fedfstq_hf.reporting.comparison_runs import read_runs
+from fedfstq_hf.reporting.comparison_tables import figure_tables
+from fedfstq_hf.reporting.comparison_workloads import group_runs
+from fedfstq_hf.reporting.summary import summarize
+from fedfstq_hf.simulation.network import LinkProfile, draw_rates, round_cost
+
+# fedavg improves from 4.0 to 3.0: targets 3.5, 3.25, 3.1, held from rounds 1, 2, 3 on.
+FEDAVG = [4.0, 3.5, 3.2, 3.05, 3.0]
+SLOW = [4.0, 3.9, 3.8, 3.7, 3.6]
+
+
+def write_run(folder, rows, *, methods=None, **overrides):
+    """A run folder of recipe `fed_med`, of 4 rounds, with these rows."""
+    recipe = load_recipe("fed_med", {"rounds": 4, **overrides}).to_dict()
+    names = list(dict.fromkeys(row["method"] for row in rows)) or ["fedavg"]
+    plain = next(iter(recipe["methods"].values()))
+    recipe["methods"] = {name: recipe["methods"].get(name, plain) for name in names} | (methods or {})
+    recipe["seeds"] = sorted({row["seed"] for row in rows}) or [0]
+    folder.mkdir(parents=True)
+    (folder / "recipe.json").write_text(json.dumps(recipe))
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def comparisons(*folders):
+    return [compare(workload) for workload in group_runs(read_runs(folders))]
+
+
+def table(comparison, start):
+    return next(table for table in figure_tables(comparison) if table.title.startswith(start))
+
+
+def line(comparison, start, method):
+    return next(list(row) for row in table(comparison, start).rows if row[0] == method)
+
+
+def test_methods_of_two_runs_merge_and_figures_are_those_of_the_summary(tmp_path):
+    ours = [*make_rows("fedavg", FEDAVG, bytes_per_round=10_000), *make_rows("fstq", FEDAVG, seconds=1.0)]
+    ours += make_rows("fedavg", [v + 0.01 for v in FEDAVG], seed=1, bytes_per_round=12_000)
+    ours += make_rows("fstq", [4.01, 3.6, 3.3, 3.1, 3.05], seed=1, seconds=1.0)
+    theirs = [row for seed in (0, 1) for row in make_rows("paper", SLOW, seed=seed)]
+    theirs = [row | {"eval_loss": row["eval_loss"] + 0.01 * row["seed"]} for row in theirs]
+    a, b = write_run(tmp_path / "a", ours), write_run(tmp_path / "b", theirs)
+    (comparison,) = comparisons(a, b)
+    assert [figures.label for figures in comparison.methods] == ["fedavg", "fstq", "paper"]
+    summary = summarize([*ours, *theirs], metric="eval_loss", higher_is_better=False)
+    for figures in comparison.methods:
+        expected, spread = summary["methods"][figures.label], summary["spread"]["methods"][figures.label]
+        assert (figures.final.mean, figures.final.spread) == (expected["final_metric"], spread["final_metric"])
+        assert figures.reached[0.9].uplink.mean == expected["uplink_bytes_to_target"]
+        assert {k: v.mean for k, v in figures.reached[0.9].seconds.items()} == expected["seconds_to_target"]
+    fstq = comparison.find("fstq").reached[0.9]
+    assert fstq.uplink_ratio.mean == summary["ratios"]["uplink_to_target"]
+    assert fstq.seconds_ratio["straggler-tail"].mean == summary["ratios"]["time_to_target"]["straggler-tail"]
+    # Seed 0: 50 % at round 1 in both. Seed 1: fedavg in round 1 (target 3.51), fstq in round 2.
+    ratios = [10_000 / 100, 12_000 / 200]
+    assert comparison.find("fstq").reached[0.5].uplink_ratio.mean == statistics.fmean(ratios)
+    assert comparison.find("fstq").reached[0.5].uplink_ratio.spread == pytest.approx(statistics.stdev(ratios))
+    assert line(comparison, "Uplink bytes", "fstq")[1:3] == ["150 B ± 70.7 B", "80.0× ± 28.3"]
+    assert line(comparison, "Uplink bytes", "paper")[5:7] == ["not reached", "–"]
+    assert line(comparison, "Quality", "fedavg")[4] == "3.0050 ± 0.0071"
+    assert any("measured, in 2 runs" in note for note in notes(comparison))
+
+
+def test_other_workloads_are_kept_apart_and_the_page_says_why(tmp_path):
+    a = write_run(tmp_path / "a", make_rows("fedavg", FEDAVG))
+    b = write_run(tmp_path / "b", make_rows("fstq", FEDAVG), alpha="0.5", model="other")
+    c = write_run(tmp_path / "c", make_rows("fstq", [4.2, *FEDAVG[1:]]))
+    d = write_run(tmp_path / "d", make_rows("paper", FEDAVG), name="renamed", description="else")
+    first, second, third = comparisons(a, b, c, d)
+    assert [figures.label for figures in first.methods] == ["fedavg", "paper"]
+    assert (first.workload.name, second.workload.name, third.workload.name) == ("fed_med", "fed_med (2)", "fed_med (3)")
+    (reason,) = second.workload.apart
+    assert "model" in reason
+    assert "other here" in reason
+    assert "federation.alpha 0.1 there, 0.5 here" in reason
+    assert "before training seed 0 measures 4 in" in third.workload.apart[0]
+    assert any("Not compared with fed_med: same recipe, but" in note for note in notes(third))
+
+
+def test_the_same_method_and_seed_twice(tmp_path):
+    rows = make_rows("fedavg", FEDAVG)
+    a = write_run(tmp_path / "a", rows)
+    copy = write_run(tmp_path / "copy", rows[:3])
+    (comparison,) = comparisons(copy, a, a, tmp_path / "a" / ".." / "a")
+    assert comparison.find("fedavg").rounds == 4
+    assert len(comparison.workload.runs) == 2
+    again = write_run(tmp_path / "again", [row | {"compute_seconds": 2.0} for row in rows])
+    with pytest.raises(DataError, match=r"both hold method fedavg, seed 0.*round 0: compute_seconds 0.0 and 2.0") as e:
+        comparisons(a, again)
+    assert "Leave one of the two folders out" in str(e.value)
+    assert "--seeds '[1]'" in str(e.value)
+
+
+def test_one_name_with_other_settings_is_another_method(tmp_path):
+    a = write_run(tmp_path / "a", [*make_rows("fedavg", FEDAVG), *make_rows("fstq", FEDAVG)])
+    options = json.loads((a / "recipe.json").read_text())["methods"]["fstq"] | {"uplink_budget": "0.1bpp"}
+    b = write_run(tmp_path / "b", make_rows("fstq", SLOW), methods={"fstq": options})
+    (comparison,) = comparisons(a, b)
+    labels = [figures.label for figures in comparison.methods]
+    assert labels == ["fedavg", "fstq", "fstq (uplink_budget 0.1bpp)"]
+    assert any("told apart: fstq (uplink_budget 0.1bpp)" in note for note in notes(comparison))
+
+
+def test_unfinished_runs_missing_seeds_and_torn_lines_are_said(tmp_path):
+    rows = [*make_rows("fedavg", FEDAVG), *make_rows("fedavg", FEDAVG, seed=1), *make_rows("fstq", FEDAVG)]
+    rows += [*make_rows("fstq", FEDAVG[:3], seed=1), *make_rows("paper", FEDAVG[:3])]
+    a = write_run(tmp_path / "a", rows, methods={"topk": {"codec": "topk", "uplink_budget": "0.2bpp"}})
+    with (a / "metrics.jsonl").open("a") as file:
+        file.write('{"method": "fst')
+    (comparison,) = comparisons(a)
+    fstq, paper = comparison.find("fstq"), comparison.find("paper")
+    assert (list(fstq.series), fstq.finished) == ([0], True)
+    assert (paper.rounds, paper.finished, paper.final.mean) == (2, False, 3.2)
+    assert line(comparison, "Quality", "paper")[3] == "2 of 4"
+    assert line(comparison, "Uplink bytes", "paper")[5] == "not yet"
+    said = "\n".join(notes(comparison))
+    assert "fstq is unfinished (seed 1 after round 2 of 4): left out of the figures." in said
+    assert "paper is unfinished (seed 0 after round 2 of 4): its figures are those after round 2" in said
+    assert "has not begun paper seed 1, topk seed 0, topk seed 1." in said
+    assert "Methods have different seeds (fedavg 0, 1; fstq 0; paper 0)" in said
+    assert "the last line of its rows was torn" in said
+
+
+def test_without_fedavg_and_with_an_unfinished_one(tmp_path):
+    a = write_run(tmp_path / "a", [*make_rows("paper", FEDAVG), *make_rows("fstq", FEDAVG)], **{"target.of": "paper"})
+    (comparison,) = comparisons(a)
+    assert comparison.reference == "paper"
+    assert any("targets and ratios refer to paper" in note for note in notes(comparison))
+    assert any("One seed (0), so no spread" in note for note in notes(comparison))
+    (alone,) = comparisons(write_run(tmp_path / "b", make_rows("fstq", FEDAVG)))
+    assert [table.title for table in figure_tables(alone)] == ["Quality and traffic", "Energy per client and round"]
+    assert "no run here holds fedavg" in notes(alone)[0]
+    rows = [*make_rows("fedavg", FEDAVG[:3]), *make_rows("fstq", FEDAVG)]
+    (early,) = comparisons(write_run(tmp_path / "c", rows))
+    assert early.targets == {}
+    assert "fedavg, whose improvement sets them, has not finished" in notes(early)[0]
+    flat = [*make_rows("fedavg", [4.0] * 5), *make_rows("fstq", [4.0, math.nan, 4.0, 4.0, 4.0])]
+    (still,) = comparisons(write_run(tmp_path / "d", flat))
+    assert still.targets == {}
+    assert "fedavg did not improve in seeds 0" in notes(still)[0]
+    assert "fstq has rounds whose metric is not a finite number, in seeds 0." in notes(still)
+
+
+@pytest.mark.parametrize("spread", [0.0, 0.6])
+def test_seconds_without_uplink_against_the_simulated_round(spread):
+    """The link model itself, run with messages of zero bytes, is met exactly on one rate and never undercut else."""
+    link = LinkProfile("link", uplink_mbps=4.0, spread=spread, tail_fraction=0.2 if spread else 0.0, server_seconds=0.5)
+    rates = draw_rates(link, 10, seed=1)
+    compute = {1: 2.0, 4: 5.0, 7: 3.0}
+    down = {1: 800_000, 4: 10_000, 7: 400_000}
+
+    def cost(up):
+        sent = dict.fromkeys(compute, up)
+        return round_cost(link, rates, uplink_bytes=sent, downlink_bytes=down, compute_seconds=compute).seconds
+
+    rows = [{"seconds": {"link": 0.0}}]
+    for number in (1, 2):
+        row = {"uplink_bytes": 3 * 500_000, "num_dropped": 1, "compute_seconds": 10 / 3}
+        rows.append(row | {"seconds": {"link": number * cost(500_000)}})
+    floor = seconds_without_uplink(rows, link, clients_per_round=4)
+    if spread:
+        assert 2 * 0.5 < floor <= 2 * cost(0)
+    else:
+        assert floor == pytest.approx(2 * cost(0))
+
+
+def test_ceiling_in_the_table_by_hand(tmp_path):
+    # 4 clients send 500 kB each at 20 Mbit/s: 0.2 s of a round's 2 s. Target in round 3: 6 s, 5.4 s without uplink.
+    rows = make_rows("fedavg", FEDAVG, bytes_per_round=2_000_000)
+    (comparison,) = comparisons(write_run(tmp_path / "a", rows))
+    cells = line(comparison, "Simulated time", "fedavg")
+    assert cells[1:5] == ["6.00 s", "1.00×", "5.40 s", "1.11×"]
+    # On the tail a round lasts at least its mean compute, 1 s: 3 s of 18 s.
+    assert cells[5:9] == ["18.0 s", "1.00×", "≥ 3.00 s", "≤ 6.00×"]
+
+
+def test_bad_input_is_named(tmp_path):
+    a = write_run(tmp_path / "runs" / "a", make_rows("fedavg", FEDAVG))
+    with pytest.raises(ConfigError, match=r"There is no folder .*nowhere.*fedfstq simulate quickstart --out"):
+        read_runs([tmp_path / "nowhere"])
+    with pytest.raises(ConfigError, match=r"its folders do. Type: fedfstq report .*runs/a"):
+        read_runs([tmp_path / "runs"])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ConfigError, match=r"empty holds no run; expected a folder"):
+        read_runs([tmp_path / "empty"])
+    with pytest.raises(ConfigError, match="There is no run to report on"):
+        read_runs([])
+    with pytest.raises(DataError, match="without a single row"):
+        read_runs([write_run(tmp_path / "young", [])])
+    broken = write_run(tmp_path / "gap", [row for row in make_rows("fedavg", FEDAVG) if row["round"] != 2])
+    with pytest.raises(DataError, match=r"gap/metrics.jsonl: method fedavg, seed 0 has rounds \[0, 1, 3, 4\]"):
+        read_runs([broken])
+    (a / "metrics.jsonl").write_text('{"method": "fedavg"}\n')
+    with pytest.raises(DataError, match="line 1 lacks seed, round, metric"):
+        read_runs([a])
+    (a / "metrics.jsonl").write_text(json.dumps(make_rows("other", FEDAVG)[0]) + "\n")
+    with pytest.raises(DataError, match="line 1 is of method 'other'; expected one of the recipe beside it: fedavg"):
+        read_runs([a])
+    (a / "metrics.jsonl").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(DataError, match="is not text"):
+        read_runs([a])
+    (a / "recipe.json").write_text('{"nme": "x"}')
+    with pytest.raises(ConfigError, match=r"recipe.json.*another version"):
+        read_runs([a])
+    (a / "recipe.json").unlink()
+    with pytest.raises(ConfigError, match="holds no run"):
+        read_runs([a])
+
+
+def test_the_command_and_what_it_leaves_alone(tmp_path, monkeypatch, capsys):
+    run = write_run(tmp_path / "run", [*make_rows("fedavg", FEDAVG), *make_rows("fstq", FEDAVG)])
+    (run / "report.md").write_text("# fed_med\n\ntext\n\n```\nfedfstq simulate fed_med --rounds 4\n```\n")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stopped:
+        main(["report", "run"])
+    assert stopped.value.code == 0
+    assert "Wrote report.html and report.md." in capsys.readouterr().out
+    first = {name: (tmp_path / name).read_bytes() for name in ("report.html", "report.md")}
+    text = first["report.md"].decode()
+    assert "fedfstq report run --out report.html" in text
+    assert "| run | fedavg, fstq | 0 | finished | fedfstq simulate fed_med --rounds 4 | not recorded |" in text
+    write_comparison(["run"], "report.html", command="fedfstq report run --out report.html")
+    assert {name: (tmp_path / name).read_bytes() for name in first} == first
+    before = (run / "report.md").read_bytes()
+    with pytest.raises(ConfigError, match=r"report.md exists and was not made by .*--out run/comparison.html"):
+        write_comparison(["run"], "run/report.html", command="")
+    assert (run / "report.md").read_bytes() == before
+    assert not (run / "report.html").exists()
+    with pytest.raises(ConfigError, match=r"--out is page.txt; expected the name of a page. Type --out page.html"):
+        write_comparison(["run"], "page.txt", command="")
+    shutil.rmtree(run)
+    with pytest.raises(SystemExit) as stopped:
+        main(["report", "run"])
+    assert stopped.value.code == 2
+    assert "There is no folder run" in capsys.readouterr().err

@@ -1,0 +1,182 @@
+"""The page: one file that needs nothing else, whose charts are where the rows say, whatever the texts in a run."""
+
+import html.parser
+import json
+import math
+import re
+import xml.etree.ElementTree as ET
+from itertools import pairwise
+
+import pytest
+from metric_rows import make_rows
+
+from fedfstq_hf.recipe import load_recipe
+from fedfstq_hf.reporting.comparison import write_comparison
+from fedfstq_hf.reporting.page_axis import make_axis
+from fedfstq_hf.reporting.page_chart import Chart, Series, draw, draw_swatch
+
+FEDAVG = [4.0, 3.5, 3.2, 3.05, 3.0]
+VOID = {"meta", "link", "br", "img", "input", "hr"}
+
+
+class Reader(html.parser.HTMLParser):
+    """Every element with its attributes; tags must close in order."""
+
+    def __init__(self):
+        super().__init__(convert_charrefs=True)
+        self.elements, self.open, self.texts = [], [], []
+
+    def handle_starttag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.texts.append(data)
+
+    def find(self, tag):
+        return [attributes for name, attributes in self.elements if name == tag]
+
+
+def write_run(folder, rows, **overrides):
+    recipe = load_recipe("fed_med", {"rounds": 4, **overrides}).to_dict()
+    plain = next(iter(recipe["methods"].values()))
+    recipe["methods"] = dict.fromkeys([row["method"] for row in rows], plain)
+    recipe["seeds"] = sorted({row["seed"] for row in rows})
+    folder.mkdir()
+    (folder / "recipe.json").write_text(json.dumps(recipe))
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
+    """A page of two workloads, one with two seeds and ten methods, and with hostile texts."""
+    folder = tmp_path_factory.mktemp("page")
+    rows = []
+    for seed in (0, 1):
+        rows += make_rows("fedavg", [v + 0.02 * seed for v in FEDAVG], seed=seed, bytes_per_round=10_000)
+        for number in range(9):
+            name = f"m{number}" if number else "</script><b>&m|0"
+            rows += make_rows(name, [4.0 + 0.02 * seed, 3.6, 3.3, 3.1, 3.05], seed=seed, bytes_per_round=100 + number)
+    rows += make_rows("wild", [4.0, 9e9, 1e12, 1e15, 1e18])
+    a = write_run(folder / "a", rows, description='A "quoted" <img src=http://example.org/x.png> text', name="x<y")
+    b = write_run(folder / "b", make_rows("fstq", FEDAVG), metric="exact_match")
+    path, markdown = write_comparison([a, b], folder / "page.html", command="fedfstq report 'a b' <c>")
+    text = path.read_text()
+    reader = Reader()
+    reader.feed(text)
+    reader.close()
+    assert reader.open == []
+    return text, reader, markdown.read_text()
+
+
+def test_the_page_needs_nothing_else(page):
+    text, reader, _ = page
+    tags = {tag for tag, _ in reader.elements}
+    assert not tags & {"script", "link", "img", "iframe", "object", "embed", "image", "use", "form", "b"}
+    for _, attributes in reader.elements:
+        assert not set(attributes) & {"src", "srcset", "xlink:href", "style", "onclick", "onload"}
+        assert attributes.get("href", "#").startswith("#")
+    style = re.search(r"<style>(.*?)</style>", text, re.S).group(1)
+    assert "@import" not in style
+    assert "url(" not in style
+    assert "@media print" in style
+    assert "@media screen and (prefers-color-scheme: dark)" in style
+
+
+def test_hostile_texts_stay_texts(page):
+    text, reader, markdown = page
+    assert "</script><b>&m|0" in "".join(reader.texts)
+    assert "</script>" not in text
+    assert 'A "quoted" <img src=http://example.org/x.png> text' in "".join(reader.texts)
+    assert r"\<img src=http://example.org/x.png\>" in markdown
+    widths = [len(re.findall(r"(?<!\\)\|", line)) for line in markdown.splitlines() if line.startswith("| ")]
+    assert len(set(widths[:12])) == 1  # a bar in a name does not make a column
+
+
+def test_the_page_can_be_navigated(page):
+    _, reader, _ = page
+    assert reader.find("html") == [{"lang": "en"}]
+    levels = [int(tag[1]) for tag, _ in reader.elements if re.fullmatch(r"h[1-6]", tag)]
+    assert levels[0] == 1
+    assert levels.count(1) == 1
+    assert all(later - earlier <= 1 for earlier, later in pairwise(levels))
+    assert all(attributes.get("scope") in ("col", "row") for attributes in reader.find("th"))
+    ids = [attributes["id"] for _, attributes in reader.elements if "id" in attributes]
+    assert len(ids) == len(set(ids))
+    for _, attributes in reader.elements:
+        for reference in attributes.get("aria-labelledby", "").split():
+            assert reference in ids
+        if attributes.get("href"):
+            assert attributes["href"][1:] in ids
+    charts = [attributes for attributes in reader.find("svg") if attributes["class"] == "chart"]
+    assert len(charts) == 8 + 5  # without a target there are no ratios
+    assert all(attributes["role"] == "img" for attributes in charts)
+
+
+def test_figures_are_on_the_page_and_say_what_is_outside(page):
+    _, reader, _ = page
+    texts = "".join(reader.texts)
+    assert "3.0100 ± 0.0141" in texts  # fedavg: 3.00 and 3.02
+    assert "fedavg ends at 3.0100 after 40.0 kB" in texts
+    assert "(what is far worse than before training lies outside)" in texts
+    assert "None" not in texts
+    assert not re.search(r"\bnan\b|\binf\b", texts.lower())
+
+
+def luminance(color):
+    parts = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def contrast(one, other):
+    light, dark = sorted((luminance(one), luminance(other)), reverse=True)
+    return (light + 0.05) / (dark + 0.05)
+
+
+def test_colors_have_the_contrast_that_wcag_asks_for(page):
+    text, _, _ = page
+    light, dark = (dict(re.findall(r"--(\w+): (#\w{6});", block)) for block in re.findall(r":root {(.*?)}", text, re.S))
+    assert light.keys() == dark.keys()
+    for colors in (light, dark):
+        for name in ("ink", "soft", "link"):
+            assert contrast(colors[name], colors["page"]) >= 4.5, name
+            assert contrast(colors[name], colors["panel"]) >= 4.5, name
+        for number in range(8):
+            assert contrast(colors[f"s{number}"], colors["page"]) >= 3, number
+
+
+def test_points_lie_where_the_axes_say():
+    x, y = make_axis("x", [10.0, 1000.0], log=True), make_axis("y", [1.0, 2.0])
+    chart = Chart("k", "t", "a", x, y, [Series("line", 0, [(10.0, 1.0, 0.0), (100.0, 1.5, 0.0), (1000.0, 2.0, 0.0)])])
+    root = ET.fromstring(draw(chart))
+    path = next(node.get("d") for node in root.iter("path") if node.get("class") == "line")
+    spots = [tuple(map(float, spot.split())) for spot in path[1:].split("L")]
+    assert spots[1][0] == pytest.approx((spots[0][0] + spots[2][0]) / 2, abs=0.1)  # 100 is midway on a log axis
+    assert spots[1][1] == pytest.approx((spots[0][1] + spots[2][1]) / 2, abs=0.1)
+    assert spots[0][1] > spots[2][1]  # up is larger
+    assert len([node for node in root.iter("path") if node.get("class") == "mark"]) == 3
+
+
+def test_forty_methods_look_different():
+    looks = {re.sub(r"viewBox.*?>", "", draw_swatch(style), count=1) + f"{style % 8}" for style in range(40)}
+    assert len(looks) == 40
+
+
+@pytest.mark.parametrize("log", [False, True])
+@pytest.mark.parametrize("values", [[1.0, 2.0], [3.0], [44_500.0, 45_600.0], [1e-3, 1e9], [0.1, 0.9], [6.2, 48.0], []])
+def test_marks_are_few_and_within(values, log):
+    axis = make_axis("a", values, log=log)
+    marks = axis.marks()
+    assert 2 <= len(marks) <= 9
+    assert all(axis.low <= mark <= axis.high for mark in marks)
+    assert marks == sorted(set(marks))
+    assert all(math.isfinite(axis.place(value)) for value in [*marks, *values])
