@@ -70,8 +70,9 @@ def read_run(folder: Path) -> Run:
         raise ConfigError(_nothing_there(folder))
     recipe = _read_recipe(folder / _RECIPE)
     try:
-        rows = read_rows(folder / _ROWS)
+        # Counted first: what a run in progress appends in between is no torn line.
         num_lines = len((folder / _ROWS).read_text(encoding="utf-8").splitlines())
+        rows = read_rows(folder / _ROWS)
     except UnicodeDecodeError as error:
         raise DataError(f"{folder / _ROWS} is not text ({error}); {_EXPECTED}.") from None
     for number, row in enumerate(rows, start=1):
