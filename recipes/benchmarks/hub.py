@@ -230,6 +230,7 @@ class Crew:
 
     def take_part(self, name: str) -> None:
         """A client's process."""
+        from fedfstq_hf.federation.budgets import MessageBudget
         from fedfstq_hf.federation.client import MailboxParticipation
         from fedfstq_hf.federation.session import ClientSession
         from tests.federation.light import SCHEMA, fake_training
@@ -238,7 +239,7 @@ class Crew:
         participation = MailboxParticipation(
             self.mailbox(self.work["tokens"][name]),
             session,
-            max_bytes=int(self.spec.uplink_budget or 0),
+            budget=MessageBudget(fixed=int(self.spec.uplink_budget or 0)),
             poll_seconds=self.work["poll"],
         )
         while (assignment := participation.next()) is not None:
