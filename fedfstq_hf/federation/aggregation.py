@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fedfstq_hf.codec import SparseUpdate
 from fedfstq_hf.errors import ConfigError, MailboxError
+from fedfstq_hf.federation.fedadam import FedAdam
 
 
 class WeightedMean:
@@ -41,12 +42,12 @@ class WeightedMean:
 
 
 def check_server(server: Mapping[str, Any]) -> None:
-    """Raise `ConfigError` unless `server` names a torch optimizer that takes the options and steps on a vector."""
+    """Raise `ConfigError` unless `server` names an optimizer that takes the options and steps on a vector."""
     try:
         server_step(torch.zeros(2), torch.ones(2), server, None)
     except (TypeError, RuntimeError) as error:  # LBFGS wants a closure, SparseAdam sparse gradients
         raise ConfigError(
-            f"torch.optim.{server.get('optimizer')} cannot take a step on the mean update: {error}. "
+            f"{server.get('optimizer')} cannot take a step on the mean update: {error}. "
             "Choose another server.optimizer, such as SGD or Adam."
         ) from error
 
@@ -84,19 +85,19 @@ def _build(server: Mapping[str, Any], parameter: Tensor) -> torch.optim.Optimize
     options = dict(server)
     name = options.pop("optimizer", "SGD")
     known = {
-        key
-        for key, value in vars(torch.optim).items()
+        key: value
+        for key, value in {**vars(torch.optim), "FedAdam": FedAdam}.items()
         if isinstance(value, type) and issubclass(value, torch.optim.Optimizer) and value is not torch.optim.Optimizer
     }
     if name not in known:
         by_lower = {key.lower(): key for key in sorted(known)}
         nearest = by_lower[difflib.get_close_matches(str(name).lower(), by_lower, n=1, cutoff=0.0)[0]]
         raise ConfigError(
-            f"server.optimizer {name!r} is no torch.optim class. Did you mean {nearest!r}? "
+            f"server.optimizer {name!r} is neither FedAdam nor a torch.optim class. Did you mean {nearest!r}? "
             f"Known: {', '.join(sorted(known))}."
         )
     options.setdefault("lr", 1.0)
     try:
-        return getattr(torch.optim, name)([parameter], **options)  # type: ignore[no-any-return]
+        return known[name]([parameter], **options)
     except (TypeError, ValueError) as error:
-        raise ConfigError(f"torch.optim.{name} refuses the server options {options}: {error}") from error
+        raise ConfigError(f"{name} refuses the server options {options}: {error}") from error

@@ -1,6 +1,5 @@
 """Checks a recipe against the installed libraries: the slow part of `fedfstq recipes validate`."""
 
-import inspect
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -49,12 +48,9 @@ def _check_budget(method: MethodSettings) -> None:
 
 
 def _check_server(method: MethodSettings) -> None:
-    import torch
+    from fedfstq_hf.federation.aggregation import check_server
 
-    known = sorted(name for name, item in vars(torch.optim).items() if inspect.isclass(item) and name != "Optimizer")
-    if method.server.optimizer not in known:
-        raise ValueError(f"torch.optim has no {method.server.optimizer!r}; it has {', '.join(known)}")
-    getattr(torch.optim, method.server.optimizer)([torch.zeros(1, requires_grad=True)], **method.server.keywords())
+    check_server(method.server.to_yaml())
 
 
 def _check_lora(recipe: Recipe) -> None:

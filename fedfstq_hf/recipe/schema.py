@@ -118,13 +118,15 @@ class FederationSettings:
 
 @dataclass(frozen=True)
 class ServerSettings:
-    """The optimizer that the mean update is handed to as a pseudo-gradient: SGD at lr 1 is FedAvg, Adam is FedAdam.
+    """The optimizer that the mean update is handed to as a pseudo-gradient.
+
+    SGD at lr 1 is FedAvg, SGD with momentum FedAvgM; FedAdam is its paper's, Adam torch's.
 
     In YAML one flat mapping, `{optimizer: SGD, lr: 1.0, momentum: 0.9}`: what is not `optimizer` or `lr` is passed on.
     """
 
     optimizer: str = "SGD"
-    """Class name in `torch.optim`."""
+    """`FedAdam`, or a class name in `torch.optim`."""
     lr: float = 1.0
     options: dict[str, Any] = field(default_factory=dict)
     """Further keyword arguments of that class."""

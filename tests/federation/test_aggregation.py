@@ -88,12 +88,12 @@ def test_state_through_bytes_is_one_continuous_run(server):
 @pytest.mark.parametrize(
     ("server", "match"),
     [
-        ({"optimizer": "sgd"}, r"'sgd' is no torch.optim class. Did you mean 'SGD'\? Known: ASGD, "),
-        ({"optimizer": "Optimizer"}, "is no torch.optim class"),
-        ({"optimizer": "SGD", "momentun": 0.9}, "torch.optim.SGD refuses the server options .*momentun"),
-        ({"optimizer": "Adam", "lr": -1.0}, "torch.optim.Adam refuses the server options .*learning rate"),
-        ({"optimizer": "LBFGS"}, "torch.optim.LBFGS cannot take a step on the mean update: .*closure"),
-        ({"optimizer": "SparseAdam"}, "torch.optim.SparseAdam cannot take a step on the mean update"),
+        ({"optimizer": "sgd"}, r"'sgd' is neither FedAdam nor a torch.optim class. Did you mean 'SGD'\? Known: ASGD, "),
+        ({"optimizer": "Optimizer"}, "is neither FedAdam nor a torch.optim class"),
+        ({"optimizer": "SGD", "momentun": 0.9}, "SGD refuses the server options .*momentun"),
+        ({"optimizer": "Adam", "lr": -1.0}, "Adam refuses the server options .*learning rate"),
+        ({"optimizer": "LBFGS"}, "LBFGS cannot take a step on the mean update: .*closure"),
+        ({"optimizer": "SparseAdam"}, "SparseAdam cannot take a step on the mean update"),
     ],
 )
 def test_impossible_servers_are_refused_before_round_zero(server, match):
