@@ -29,9 +29,12 @@ def simulate(
     Any key of the recipe can be changed: --model PATH --data FILE --seeds 3 --training.learning_rate 1e-3
     """
     from fedfstq_hf.recipe import load_recipe
+    from fedfstq_hf.simulation.processes import warm_up
 
     loaded = load_recipe(recipe, parse_overrides(context.args))
     folder = out or Path("runs") / loaded.name
+    if workers > 1:
+        warm_up()  # imports beside us
     quieten()
     from fedfstq_hf.simulation.runner import SUMMARY_FILE, Simulation
 

@@ -106,13 +106,13 @@ class Simulation:
         )
         datasets = [[workload.train[i] for i in shard] for shard in shards]
         collator = Collator(founding.tokenizer.pad_token_id)
-        evaluator = Evaluator(workload.test, collator.pad_id, recipe.evaluation.batch_size)
+        evaluator = Evaluator(workload.test, collator.pad_id, recipe.evaluation.batch_size, bf16=recipe.training.bf16)
         plan = make_plan(federation.clients, federation.clients_per_round, federation.rounds, federation.dropout, seed)
         links = [(profile, draw_rates(profile, federation.clients, seed)) for profile in recipe.links]
-        evaluate = self._evaluate_with(founding, evaluator)
         pool: Any = contextlib.nullcontext()
         if self._workers > 1:
-            pool = WorkerPool(self._workers, founding.model, datasets, collator.pad_id)
+            pool = WorkerPool(self._workers, founding.model, datasets, collator.pad_id, evaluator)
+        measure = partial(_measure, founding, evaluator) if self._workers == 1 else pool.evaluate
         with pool:
             for method in methods:
                 folder = self._run_folder(method, seed)
@@ -126,7 +126,7 @@ class Simulation:
                     plan=plan,
                     datasets=datasets,
                     links=links,
-                    evaluate=evaluate,
+                    evaluate=self._timed(measure),
                     rows=[row for row in self._rows if (row["method"], row["seed"]) == (method, seed)],
                     emit=self._emit_to(bar, method, seed),
                     train=None if self._workers == 1 else self._train_with(pool, mailbox, folder, seed),
@@ -150,13 +150,12 @@ class Simulation:
         arguments = {**self.recipe.training.trainer_kwargs(), "seed": seed}
         return partial(pool.train, Job(folder, mailbox.read(0, SPEC_FILE), arguments))
 
-    def _evaluate_with(self, founding: Founding, evaluator: Evaluator) -> Callable[[Tensor], Mapping[str, float]]:
+    def _timed(self, measure: Callable[[Tensor], dict[str, float]]) -> Callable[[Tensor], Mapping[str, float]]:
         metric = self.recipe.evaluation.metric
 
         def evaluate(adapter: Tensor) -> Mapping[str, float]:
-            founding.view.write(adapter)
             started = time.perf_counter()
-            values = evaluator(founding.model)
+            values = measure(adapter)
             return {"metric": values[metric], **values, "eval_seconds": time.perf_counter() - started}
 
         return evaluate
@@ -240,3 +239,8 @@ class Simulation:
         partial.write_text(whole, encoding="utf-8")
         partial.replace(path)
         return rows
+
+
+def _measure(founding: Founding, evaluator: Evaluator, adapter: Tensor) -> dict[str, float]:
+    founding.view.write(adapter)
+    return evaluator(founding.model)

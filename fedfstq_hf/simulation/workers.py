@@ -2,13 +2,16 @@
 
 A worker does what the simulator would do itself: it opens a client's session, trains, packs and stores the message.
 Everything it leaves is in the client's state folder, so results do not depend on how many workers there are, and a
-worker that dies costs no more than its client's training.
+worker that dies costs no more than its client's training. Between two rounds the workers share the evaluation.
 """
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import queue
 import signal
+import threading
 import time
 import traceback
 from collections.abc import Sequence
@@ -21,10 +24,12 @@ import torch.multiprocessing as mp
 from torch import Tensor
 
 from fedfstq_hf.errors import FedFSTQError
+from fedfstq_hf.evaluation import Evaluator
 from fedfstq_hf.federation.budgets import open_budget
 from fedfstq_hf.federation.client import Assignment, LocalResult, local_seed, store_message
 from fedfstq_hf.federation.session import ClientSession
 from fedfstq_hf.federation.spec import FederationSpec
+from fedfstq_hf.simulation.processes import start_method, warm_up
 
 _LOOK_SECONDS = 2.0  # between two looks at whether the workers still live
 _PATIENCE_SECONDS = 10.0  # for workers to end by themselves
@@ -55,6 +60,14 @@ class Task:
     adapter_sha256: str
 
 
+@dataclass(frozen=True)
+class Batch:
+    """One batch of the evaluation of an adapter, (num_params,)."""
+
+    number: int
+    adapter: Tensor
+
+
 def open_session(folder: Path, index: int, spec: FederationSpec, schema: Any) -> ClientSession:
     """The session of client `index` of the run in `folder`."""
     name = client_name(index)
@@ -69,13 +82,16 @@ class WorkerPool:
         model: base with adapter; its tensors move to shared memory. Each worker has its own copy of the adapter only.
         datasets: the clients' data.
         pad_id: padding token.
+        evaluator: of the held-out examples.
     """
 
-    def __init__(self, count: int, model: Any, datasets: Sequence[Any], pad_id: int) -> None:
-        context = mp.get_context("spawn")  # a fork would inherit locks of threads that it does not have
+    def __init__(self, count: int, model: Any, datasets: Sequence[Any], pad_id: int, evaluator: Evaluator) -> None:
+        warm_up()
+        context: Any = mp.get_context(start_method())
         model.share_memory()
+        self._evaluator = evaluator
         self._tasks, self._results = context.Queue(), context.Queue()
-        arguments = (model, list(datasets), pad_id, self._tasks, self._results)
+        arguments = (model, list(datasets), pad_id, evaluator, self._tasks, self._results)
         self._workers = [context.Process(target=_work, args=arguments, daemon=True) for _ in range(count)]
         for worker in self._workers:
             worker.start()
@@ -98,15 +114,33 @@ class WorkerPool:
             self._tasks.put(Task(job, round, index, adapter, adapter_sha256))
         seconds: dict[int, float] = {}
         while len(seconds) < len(indices):
-            try:
-                index, spent, error = self._results.get(timeout=_LOOK_SECONDS)
-            except queue.Empty:
-                self._check_alive()
-                continue
+            index, spent, error = self._receive()
             if error is not None:
                 raise FedFSTQError(f"{client_name(index)} could not be trained in round {round}:\n{error}")
             seconds[index] = spent
         return seconds
+
+    def evaluate(self, adapter: Tensor) -> dict[str, float]:
+        """The metrics of an adapter, its batches shared out, the longest first.
+
+        Sums are taken in the order of the batches, so the figures are the same with any number of workers.
+        """
+        counts: dict[int, Any] = {}
+        for number in reversed(range(len(self._evaluator))):
+            self._tasks.put(Batch(number, adapter))
+        while len(counts) < len(self._evaluator):
+            number, count, error = self._receive()
+            if error is not None:
+                raise FedFSTQError(f"The adapter could not be evaluated:\n{error}")
+            counts[number] = count
+        return self._evaluator.combine(counts[number] for number in sorted(counts))
+
+    def _receive(self) -> Any:
+        while True:
+            try:
+                return self._results.get(timeout=_LOOK_SECONDS)
+            except queue.Empty:
+                self._check_alive()
 
     def close(self) -> None:
         """End the workers."""
@@ -128,20 +162,40 @@ class WorkerPool:
             )
 
 
+class _Inbox:
+    """A worker's tasks: it answers for the batches of evaluations itself and gives out the trainings."""
+
+    def __init__(self, model: Any, view: Any, evaluator: Evaluator, tasks: Any, results: Any) -> None:
+        self._model, self._view, self._evaluator = model, view, evaluator
+        self._tasks, self.results = tasks, results
+
+    def training(self) -> Task | None:
+        """The next training; blocks until there is one. None is the end."""
+        while True:
+            task: Task | Batch | None = self._tasks.get()
+            if not isinstance(task, Batch):
+                return task
+            try:
+                self._view.write(task.adapter)
+                self.results.put((task.number, self._evaluator.count(self._model, task.number), None))
+            except Exception:
+                self.results.put((task.number, None, traceback.format_exc()))
+
+
 class _WorkerParticipation:
     """What a worker's Trainer asks: tasks of one job, until one of another job, or the end, comes."""
 
-    def __init__(self, first: Task, schema: Any, datasets: Sequence[Any], tasks: Any, results: Any) -> None:
+    def __init__(self, first: Task, schema: Any, datasets: Sequence[Any], inbox: _Inbox) -> None:
         self.job = first.job
         self.spec = FederationSpec.from_json(first.job.spec)
         self.following: Task | None = first
         self.total_steps = self.spec.rounds * self.spec.local_steps * len(datasets)
-        self._schema, self._datasets, self._tasks, self._results = schema, datasets, tasks, results
+        self._schema, self._datasets, self._inbox = schema, datasets, inbox
         self._budget = open_budget(self.spec.uplink_budget, schema.num_params)
         self._index, self._started = first.index, 0.0
 
     def next(self) -> Assignment | None:
-        task = self.following if self.following is not None else self._tasks.get()
+        task = self.following if self.following is not None else self._inbox.training()
         if task is None or task.job != self.job:
             self.following = task
             return None
@@ -160,7 +214,7 @@ class _WorkerParticipation:
     def complete(self, assignment: Assignment, result: LocalResult) -> dict[str, float]:
         store_message(assignment.session, self._budget, assignment, result)
         assignment.session.close()
-        self._results.put((self._index, time.perf_counter() - self._started, None))
+        self._inbox.results.put((self._index, time.perf_counter() - self._started, None))
         return {}
 
     def final_adapter(self) -> Tensor | None:
@@ -168,10 +222,10 @@ class _WorkerParticipation:
 
     def report(self, error: str) -> None:
         """Tell the simulator that the client at hand failed."""
-        self._results.put((self._index, 0.0, error))
+        self._inbox.results.put((self._index, 0.0, error))
 
 
-def _work(model: Any, datasets: Sequence[Any], pad_id: int, tasks: Any, results: Any) -> None:
+def _work(model: Any, datasets: Sequence[Any], pad_id: int, evaluator: Evaluator, tasks: Any, results: Any) -> None:
     """A worker process: one Trainer per job."""
     import transformers
 
@@ -181,15 +235,17 @@ def _work(model: Any, datasets: Sequence[Any], pad_id: int, tasks: Any, results:
     from fedfstq_hf.workloads import Collator
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the simulator ends its workers
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     transformers.utils.logging.set_verbosity_error()
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.clone()  # the adapter is a worker's own
-    schema = AdapterView(model).schema
-    task: Task | None = tasks.get()
+    view = AdapterView(model)
+    inbox = _Inbox(model, view, evaluator, tasks, results)
+    task = inbox.training()
     while task is not None:
-        participation = _WorkerParticipation(task, schema, datasets, tasks, results)
+        participation = _WorkerParticipation(task, view.schema, datasets, inbox)
         try:
             trainer = FedFSTQTrainer(
                 model=model,
@@ -203,3 +259,11 @@ def _work(model: Any, datasets: Sequence[Any], pad_id: int, tasks: Any, results:
             participation.report(traceback.format_exc())
             return
         task = participation.following
+
+
+def _end_with_parent() -> None:
+    """A simulator that was killed leaves no workers behind: they would hold clients' sessions."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
