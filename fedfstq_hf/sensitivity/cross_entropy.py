@@ -18,13 +18,18 @@ def weighted_cross_entropy(logits: Tensor, targets: Tensor, weights: Tensor) -> 
     logits: (N, V) of any float dtype, N may be 0. targets: (N,) int64 in 0 .. V-1. weights: (N,). Beside the logits, a
     forward and backward pass of `F.cross_entropy` allocates three tensors of (N, V), this one.
     """
-    loss: Tensor = _WeightedCrossEntropy.apply(logits, targets, weights)  # type: ignore[no-untyped-call]
-    return loss
+    return weighted_and_plain(logits, targets, weights)[0]
+
+
+def weighted_and_plain(logits: Tensor, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """The same, and beside it the sum in which every position weighs 1, without gradient; of the same arguments."""
+    loss, losses = _WeightedCrossEntropy.apply(logits, targets, weights)  # type: ignore[no-untyped-call]
+    return loss, losses.sum()
 
 
 class _WeightedCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+    def forward(ctx: Any, logits: Tensor, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         dtype = torch.promote_types(logits.dtype, torch.float32)
         losses = logits.new_empty(len(targets), dtype=dtype)
         picked = logits.gather(1, targets[:, None])[:, 0].to(dtype)
@@ -32,11 +37,12 @@ class _WeightedCrossEntropy(torch.autograd.Function):
             losses[rows] = F.cross_entropy(logits[rows].to(dtype), targets[rows], reduction="none")
         weights = weights.to(dtype)
         ctx.save_for_backward(logits, targets, weights, losses + picked)
-        return (weights * losses).sum()
+        ctx.mark_non_differentiable(losses)
+        return (weights * losses).sum(), losses
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor, None, None]:
         logits, targets, weights, log_sums = ctx.saved_tensors
         factors = gradient * weights
         result = torch.empty_like(logits)

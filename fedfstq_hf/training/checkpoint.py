@@ -75,10 +75,7 @@ class Saved:
 
     def restore(self, observer: StepObserver, device: torch.device | None = None) -> list[Tensor]:
         """Set the observer's averages; returns, on `device`, the losses of the round's micro-batches so far."""
-        for name, average in _averages(observer).items():
-            state = {key.removeprefix(name): value for key, value in self.tensors.items() if key.startswith(name)}
-            if state:
-                average.load_state_dict(state)
+        observer.load_state_dict(self.tensors)
         return list(self.tensors["losses"].to(device).unbind())
 
     @property
@@ -96,9 +93,7 @@ def save_state(
         losses: of the micro-batches of the round so far, scalars.
         start: the adapter that local training started from, (num_params,).
     """
-    tensors = {"losses": torch.stack(list(losses)).cpu() if losses else torch.zeros(0)}
-    for name, average in _averages(observer).items():
-        tensors |= {f"{name}{key}": value.cpu() for key, value in average.state_dict().items()}
+    tensors = {"losses": torch.stack(list(losses)).cpu() if losses else torch.zeros(0), **observer.state_dict()}
     if start is not None:
         tensors["start"] = start
     metadata = {"fedfstq": json.dumps({"format": _FORMAT, **dataclasses.asdict(place)}, sort_keys=True)}
@@ -137,8 +132,3 @@ def find_state(resume_from_checkpoint: str | bool | None, output_dir: str | None
     exists = output_dir is not None and Path(output_dir).is_dir()
     folder = get_last_checkpoint(output_dir) if exists else None
     return None if folder is None else load_state(folder)
-
-
-def _averages(observer: StepObserver) -> dict[str, Any]:
-    averages: dict[str, Any] = {"fisher.": observer.fisher, "tokens.": observer.tokens}
-    return averages if observer.probe is None else {**averages, "probe.": observer.probe}

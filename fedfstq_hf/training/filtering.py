@@ -10,14 +10,15 @@ import hashlib
 import inspect
 import logging
 from collections.abc import MutableMapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fedfstq_hf.errors import ConfigError
-from fedfstq_hf.sensitivity import TokenSensitivity, token_weights, weighted_cross_entropy
+from fedfstq_hf.sensitivity import TokenSensitivity, token_weights
+from fedfstq_hf.sensitivity.cross_entropy import weighted_and_plain
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +27,23 @@ TOKEN_WEIGHTS = "token_weights"
 FISHER_WEIGHTS = "fisher_weights"
 """Likewise, where the filter is for the Fisher information alone."""
 _IGNORED = -100
+
+
+class FilteredLoss(NamedTuple):
+    """Of one micro-batch, each divided by the window's target tokens.
+
+    Attributes:
+        loss: the weighted one, which is optimised.
+        second: with the weights that are for the Fisher information alone; None without such.
+        all_tokens: an estimate of the loss of all target tokens, without gradient: exact where all are projected, the
+            weighted loss where that is its expectation, NaN under `hard` between refresh steps.
+        outputs: the model's; their logits are (kept positions, vocab_size) where only those were projected.
+    """
+
+    loss: Tensor
+    second: Tensor | None
+    all_tokens: Tensor
+    outputs: Any
 
 
 class TokenFilter:
@@ -51,6 +69,7 @@ class TokenFilter:
         self._base = _base_of(model)
         self._projects_some = _takes_mask(self._base)
         self._window_targets = 0
+        self._sees_all = True
         if not self._projects_some:
             logger.warning(
                 "%s cannot project single positions through its LM head (no boolean logits_to_keep, or a fused loss): "
@@ -90,6 +109,7 @@ class TokenFilter:
                 batch[name] = weights[start:end, : target.shape[1]].to(batch["labels"].device)
                 start = end
 
+        self._sees_all = refresh or self.objective == "soft"
         deal(TOKEN_WEIGHTS, "full" if refresh else self.objective)
         if self.fisher_only:
             deal(FISHER_WEIGHTS, self.objective)
@@ -103,7 +123,7 @@ class TokenFilter:
         num_items: Tensor | int | None,
         *,
         steps: int,
-    ) -> tuple[Tensor, Tensor | None, Any]:
+    ) -> FilteredLoss:
         """The weighted loss of one micro-batch, and a second one with other weights from the same forward pass.
 
         Args:
@@ -114,12 +134,9 @@ class TokenFilter:
             num_items: target tokens of the window, over all processes; None where the Trainer divides the loss by the
                 number of micro-batches itself.
             steps: that number.
-
-        Returns:
-            Loss, second loss and the model's outputs; their logits are (kept positions, vocab_size) where only those
-            were projected.
         """
-        targets, kept = _targets(inputs), weights > 0
+        targets = _targets(inputs)
+        kept = targets != _IGNORED if self.objective == "soft" else weights > 0  # soft projects all, however light
         rest = {name: value for name, value in inputs.items() if name not in ("labels", "shift_labels")}
         if self._projects_some:
             rest["logits_to_keep"] = kept
@@ -129,15 +146,17 @@ class TokenFilter:
             logits = logits[kept]
         items = self._window_targets / steps if num_items is None else num_items
 
-        def mean(given: Tensor) -> Tensor:
-            total = weighted_cross_entropy(logits, targets[kept].to(logits.device), given[kept].to(logits.device))
-            return total / (items.to(total.device) if isinstance(items, Tensor) else items)
+        def means(given: Tensor) -> tuple[Tensor, Tensor]:
+            totals = weighted_and_plain(logits, targets[kept].to(logits.device), given[kept].to(logits.device))
+            return tuple(t / (items.to(t.device) if isinstance(items, Tensor) else items) for t in totals)  # type: ignore[return-value]
 
-        loss, second = mean(weights), None if for_fisher is None else mean(for_fisher)
+        (loss, plain), second = means(weights), None if for_fisher is None else means(for_fisher)[0]
+        if not self._sees_all:
+            plain = loss.detach() if self.objective == "unbiased" else torch.full_like(plain, torch.nan)
         auxiliary = outputs.get("aux_loss") if isinstance(outputs, dict) else None
         if auxiliary is not None:  # as models with experts add it to their own loss
             loss = loss + self._base.router_aux_loss_coef * auxiliary.to(loss.device)
-        return loss, second, outputs
+        return FilteredLoss(loss, second, plain, outputs)
 
 
 def open_filter(

@@ -18,6 +18,7 @@ from fedfstq_hf.training.processes import Processes
 if TYPE_CHECKING:
     from fedfstq_hf.generation.scorers.probe import ProbeFit
 
+_FISHER = "fisher."
 _TOKENS = "tokens."
 _PROBE = "probe."
 
@@ -80,6 +81,22 @@ class StepObserver:
         if self.probe is not None:
             carried |= {f"{_PROBE}{name}": value for name, value in self.probe.state_dict().items()}
         return carried
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Everything as it stands in the middle of a round, on the CPU; nothing of it is rounded."""
+        state = {f"{_FISHER}{name}": value for name, value in self.fisher.state_dict().items()}
+        state |= self.carried()
+        if self.probe is not None:
+            state |= {f"{_PROBE}{name}": value for name, value in self.probe.state_dict(torch.float64).items()}
+        return {name: value.cpu() for name, value in state.items()}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Restore what `state_dict()` returned; what is not in it stays as it is."""
+        averages = ((_FISHER, self.fisher), (_TOKENS, self.tokens), (_PROBE, self.probe))
+        for prefix, average in averages:
+            own = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+            if own and average is not None:
+                average.load_state_dict(own)
 
     def watch(self, local_step: int, inputs: Mapping[str, Any]) -> contextlib.AbstractContextManager[None]:
         """Within it runs one micro-batch, forward and backward, of local step `local_step` (from 0)."""

@@ -65,10 +65,14 @@ class Processes:
         return value
 
     def mean(self, losses: Sequence[Tensor], steps: int) -> float | None:
-        """The mean over `steps` of what the micro-batches of all processes add up to; None without any."""
+        """The mean over `steps` of what the micro-batches of all processes add up to; None without any.
+
+        A step with NaN losses does not count; they stand for those of which not all tokens were seen.
+        """
         if not losses:
             return None
-        mine = float(torch.stack(list(losses)).sum()) / steps
+        by_step = torch.stack(list(losses)).reshape(steps, -1).sum(dim=1)
+        mine = float(by_step.nanmean())
         if self.count == 1:
             return mine
         return float(self.joined(torch.tensor([mine], dtype=torch.float64))[0].mean())

@@ -42,7 +42,9 @@ class LocalSteps(_TrainerLike):  # type: ignore[misc]
     _proximal: Proximal | None
     _fisher_source: str
     _step_losses: list[Tensor]
-    """Of the micro-batches of the step at hand."""
+    """Of the micro-batches of the step at hand, of all target tokens; NaN where only some were seen."""
+    _all_tokens_loss: Tensor | None = None
+    """Of the micro-batch at hand, where another one is optimised."""
     _skipped_steps = 0
     """Of local training; in a round it is the steps without losses."""
 
@@ -69,16 +71,19 @@ class LocalSteps(_TrainerLike):  # type: ignore[misc]
         if weights is None or self._filter is None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         steps = self.current_gradient_accumulation_steps
-        loss, filtered, outputs = self._filter.losses(
+        loss, filtered, all_tokens, outputs = self._filter.losses(
             model, inputs, weights, for_fisher, num_items_in_batch, steps=steps
         )
+        share = 1.0 if num_items_in_batch is not None else 1.0 / steps  # the Trainer divides such a loss by itself
         if filtered is not None:
-            filtered = filtered if num_items_in_batch is not None else filtered / steps
+            filtered = filtered * share
             self._observer.take_gradients(
                 torch.autograd.grad(filtered, self.adapter_view.parameters, retain_graph=True, allow_unused=True)
             )
         if self.args.average_tokens_across_devices or num_items_in_batch is None:
-            loss = loss * (self.accelerator.num_processes // self.get_tp_size())  # their mean is taken, as in Trainer
+            count = self.accelerator.num_processes // self.get_tp_size()
+            loss, all_tokens = loss * count, all_tokens * count  # their mean is taken, as in Trainer
+        self._all_tokens_loss = all_tokens * share
         return (loss, outputs) if return_outputs else loss
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
@@ -87,9 +92,11 @@ class LocalSteps(_TrainerLike):  # type: ignore[misc]
         A step with NaN or infinite gradients is skipped: nothing is read off it, and the optimizer leaves parameters
         without gradient as they are, its own state included.
         """
+        self._all_tokens_loss = None
         with self._observer.watch(self._local_step, inputs):
             loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
-        self._step_losses.append(loss.detach())  # of a micro-batch, already divided by the number of them
+        of_all = loss.detach() if self._all_tokens_loss is None else self._all_tokens_loss
+        self._step_losses.append(of_all)  # of a micro-batch, already divided by the number of them
         if not self.accelerator.sync_gradients:
             return loss
         losses, self._step_losses = self._step_losses, []

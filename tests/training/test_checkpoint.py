@@ -204,3 +204,28 @@ def test_a_plain_trainer_s_checkpoint_resumes_too(tmp_path):
     second.train(resume_from_checkpoint=str(tmp_path / "a/checkpoint-2"))
     assert torch.equal(second.adapter_view.read(), first.adapter_view.read())
     assert int(second.adapter_fisher.state_dict()["steps"]) == 2
+
+
+def test_the_saliency_probe_resumes_bit_for_bit(tmp_path):
+    """Its sums are of float64 within a round, and rounded between rounds."""
+
+    def start(name):
+        mailbox = found(tmp_path / name / "box", model(), share_saliency=True, **(FEDERATION | {"rounds": 2}))
+        client = make_trainer(tmp_path / name, mailbox)
+        client.federation = settings_of(mailbox, share_saliency=True)
+        return mailbox, client
+
+    mailbox, straight = start("straight")
+    with served(mailbox):
+        straight.train()
+    mailbox, killed = start("killed")
+    with served(mailbox):
+        killed_at(killed, 6)
+        resumed = make_trainer(tmp_path / "killed", mailbox)
+        resumed.federation = killed.federation
+        resumed.train(resume_from_checkpoint=True)
+    expected, seen = (client._observer.probe.state_dict(torch.float64) for client in (straight, resumed))
+    assert expected["gram"].dtype == torch.float64
+    assert not torch.equal(expected["gram"], expected["gram"].float().double())
+    assert int(expected["tokens"]) > 0
+    assert all(torch.equal(expected[name], seen[name]) for name in expected)

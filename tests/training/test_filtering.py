@@ -1,11 +1,12 @@
 """Token-filtered objectives in the Trainer: windows, losses against hand computations, fallbacks and refusals."""
 
 import inspect
+import math
 
 import pytest
 import torch
 import torch.nn.functional as F
-from local_training import Padded, make_trainer, ragged_data
+from local_training import Listed, Padded, make_trainer, ragged_data
 from tiny import make_arguments, make_tiny_data, make_tiny_model
 from transformers import Trainer
 
@@ -102,11 +103,50 @@ def test_loss_and_gradient_in_double_precision(objective, size):
     total = 0.0
     for batch in batches:
         weights = batch.pop(TOKEN_WEIGHTS)
-        loss, _, _ = token_filter.losses(model, batch, weights, None, torch.tensor(82), steps=len(batches))
+        loss = token_filter.losses(model, batch, weights, None, torch.tensor(82), steps=len(batches)).loss
         loss.backward()
         total += loss.item()
     assert total == pytest.approx(expected.item(), rel=1e-9)
     assert float((gradient_of(model) - reference).abs().max()) <= 1e-9 * float(reference.abs().max())
+
+
+@pytest.mark.parametrize("objective", FILTERED)
+@pytest.mark.parametrize("step", [0, 1])
+def test_what_is_known_of_the_loss_of_all_tokens(objective, step):
+    """Exact where all are projected, its estimate under `unbiased`, and not a number where `hard` looks away."""
+    model, rows = make_tiny_model(), ragged_data()
+    _, whole = weighed(model, rows, 16, "unbiased", step=0)
+    expected, _ = hand_computed(model, whole, 82)
+    token_filter, batches = weighed(model, rows, 4, objective, step=step)
+    found = [token_filter.losses(model, b, b.pop(TOKEN_WEIGHTS), None, torch.tensor(82), steps=4) for b in batches]
+    total = sum(part.all_tokens.item() for part in found)
+    assert not any(part.all_tokens.requires_grad for part in found)
+    if objective == "hard" and step:
+        assert math.isnan(total)
+    elif objective == "unbiased" and step:
+        assert total == sum(part.loss.item() for part in found) != expected.item()
+    else:
+        assert total == pytest.approx(expected.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("objective", ["full", *FILTERED])
+@pytest.mark.parametrize("scaled", [True, False])
+def test_the_loss_of_a_round_is_that_of_all_tokens(tmp_path, objective, scaled):
+    """What an automatic budget follows, however tokens are weighted and micro-batches cut; nothing moves here."""
+    model = make_tiny_model()
+    training = {"learning_rate": 0.0}
+    participation = Listed(model, 1, local_steps=4, refresh_steps=4, objective=objective, training=training)
+    arguments = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 4}
+    trainer, _ = make_trainer(tmp_path, model=model, arguments=arguments)  # 16 rows: each step sees them all
+    trainer.model_accepts_loss_kwargs = scaled or objective == "full"
+    trainer.take_part(participation, participation.spec)
+    _, whole = weighed(model, ragged_data(), 16, "hard", step=0)
+    expected, _ = hand_computed(model, whole, 82)
+    tolerance = 0.1 if objective == "unbiased" else 1e-5
+    assert participation.results[0].loss == pytest.approx(expected.item(), rel=tolerance)
+    if objective in ("hard", "soft"):  # the log has what is optimised
+        logged = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+        assert abs(logged[1] - expected.item()) > 0.002
 
 
 def test_only_kept_positions_are_projected():
@@ -115,7 +155,7 @@ def test_only_kept_positions_are_projected():
     seen = []
     model.get_output_embeddings().register_forward_hook(lambda module, given, output: seen.append(output.shape))
     weights = batch.pop(TOKEN_WEIGHTS)
-    _, _, outputs = token_filter.losses(model, batch, weights, None, 82, steps=1)
+    outputs = token_filter.losses(model, batch, weights, None, 82, steps=1).outputs
     assert seen == [(41, 64)]  # half of 82
     assert outputs["logits"].shape == (41, 64)
 
@@ -136,7 +176,7 @@ def test_the_expected_gradient_is_the_full_one():
         if step % 10 == 0:
             continue
         model.zero_grad()
-        loss, _, _ = token_filter.losses(model, drawn, drawn.pop(TOKEN_WEIGHTS), None, count, steps=1)
+        loss = token_filter.losses(model, drawn, drawn.pop(TOKEN_WEIGHTS), None, count, steps=1).loss
         loss.backward()
         shares.append(float(gradient_of(model) @ full / full.square().sum()))
     shares = torch.tensor(shares, dtype=torch.float64)
@@ -153,6 +193,7 @@ def test_accumulation_is_exact_in_the_trainer(tmp_path, objective):
         trainer, watch = make_trainer(
             tmp_path, data=ragged_data(48), arguments=arguments, objective=objective, refresh_steps=10
         )
+        trainer.model.double()
         trainer.train()
         return watch.gradients, watch.losses, trainer.sensitivity.scores()
 
@@ -161,9 +202,9 @@ def test_accumulation_is_exact_in_the_trainer(tmp_path, objective):
     for size, steps in ((4, 4), (1, 16)):
         other, other_losses, other_scores = train(size, steps)
         for a, b in zip(reference, other, strict=True):
-            assert float((a - b).abs().max()) <= 2e-5 * float(a.abs().max())
+            assert float((a - b).abs().max()) <= 1e-6 * float(a.abs().max())
         assert other_losses == pytest.approx(losses, rel=1e-4)  # logged with four digits
-        assert torch.allclose(scores, other_scores, rtol=1e-4)
+        assert torch.allclose(scores, other_scores, rtol=1e-6)
 
 
 def test_refresh_steps_are_those_of_a_plain_trainer(tmp_path):

@@ -11,7 +11,7 @@ import pytest
 import torch
 from small_federation import found, served, settings_of
 from tiny import make_arguments, make_tiny_data, make_tiny_model
-from two_processes import federated, watched
+from two_processes import KINDS, federated, watched, watched_sft
 
 from fedfstq_hf import FedFSTQTrainer
 from fedfstq_hf.errors import ConfigError, FedFSTQError
@@ -52,16 +52,17 @@ def test_two_processes_train_as_one(tmp_path):
     with served(one_box):
         one = federated(tmp_path / "one", one_box, steps=4, kill_at=None)
     first, second = (torch.load(tmp_path / f"rank-{rank}.pt") for rank in (0, 1))
-    for objective in ("full", "unbiased"):
-        expected = watched(tmp_path / "expected", steps=4, objective=objective)
-        assert not torch.equal(*expected["gradients"]) or objective == "full"
-        for seen in (first[objective], second[objective]):
+    for name in KINDS:
+        watch, objective = (watched_sft, "unbiased") if name == "sft" else (watched, name)
+        expected = watch(tmp_path / "expected", steps=4, objective=objective)
+        assert not torch.equal(*expected["gradients"]) or name == "full"
+        for seen in (first[name], second[name]):
             for mine, theirs in zip(seen["gradients"], expected["gradients"], strict=True):
                 assert float((mine - theirs).abs().max()) <= 1e-6 * float(theirs.abs().max())
             fisher = expected["fisher"]
             assert float((seen["fisher"] - fisher).abs().max()) <= 3e-6 * float(fisher.max())
-            assert torch.allclose(seen["tokens"], expected["tokens"], rtol=1e-5, atol=0)
-        assert torch.equal(first[objective]["tokens"], second[objective]["tokens"])
+            assert torch.allclose(seen["tokens"], expected["tokens"], rtol=1e-6, atol=0)
+        assert torch.equal(first[name]["tokens"], second[name]["tokens"])
     assert one["outcomes"] == ["accepted"] * 2
     assert first["federated"]["outcomes"] == ["accepted"]  # of the round that it was killed in
     assert second["federated"]["outcomes"] == []  # it never saw the mailbox

@@ -8,9 +8,9 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-from small_federation import Gradients, found, served, settings_of
+from small_federation import Gradients, found, served, settings_of, snapshot
 from tiny_workload import WORDS, make_model
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from fedfstq_hf.adapter import AdapterView
 from fedfstq_hf.codec import message
@@ -122,25 +122,60 @@ def test_local_training_is_that_of_sft_trainer(base, tmp_path, kind):
     assert torch.equal(*adapters)
 
 
-def test_accumulated_gradients_are_those_of_one_large_batch(base, tmp_path):
-    def gradients(size, steps):
-        data = prompts(16)
-        trainer = make_trainer(
-            base, tmp_path, data=data, per_device_train_batch_size=size, gradient_accumulation_steps=steps, max_steps=1
-        )
+@pytest.mark.parametrize("objective", ["full", "unbiased"])
+def test_accumulated_gradients_are_those_of_one_large_batch(base, tmp_path, objective):
+    """Of a refresh step and one that is none, in double precision, without moving in between."""
+
+    def train(size, steps):
+        arguments = {"per_device_train_batch_size": size, "gradient_accumulation_steps": steps, "max_steps": 2}
+        trainer = make_trainer(base, tmp_path, data=prompts(16), learning_rate=0.0, **arguments)
+        trainer._set_up(settings_of(None, objective=objective))
+        trainer.model.double()
         trainer.args.max_grad_norm = 0.0
         trainer.args.train_sampling_strategy = "sequential"
         watch = Gradients(trainer.adapter_view)
         trainer.add_callback(watch)
         trainer.train()
-        return watch.seen[0], trainer.adapter_fisher.vector().double()
+        return watch.seen, trainer.adapter_fisher.vector().double()
 
-    reference, fisher = gradients(16, 1)
-    assert float(reference.abs().max()) > 1e-3
+    reference, fisher = train(16, 1)
+    assert float(reference[0].abs().max()) > 1e-3
+    assert torch.equal(*reference) == (objective == "full")
     for size, steps in ((4, 4), (1, 16)):
-        other, other_fisher = gradients(size, steps)
-        assert float((other - reference).abs().max()) <= 1e-6 * float(reference.abs().max())
+        other, other_fisher = train(size, steps)
+        for a, b in zip(reference, other, strict=True):
+            assert float((a - b).abs().max()) <= 1e-6 * float(a.abs().max())
         assert float((other_fisher - fisher).abs().max()) <= 3e-6 * float(fisher.abs().max())
+
+
+def test_resuming_within_a_round_is_the_uninterrupted_run(base, tmp_path):
+    """With packing and an objective that draws; `test_checkpoint` has the rest."""
+
+    class Stop(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 3:
+                raise KeyboardInterrupt
+
+    def client(folder, mailbox):
+        make, options = KINDS["packed"]
+        trainer = make_trainer(base, folder / "a", data=make(), save_strategy="steps", save_steps=1, **options)
+        if mailbox is None:
+            mailbox = found(folder / "box", trainer.model, rounds=2, objective="unbiased", refresh_steps=2)
+        trainer.federation = settings_of(mailbox)
+        return trainer, mailbox
+
+    straight, one = client(tmp_path / "straight", None)
+    with served(one):
+        straight.train()
+    killed, two = client(tmp_path / "killed", None)
+    killed.add_callback(Stop())
+    with served(two):
+        with pytest.raises(KeyboardInterrupt):
+            killed.train()
+        resumed, _ = client(tmp_path / "killed", two)
+        resumed.train(resume_from_checkpoint=True)
+    assert snapshot(one) == snapshot(two)
+    assert torch.equal(straight.sensitivity.scores(), resumed.sensitivity.scores())
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

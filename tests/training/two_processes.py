@@ -6,20 +6,25 @@ Writes what it saw into `FOLDER/rank-RANK.pt`.
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 from local_training import Padded, ragged_data
 from small_federation import Gradients, settings_of
 from tiny import make_arguments, make_tiny_model
-from transformers import TrainerCallback
+from transformers import AutoTokenizer, TrainerCallback
 
 from fedfstq_hf import FedFSTQConfig, FedFSTQTrainer
+from fedfstq_hf.demo import model_path
 from fedfstq_hf.errors import MailboxError
 from fedfstq_hf.federation.local import FolderMailbox
+from fedfstq_hf.sensitivity.options import OBJECTIVES
 
+KINDS = (*OBJECTIVES, "sft") if importlib.util.find_spec("trl") else OBJECTIVES
 ONE_STEP = {"max_grad_norm": 0.0, "learning_rate": 0.0, "max_steps": 2, "train_sampling_strategy": "sequential"}
 
 
@@ -53,7 +58,33 @@ def make_trainer(folder: Path, federation: FedFSTQConfig, *, steps: int, **argum
 def watched(folder: Path, *, steps: int, **options: Any) -> dict[str, Any]:
     """Two steps of 16 examples without moving: gradients, Fisher information and token sensitivity."""
     federation = settings_of(None, refresh_steps=2, **options)
-    trainer = make_trainer(folder, federation, steps=steps, **ONE_STEP)
+    return gradients_of(make_trainer(folder, federation, steps=steps, **ONE_STEP))
+
+
+def watched_sft(folder: Path, *, steps: int, **options: Any) -> dict[str, Any]:
+    """The same of TRL's trainer."""
+    from trl import SFTConfig
+
+    from fedfstq_hf import FedFSTQSFTTrainer
+
+    trainer = FedFSTQSFTTrainer(
+        model=make_tiny_model(),
+        args=SFTConfig(
+            **make_arguments(folder, per_device_train_batch_size=4, gradient_accumulation_steps=steps).to_dict()
+            | ONE_STEP
+            | {"bf16": False, "use_cpu": True, "max_length": 16}
+        ),
+        train_dataset=Dataset.from_list(ragged_data()),
+        processing_class=AutoTokenizer.from_pretrained(model_path()),
+        data_collator=Padded(),
+        federation=settings_of(None, refresh_steps=2, **options),
+    )
+    return gradients_of(trainer)
+
+
+def gradients_of(trainer: Any) -> dict[str, Any]:
+    """Trains in double precision; what each step's gradients were, and what was read off them."""
+    trainer.model.double()
     gradients = Gradients(trainer.adapter_view)
     trainer.add_callback(gradients)
     trainer.train()
@@ -83,8 +114,10 @@ def federated(folder: Path, mailbox: FolderMailbox, *, steps: int, kill_at: int 
 def main(folder: Path) -> None:
     """Everything that the test looks at, in one launch."""
     seen: dict[str, Any] = {}
-    for objective in ("full", "unbiased"):
+    for objective in OBJECTIVES:
         seen[objective] = watched(folder / objective, steps=2, objective=objective)
+    if "sft" in KINDS:
+        seen["sft"] = watched_sft(folder / "sft", steps=2, objective="unbiased")
     seen["federated"] = federated(folder / "two", FolderMailbox(folder / "two-box"), steps=2, kill_at=4)
     try:
         make_trainer(folder, settings_of(FolderMailbox(folder / "nowhere")), steps=2).train()

@@ -68,11 +68,14 @@ class ProbeFit:
         self._moment += rows.T @ targets
         self.num_tokens += len(rows)
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """What a later round goes on from, in float32; of the symmetric matrix the upper triangle."""
+    def state_dict(self, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+        """What a later round goes on from, rounded to `dtype`; of the symmetric matrix the upper triangle.
+
+        In float64 it is exact.
+        """
         return {
-            "gram": self._gram[self._upper()].float(),
-            "moment": self._moment.float(),
+            "gram": self._gram[self._upper()].to(dtype),
+            "moment": self._moment.to(dtype),
             "layer": torch.tensor(self.layer),
             "tokens": torch.tensor(self.num_tokens),
         }
@@ -93,7 +96,7 @@ class ProbeFit:
         gram = torch.zeros_like(self._gram)
         gram[self._upper()] = state["gram"].double()
         self._gram = gram + gram.triu(1).T
-        self._moment = state["moment"].double()
+        self._moment = state["moment"].double().clone()
         self.num_tokens = int(state["tokens"])
 
     def _upper(self) -> Tensor:
