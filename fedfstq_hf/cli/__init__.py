@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from typing import Annotated, Any
 
@@ -22,6 +23,8 @@ from fedfstq_hf.cli import (
     simulate,
 )
 from fedfstq_hf.errors import FedFSTQError
+
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # peft imports it wherever it is installed
 
 app = typer.Typer(
     no_args_is_help=True,

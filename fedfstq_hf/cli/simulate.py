@@ -29,26 +29,31 @@ def simulate(
     Any key of the recipe can be changed: --model PATH --data FILE --seeds 3 --training.learning_rate 1e-3
     """
     from fedfstq_hf.recipe import load_recipe
+    from fedfstq_hf.recipe.sweep import sweep_points, without_swept
     from fedfstq_hf.simulation.processes import warm_up
 
-    loaded = load_recipe(recipe, parse_overrides(context.args))
-    folder = out or Path("runs") / loaded.name
+    overrides = parse_overrides(context.args)
+    loaded = without_swept(load_recipe(recipe, overrides), overrides)
+    base = out or Path("runs") / loaded.name
     if workers > 1:
         warm_up()  # imports beside us
     quieten()
+    from fedfstq_hf.reporting.console import render_summary
     from fedfstq_hf.simulation.runner import SUMMARY_FILE, Simulation
 
     command = shlex.join(["fedfstq", "simulate", recipe, *context.args])
-    simulation = Simulation(loaded, folder, resume=resume, progress=not quiet, command=command, workers=workers)
-    try:
-        summary = simulation.run()
-    except KeyboardInterrupt:
+    for label, point in sweep_points(loaded):
+        folder = base / label
+        try:
+            simulation = Simulation(point, folder, resume=resume, progress=not quiet, command=command, workers=workers)
+            summary = simulation.run()
+        except KeyboardInterrupt:
+            typer.echo(
+                f"\nStopped. Go on with: {command} --out {base} --resume{f' --workers {workers}' * (workers > 1)}",
+                err=True,
+            )
+            raise typer.Exit(INTERRUPTED) from None
+        typer.echo(f"{label}\n" * bool(label) + render_summary(summary))
         typer.echo(
-            f"\nStopped. Go on with: {command} --out {folder} --resume{f' --workers {workers}' if workers > 1 else ''}",
-            err=True,
+            f"\nReport: {folder / 'report.md'}   figures: {folder / SUMMARY_FILE}   adapter: {folder / 'adapter'}"
         )
-        raise typer.Exit(INTERRUPTED) from None
-    from fedfstq_hf.reporting.console import render_summary
-
-    typer.echo(render_summary(summary))
-    typer.echo(f"\nReport: {folder / 'report.md'}   figures: {folder / SUMMARY_FILE}   adapter: {folder / 'adapter'}")

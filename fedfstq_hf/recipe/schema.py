@@ -101,6 +101,10 @@ class FederationSettings:
     rounds: int = 10
     dropout: float = 0.0
     """Probability that a sampled client's update never arrives (paper: 0.1)."""
+    packet_loss: float = 0.0
+    """Probability that one transmission of a packet of 1500 bytes is lost on the uplink."""
+    retransmissions: int = 3
+    """How often the link layer repeats a lost packet before it gives it up, and the message with it."""
     partition: Literal["dirichlet", "iid", "natural"] = "dirichlet"
     alpha: float = 0.1
     """Dirichlet concentration over topics; small is skewed."""
@@ -110,6 +114,8 @@ class FederationSettings:
     def __post_init__(self) -> None:
         _positive(self, "clients", "clients_per_round", "rounds", "alpha", "min_examples")
         _within(self, "dropout", 0, 1, open_end=True)
+        _within(self, "packet_loss", 0, 1, open_end=True)
+        _at_least_zero(self, "retransmissions")
         if self.clients_per_round > self.clients:
             raise ConfigError(
                 f"clients_per_round must be at most clients = {self.clients}, got {self.clients_per_round}"
@@ -245,8 +251,12 @@ class Recipe:
     evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
     target: TargetSettings = field(default_factory=TargetSettings)
     seeds: tuple[int, ...] = (0,)
+    sweep: dict[str, list[Scalar]] = field(default_factory=dict)
+    """Settings to run with several values, each value a comparison of its own: `{federation.dropout: [0.0, 0.3]}`."""
 
     def __post_init__(self) -> None:
+        if empty := [key for key, values in self.sweep.items() if not values]:
+            raise ConfigError(f"sweep.{empty[0]} must list at least one value")
         if not self.methods:
             raise ConfigError("methods must name at least one method, such as fedavg: {codec: fp32}")
         if not self.links:

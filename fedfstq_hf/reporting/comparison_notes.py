@@ -7,8 +7,8 @@ from fedfstq_hf.reporting.summary import REFERENCE, metric_of
 CAVEATS = (
     "Measured: every byte (packed messages and published adapters as files), every metric, and, where the table of "
     "links says so, the seconds of local training on the machine of the run.",
-    "Modelled: the links, the clock and the energy. No packet is lost and no latency is added; a round lasts as long "
-    "as its slowest client whose update arrives. Seconds are simulated seconds, bytes are totals over all clients.",
+    "Modelled: the links, the clock and the energy. No latency is added; a round lasts as long "
+    "as the slowest client that sends. Seconds are simulated seconds, bytes are totals over all clients.",
     "The same for every method of a workload and seed: the split of the data, who is sampled, who drops out, the rates "
     "of the links, the initial adapter and the local steps.",
     "Mean ± sample standard deviation over seeds. A ratio is the mean of the seeds' own ratios, each against the "
@@ -27,7 +27,11 @@ def settings(workload: Workload) -> list[tuple[str, str]]:
     return [
         ("Model", f"{recipe.model}, {recipe.dtype}; LoRA rank {recipe.lora.r}"),
         ("Data", data),
-        ("Clients", f"{federation.clients}, {federation.clients_per_round} a round, dropout {federation.dropout:g}"),
+        (
+            "Clients",
+            f"{federation.clients}, {federation.clients_per_round} a round, dropout {federation.dropout:g}, "
+            f"packet loss {federation.packet_loss:g}",
+        ),
         ("Split", split),
         ("Rounds", str(federation.rounds)),
         (

@@ -8,11 +8,12 @@ from typing import Any
 
 import yaml
 
-from fedfstq_hf.recipe.schema import Recipe
+from fedfstq_hf.recipe.schema import FederationSettings, Recipe
 from fedfstq_hf.reporting.plots import make_plots
 from fedfstq_hf.reporting.summary import COMPARED, REFERENCE, Row, curves, read_rows
 from fedfstq_hf.reporting.units import format_bytes, format_figure, format_ratio, format_seconds
 from fedfstq_hf.simulation.network import LinkProfile
+from fedfstq_hf.simulation.packets import PACKET_BYTES
 
 _PLOT_TITLES = {
     "quality_vs_uplink": "Quality against cumulative uplink",
@@ -168,8 +169,8 @@ def _caveats(recipe: Recipe) -> str:
     lines = [
         "- Measured: every byte (packed messages and published adapters as files), every metric, and the seconds of "
         "local training where a link below says so.",
-        "- Modelled: the links and the clock. No packet is lost and no latency is added; a round lasts as long as its "
-        "slowest client whose update arrives. Bytes are totals over all clients.",
+        "- Modelled: the links and the clock. No latency is added; a round lasts as long as the slowest client that "
+        f"sends. {_packets(federation)} Bytes are totals over all clients.",
         *(f"- {_describe_link(link)}" for link in recipe.links),
         f"- Same for every method of a seed: the split ({federation.partition}"
         + (f", alpha {federation.alpha:g}" if federation.partition == "dirichlet" else "")
@@ -177,6 +178,17 @@ def _caveats(recipe: Recipe) -> str:
         f"(probability {federation.dropout:g}), the rates of the links, the initial adapter and the local steps.",
     ]
     return "\n".join(lines)
+
+
+def _packets(federation: FederationSettings) -> str:
+    if not federation.packet_loss:
+        return "No packet is lost."
+    return (
+        f"Each transmission of a packet of {PACKET_BYTES} bytes is lost with probability {federation.packet_loss:g}; a "
+        f"packet is repeated up to {federation.retransmissions} times, a message that lacks one is lost and stays in "
+        "its client's residual, and a round of which nothing arrives is sent again. Times and energy are of all bytes "
+        "on the air, uplink bytes of each message once."
+    )
 
 
 def _describe_link(link: LinkProfile) -> str:

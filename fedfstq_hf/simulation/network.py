@@ -6,7 +6,7 @@ Nothing sleeps. Round time is straggler-limited (paper, section III): the server
 import difflib
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -34,18 +34,23 @@ class LinkProfile:
     tail_mbps: tuple[float, float] = (0.5, 2.0)
     """Lowest and highest uplink rate on the slow tail."""
     downlink_ratio: float = 5.0
-    """Downlink rate over uplink rate of the same client; public LTE networks are this asymmetric."""
+    """Downlink rate over uplink rate of the same client; public LTE networks are this asymmetric. Infinity: downloads
+    take no time, as in the paper's round time."""
     server_seconds: float = 0.0
     """T_srv: what the server adds to every round."""
     compute_seconds: float | None = None
     """Local compute per client and round; None takes the measured one."""
+    upload_ratio: float | None = None
+    """Sets the rates by what they mean: at the median rate an uncompressed (fp32) message takes this many times
+    `compute_seconds`, whatever machine and adapter; see `for_adapter`. None takes the rates as they are given."""
     transmit_watts: float = 2.0
     compute_watts: float = 4.0
 
     def __post_init__(self) -> None:
-        for field in ("uplink_mbps", "downlink_ratio"):
-            if not 0 < getattr(self, field) < math.inf:
-                raise ConfigError(f"{field} must be a number above 0, got {getattr(self, field)!r}")
+        if not 0 < self.uplink_mbps < math.inf:
+            raise ConfigError(f"uplink_mbps must be a number above 0, got {self.uplink_mbps!r}")
+        if not self.downlink_ratio > 0:
+            raise ConfigError(f"downlink_ratio must be a number above 0 or .inf, got {self.downlink_ratio!r}")
         for field in ("spread", "server_seconds", "transmit_watts", "compute_watts"):
             if not 0 <= getattr(self, field) < math.inf:
                 raise ConfigError(f"{field} must be a number of at least 0, got {getattr(self, field)!r}")
@@ -55,6 +60,22 @@ class LinkProfile:
             raise ConfigError(f"tail_mbps must be [lowest, highest] with 0 < lowest <= highest, got {self.tail_mbps!r}")
         if self.compute_seconds is not None and not 0 <= self.compute_seconds < math.inf:
             raise ConfigError(f"compute_seconds must be a number of at least 0 or null, got {self.compute_seconds!r}")
+        if self.upload_ratio is not None and not (0 < self.upload_ratio < math.inf and self.compute_seconds):
+            raise ConfigError(
+                f"upload_ratio must be a number above 0 beside compute_seconds above 0, got {self.upload_ratio!r} and "
+                f"{self.compute_seconds!r}"
+            )
+
+    def for_adapter(self, num_params: int) -> "LinkProfile":
+        """This profile with the rates that `upload_ratio` stands for at so many numbers of 32 bits.
+
+        The tail keeps its distance from the median.
+        """
+        if self.upload_ratio is None or self.compute_seconds is None:
+            return self
+        median = 32 * num_params / (self.upload_ratio * self.compute_seconds) / 1e6
+        low, high = (rate * median / self.uplink_mbps for rate in self.tail_mbps)
+        return replace(self, uplink_mbps=median, tail_mbps=(low, high), upload_ratio=None)
 
 
 PROFILES: dict[str, LinkProfile] = {
@@ -64,6 +85,20 @@ PROFILES: dict[str, LinkProfile] = {
         LinkProfile("lte-20mbps"),
         # A body around 10 Mbit/s and a fifth of the clients at the cell edge, 0.5-2 Mbit/s.
         LinkProfile("straggler-tail", uplink_mbps=10.0, spread=0.5, tail_fraction=0.2),
+        # The same population with its rates set by the ratio of an uncompressed upload to the local compute, which is
+        # the unit of time. Downloads take none, as in the paper, so that the ratio is all that there is.
+        *(
+            LinkProfile(
+                f"upload-{ratio}x",
+                uplink_mbps=10.0,
+                spread=0.5,
+                tail_fraction=0.2,
+                downlink_ratio=math.inf,
+                compute_seconds=1.0,
+                upload_ratio=float(ratio),
+            )
+            for ratio in (1, 10, 100)
+        ),
     )
 }
 

@@ -6,6 +6,7 @@ mailbox, the clients' state folders and the rows written so far, so a run that w
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from fedfstq_hf.errors import FedFSTQError
+from fedfstq_hf.federation import storage
 from fedfstq_hf.federation.budgets import open_budget
 from fedfstq_hf.federation.client import Assignment, LocalResult, local_seed, store_message
 from fedfstq_hf.federation.coordinator import Coordinator
@@ -23,6 +25,7 @@ from fedfstq_hf.federation.mailbox import RECORD_FILE
 from fedfstq_hf.federation.record import RoundRecord
 from fedfstq_hf.federation.session import ClientSession
 from fedfstq_hf.simulation.network import LinkProfile, LinkRates, round_cost
+from fedfstq_hf.simulation.packets import Delivery, deliver
 from fedfstq_hf.simulation.plan import RoundPlan
 from fedfstq_hf.simulation.workers import client_name, open_session
 
@@ -44,6 +47,7 @@ class SimulatedParticipation:
         emit: takes each new row.
         train: trains clients elsewhere, (round, indices, adapter, its sha256) -> seconds by index, leaving their
             messages in their sessions; None hands them out one by one.
+        loss: of a packet, `retransmissions` and seed of the uplink, as `packets.deliver` takes them.
     """
 
     def __init__(
@@ -58,6 +62,7 @@ class SimulatedParticipation:
         rows: Sequence[Row],
         emit: Callable[[Row], None],
         train: TrainElsewhere | None = None,
+        loss: tuple[float, int, int] = (0.0, 0, 0),
     ) -> None:
         self._folder = folder
         self._label = dict(label)
@@ -67,7 +72,9 @@ class SimulatedParticipation:
         self._evaluate = evaluate
         self._emit = emit
         self._train = train
+        self._loss = loss
         self._last_row: Row | None = rows[-1] if rows else None
+        storage.make_folder(folder / "sent", durable=False)
         self.mailbox = FolderMailbox(folder / "mailbox", durable=False)
         self.coordinator = Coordinator(self.mailbox)
         self.spec = self.coordinator.spec
@@ -103,18 +110,16 @@ class SimulatedParticipation:
                         seed=local_seed(self.spec.seed, session.client_id, record.round),
                         dataset=self._datasets[index],
                     )
-                if session.pending is not None:
-                    self.mailbox.post_update(record.round, session.client_id, session.pending.message)
+            self._send(record.round)
             if self.coordinator.close_round() is None:
                 raise FedFSTQError(
                     f"{self._label}: round {record.round} could not be closed: the coordinator refused every update."
                 )
 
     def complete(self, assignment: Assignment, result: LocalResult) -> dict[str, float]:
-        """Store and post the client's message."""
+        """Store the client's message; the round's are sent when all are there."""
         session = assignment.session
-        pending = store_message(session, self._budget, assignment, result)
-        self.mailbox.post_update(assignment.round, session.client_id, pending.message)
+        store_message(session, self._budget, assignment, result)
         index = next(i for i, opened in self._sessions.items() if opened is session)
         self._compute[index] = time.perf_counter() - self._started
         return {}
@@ -128,6 +133,23 @@ class SimulatedParticipation:
         for session in self._sessions.values():
             session.close()
         self._sessions.clear()
+
+    def _send(self, round: int) -> None:
+        """Post the messages that come through. What was sent is written down first: a lost message leaves no record."""
+        pending = {index: self._open(index).pending for index in self._plan[round].survivors}
+        messages = {index: held.message for index, held in pending.items() if held is not None}
+        sizes = json.dumps({index: len(message) for index, message in messages.items()})
+        storage.replace_file(self._sent_file(round), sizes.encode(), durable=False)
+        for index in self._deliver(round).arrived:
+            self.mailbox.post_update(round, client_name(index), messages[index])
+
+    def _deliver(self, round: int) -> Delivery:
+        sizes = {int(index): size for index, size in json.loads(self._sent_file(round).read_bytes()).items()}
+        loss, retransmissions, seed = self._loss
+        return deliver(sizes, loss=loss, retransmissions=retransmissions, seed=seed, round=round)
+
+    def _sent_file(self, round: int) -> Path:
+        return self._folder / "sent" / f"{round:06d}.json"
 
     def _train_elsewhere(self, record: RoundRecord, train: TrainElsewhere) -> None:
         survivors = self._plan[record.round].survivors
@@ -179,8 +201,8 @@ class SimulatedParticipation:
         self._compute.clear()
 
     def _costs(self, record: RoundRecord, plan: RoundPlan, previous: Row) -> Row:
-        sent = {update.client_id: update.num_bytes for update in record.updates}
-        uplink = {index: sent[client_name(index)] for index in plan.survivors}
+        sizes = json.loads(self._sent_file(record.round - 1).read_bytes())
+        delivery = self._deliver(record.round - 1)
         downlink = {index: self._downlink(index, record.round - 1) for index in plan.sampled}
         # After an interruption some clients' times are unknown; the mean of those that are known stands for them.
         known = list(self._compute.values()) or [previous.get("compute_seconds", 0.0)]
@@ -188,20 +210,29 @@ class SimulatedParticipation:
         compute = {index: self._compute.get(index, typical) for index in plan.survivors}
         seconds, energy = {}, {}
         for profile, rates in self._links:
-            cost = round_cost(profile, rates, uplink_bytes=uplink, downlink_bytes=downlink, compute_seconds=compute)
+            cost = round_cost(
+                profile, rates, uplink_bytes=delivery.air_bytes, downlink_bytes=downlink, compute_seconds=compute
+            )
             seconds[profile.name] = previous["seconds"][profile.name] + cost.seconds
             energy[profile.name] = {"mean": cost.energy_mean, "straggler": cost.energy_straggler}
-        up, down = sum(uplink.values()), sum(downlink.values())
+        up, down = sum(sizes.values()), sum(downlink.values())
         return {
             "uplink_bytes": up,
             "downlink_bytes": down,
+            "air_bytes": sum(delivery.air_bytes.values()),
             "cumulative_uplink_bytes": previous["cumulative_uplink_bytes"] + up,
             "cumulative_downlink_bytes": previous["cumulative_downlink_bytes"] + down,
             "seconds": seconds,
             "num_updates": len(record.accepted),
             "num_dropped": plan.num_dropped,
+            "num_lost": len(sizes) - len(delivery.arrived),
+            "attempts": delivery.attempts,
             "compute_seconds": sum(compute.values()) / len(compute),
             "energy": energy,
+            "clients": list(compute),
+            "client_air_bytes": [delivery.air_bytes[index] for index in compute],
+            "client_downlink_bytes": [downlink[index] for index in compute],
+            "client_compute_seconds": list(compute.values()),
         }
 
     def _downlink(self, index: int, round: int) -> int:

@@ -42,6 +42,7 @@ from fedfstq_hf.workloads import Collator, load_workload
 ROWS_FILE = "metrics.jsonl"
 SUMMARY_FILE = "summary.json"
 RECIPE_FILE = "recipe.json"
+_WORDS = ("name", "description", "target")  # of a recipe: what no row depends on
 
 
 class Simulation:
@@ -108,7 +109,8 @@ class Simulation:
         collator = Collator(founding.tokenizer.pad_token_id)
         evaluator = Evaluator(workload.test, collator.pad_id, recipe.evaluation.batch_size, bf16=recipe.training.bf16)
         plan = make_plan(federation.clients, federation.clients_per_round, federation.rounds, federation.dropout, seed)
-        links = [(profile, draw_rates(profile, federation.clients, seed)) for profile in recipe.links]
+        profiles = [profile.for_adapter(founding.view.schema.num_params) for profile in recipe.links]
+        links = [(profile, draw_rates(profile, federation.clients, seed)) for profile in profiles]
         pool: Any = contextlib.nullcontext()
         if self._workers > 1:
             pool = WorkerPool(self._workers, founding.model, datasets, collator.pad_id, evaluator)
@@ -129,6 +131,7 @@ class Simulation:
                     evaluate=self._timed(measure),
                     rows=[row for row in self._rows if (row["method"], row["seed"]) == (method, seed)],
                     emit=self._emit_to(bar, method, seed),
+                    loss=(federation.packet_loss, federation.retransmissions, seed),
                     train=None if self._workers == 1 else self._train_with(pool, mailbox, folder, seed),
                 )
                 try:
@@ -216,11 +219,13 @@ class Simulation:
                 found = json.loads(marker.read_text(encoding="utf-8"))
             except ValueError as error:
                 raise ConfigError(f"{marker} cannot be read ({error}). Give another --out.") from error
-            if found != recipe:
+            if not same_settings(found, self.recipe):
                 raise ConfigError(
                     f"{self.folder} holds a run of other settings ({marker}). Repeat its command, or give another "
                     "--out."
                 )
+            if found != recipe:
+                storage.replace_file(marker, (json.dumps(recipe, indent=1) + "\n").encode(), durable=False)
             return
         storage.make_folder(self.folder, durable=False)
         storage.remove_leftovers(self.folder)
@@ -239,6 +244,18 @@ class Simulation:
         partial.write_text(whole, encoding="utf-8")
         partial.replace(path)
         return rows
+
+
+def same_settings(found: Mapping[str, Any], recipe: Recipe) -> bool:
+    """Whether the run whose `recipe.json` is `found` is one of `recipe`, words and targets apart.
+
+    Settings that an earlier version of this package did not have yet count with their defaults.
+    """
+    try:
+        known = Recipe.from_dict(found, RECIPE_FILE).to_dict()
+    except ConfigError:
+        return False
+    return all(known[key] == value for key, value in recipe.to_dict().items() if key not in _WORDS)
 
 
 def _measure(founding: Founding, evaluator: Evaluator, adapter: Tensor) -> dict[str, float]:

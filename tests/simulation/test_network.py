@@ -78,7 +78,7 @@ def test_rates_depend_on_the_seed_alone():
 def test_unknown_link_names_the_nearest():
     with pytest.raises(ConfigError, match="did you mean 'straggler-tail'"):
         get_link("stragler-tail")
-    assert set(PROFILES) == {"lte-20mbps", "straggler-tail"}
+    assert set(PROFILES) == {"lte-20mbps", "straggler-tail", "upload-1x", "upload-10x", "upload-100x"}
 
 
 @pytest.mark.parametrize(
@@ -90,9 +90,40 @@ def test_unknown_link_names_the_nearest():
         {"tail_mbps": (2.0, 0.5)},
         {"compute_seconds": -1.0},
         {"spread": -0.1},
-        {"downlink_ratio": math.inf},
+        {"downlink_ratio": math.nan},
     ],
 )
 def test_profiles_refuse_what_makes_no_sense(wrong):
     with pytest.raises(ConfigError, match=next(iter(wrong))):
         LinkProfile("wrong", **wrong)
+
+
+def test_an_upload_ratio_sets_the_rates():
+    # 1,000,000 numbers are 32 Mbit; 10 times 2 s of compute makes 20 s, 1.6 Mbit/s. The tail stays at 5 to 20 %.
+    profile = LinkProfile("hand", uplink_mbps=10.0, tail_mbps=(0.5, 2.0), compute_seconds=2.0, upload_ratio=10.0)
+    resolved = profile.for_adapter(1_000_000)
+    assert resolved.uplink_mbps == pytest.approx(1.6)
+    assert resolved.tail_mbps == pytest.approx((0.08, 0.32))
+    assert resolved.for_adapter(5) == resolved
+    seconds = round_seconds(
+        resolved,
+        draw_rates(resolved, 1, 0),
+        uplink_bytes={0: 4_000_000},
+        downlink_bytes={0: 0},
+        compute_seconds={0: 9.0},
+    )
+    assert seconds == pytest.approx(2.0 + 20.0)
+
+
+def test_ratio_profiles_cost_the_same_at_any_size_of_adapter():
+    for name, ratio in (("upload-1x", 1), ("upload-10x", 10), ("upload-100x", 100)):
+        for size in (1000, 50_000):
+            profile = get_link(name).for_adapter(size)
+            rates = draw_rates(profile, 10_001, seed=0)
+            assert np.median(8 * 4 * size / rates.uplink) == pytest.approx(ratio, rel=0.3)
+            assert np.isinf(rates.downlink).all()
+
+
+def test_an_upload_ratio_needs_a_compute_time():
+    with pytest.raises(ConfigError, match="upload_ratio must be a number above 0 beside compute_seconds"):
+        LinkProfile("hand", upload_ratio=10.0)

@@ -31,7 +31,8 @@ ALL = ((0, 1), (0, 1))
 class Run:
     """Drives a participation as a trainer does; `next` and `finish` may be interleaved with restarts."""
 
-    def __init__(self, folder, plan, **spec):
+    def __init__(self, folder, plan, loss=(0.0, 0, 0), **spec):
+        self.loss = loss
         self.folder, self.plan, self.rows, self.evaluated, self.trained = folder, plan, [], [], []
         if not (folder / "mailbox").exists():
             settings = {"rounds": len(plan), "min_clients": 1, "codec": "fstq", "uplink_budget": 400}
@@ -49,6 +50,7 @@ class Run:
             evaluate=self.evaluate,
             rows=list(self.rows),
             emit=self.rows.append,
+            loss=self.loss,
         )
 
     def evaluate(self, adapter):
@@ -72,7 +74,7 @@ class Run:
 
 
 def without_clock(rows):
-    clock = ("seconds", "compute_seconds", "energy")
+    clock = ("seconds", "compute_seconds", "client_compute_seconds", "energy")
     return [{key: value for key, value in row.items() if key not in clock} for row in rows]
 
 
@@ -183,13 +185,15 @@ def test_a_message_that_was_stored_but_not_posted_is_posted(tmp_path, monkeypatc
     stopped = Run(tmp_path / "stopped", plan)
     with monkeypatch.context() as patch:
         patch.setattr(stopped.participation.mailbox, "post_update", lambda *arguments: 1 / 0)
+        stopped.step()
+        stopped.step()
         with pytest.raises(ZeroDivisionError):
             stopped.step()
     stopped.participation.close()
     stopped.restart()
     stopped.finish()
     assert without_clock(stopped.rows) == without_clock(straight.rows)
-    assert len(stopped.trained) == 4  # the first training was not repeated
+    assert len(stopped.trained) == 4  # no training was repeated
 
 
 def test_a_round_in_which_everything_is_refused_ends_the_run(tmp_path):
@@ -206,3 +210,28 @@ def test_folders_are_released_between_rounds(tmp_path):
         run.step()
     assert len(run.participation._sessions) <= 1
     assert SCHEMA.num_params == len(run.participation.final_adapter())
+
+
+def test_a_lost_message_stays_whole_in_the_residual(tmp_path):
+    """Seed 0 loses client 0's message of the first round, of one packet as the other; both are counted as sent."""
+    run = Run(tmp_path, plan_of(((0, 1), (0, 1))), loss=(0.5, 0, 0))
+    for _ in range(2):
+        run.step()
+    pending = {index: run.participation._open(index).pending for index in (0, 1)}
+    assert not run.step()
+    (row,) = run.rows[1:]
+    assert (row["num_updates"], row["num_lost"], row["attempts"]) == (1, 1, 1)
+    sizes = [len(held.message) for held in pending.values()]
+    assert (row["uplink_bytes"], row["air_bytes"]) == (sum(sizes), sum(sizes))
+    residuals = {index: run.participation._open(index).residual for index in (0, 1)}
+    assert torch.equal(residuals[0], pending[0].corrected)
+    assert residuals[1].norm() < pending[1].corrected.norm()
+
+
+def test_a_round_that_loses_everything_is_sent_again(tmp_path):
+    run = Run(tmp_path, plan_of(((0, 1), (0, 1))), loss=(0.9, 0, 0)).finish()
+    (row,) = run.rows[1:]
+    assert row["attempts"] > 1
+    assert row["num_updates"] >= 1
+    assert row["air_bytes"] == row["attempts"] * row["uplink_bytes"]
+    assert sum(row["client_air_bytes"]) == row["air_bytes"]

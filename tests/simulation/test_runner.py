@@ -17,7 +17,7 @@ from fedfstq_hf.errors import ConfigError, FedFSTQError
 from fedfstq_hf.recipe import load_recipe
 from fedfstq_hf.simulation.runner import Simulation
 
-MEASURED = ("compute_seconds", "eval_seconds", "seconds", "energy")
+MEASURED = ("compute_seconds", "client_compute_seconds", "eval_seconds", "seconds", "energy")
 
 
 def rows(folder):

@@ -1,0 +1,92 @@
+"""`recipes/results/*.json`: the figures of finished runs, small enough to commit, with all that is needed to rerun."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fedfstq_hf.reporting.comparison_estimate import Estimate
+from fedfstq_hf.reporting.comparison_figures import Comparison, MethodFigures, compare
+from fedfstq_hf.reporting.comparison_runs import read_runs
+from fedfstq_hf.reporting.comparison_targets import Reached
+from fedfstq_hf.reporting.comparison_workloads import group_runs, settings_text
+
+
+def write_result(folders: Sequence[str | Path], path: Path) -> Path:
+    """Write the figures of the runs in `folders` to `path` and return it.
+
+    Bytes are totals over all clients, seconds are simulated, ratios are the reference's figure over the method's; each
+    figure is `[mean, sample standard deviation]` over seeds, null where a seed lacks it.
+    """
+    facts = [_facts(Path(folder)) for folder in folders]
+    tree: dict[str, Any] = {
+        "commands": sorted({fact["command"] for fact in facts if fact.get("command")}),
+        "commits": sorted({fact["commit"] for fact in facts if fact.get("commit")}),
+        "minutes": round(sum(fact.get("minutes", 0.0) for fact in facts), 1),
+        "cores": sorted({fact["cores"] for fact in facts if fact.get("cores")}),
+        "workloads": [_workload(compare(workload)) for workload in group_runs(read_runs(folders))],
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(tree, indent=1) + "\n", encoding="utf-8")
+    os.replace(partial, path)
+    return path
+
+
+def _facts(folder: Path) -> dict[str, Any]:
+    path = folder / "ledger.json"
+    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
+
+
+def _workload(comparison: Comparison) -> dict[str, Any]:
+    recipe = comparison.workload.recipe
+    return {
+        "recipe": recipe.name,
+        "model": recipe.model,
+        "alpha": recipe.federation.alpha,
+        "clients": recipe.federation.clients,
+        "clients_per_round": recipe.federation.clients_per_round,
+        "rounds": recipe.federation.rounds,
+        "dropout": recipe.federation.dropout,
+        "packet_loss": recipe.federation.packet_loss,
+        "metric": recipe.evaluation.metric,
+        "before_training": _pair(comparison.start),
+        "targets": {f"{part:g}": values for part, values in comparison.targets.items()},
+        "methods": {figures.label: _method(figures) for figures in comparison.methods},
+    }
+
+
+def _method(figures: MethodFigures) -> dict[str, Any]:
+    return {
+        "settings": settings_text(figures.method.settings),
+        "seeds": list(figures.series),
+        "final": _pair(figures.final),
+        "uplink_bytes": _pair(figures.uplink),
+        "downlink_bytes": _pair(figures.downlink),
+        "to_target": {f"{part:g}": _reached(reached) for part, reached in figures.reached.items()},
+        "energy_joules": {
+            link: {"mean": mean, "straggler": straggler} for link, (mean, straggler) in figures.energy.items()
+        },
+    }
+
+
+def _reached(reached: Reached) -> dict[str, Any]:
+    links = reached.seconds
+    return {
+        "uplink_bytes": _pair(reached.uplink),
+        "times_fewer_bytes": _pair(reached.uplink_ratio),
+        "seconds": {link: _pair(reached.seconds[link]) for link in links},
+        "times_sooner": {link: _pair(reached.seconds_ratio[link]) for link in links},
+        "ceiling": {link: _pair(reached.ceiling[link]) for link in links},
+    }
+
+
+def _pair(value: Estimate) -> list[float | None]:
+    return [_short(value.mean), _short(value.spread)]
+
+
+def _short(value: float | None) -> float | None:
+    return None if value is None else float(f"{value:.6g}")
