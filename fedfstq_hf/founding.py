@@ -94,9 +94,21 @@ def wrap_base(base: Any, adapter_config: bytes) -> PeftModel:
 
 
 def make_spec(
-    recipe: Recipe, method: str, founding: Founding, *, seed: int, min_clients: int, **rules: Any
+    recipe: Recipe,
+    method: str,
+    founding: Founding,
+    *,
+    seed: int,
+    min_clients: int,
+    num_clients: int | None = None,
+    **rules: Any,
 ) -> FederationSpec:
-    """The spec of a federation that runs `method` of a recipe; `rules` are fields of the spec that no recipe sets."""
+    """The spec of a federation that runs `method` of a recipe.
+
+    Args:
+        num_clients: all clients of the federation; the recipe's number where None.
+        rules: fields of the spec that no recipe sets.
+    """
     settings: MethodSettings = recipe.methods[method]
     training = recipe.training
     return FederationSpec(
@@ -106,7 +118,7 @@ def make_spec(
         schema=founding.view.schema.fingerprint,
         rounds=recipe.federation.rounds,
         local_steps=training.local_steps,
-        max_message_bytes=4 * founding.view.schema.num_params + _ROOM_FOR_HEADERS,
+        max_message_bytes=4 * founding.view.schema.num_params * (2 if settings.scaffold else 1) + _ROOM_FOR_HEADERS,
         min_clients=min_clients,
         codec=settings.codec,
         codec_options=settings.codec_options,
@@ -118,6 +130,12 @@ def make_spec(
         fisher=settings.fisher,
         fisher_objective=settings.fisher_objective,
         proximal_mu=settings.proximal_mu,
+        scaffold_clients=(num_clients or recipe.federation.clients) if settings.scaffold else None,
+        learned_binarisation=settings.learned_binarisation,
+        binarisation_warmup=settings.binarisation_warmup,
+        binarisation_rho=settings.binarisation_rho,
+        token_merge_ratio=settings.token_merge_ratio,
+        token_merge_layer=settings.token_merge_layer,
         training={name: getattr(training, name) for name in SHARED_TRAINING_ARGUMENTS},
         optimizer_state=training.optimizer_state,
         refresh_steps=training.refresh_steps,

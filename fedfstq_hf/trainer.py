@@ -20,6 +20,7 @@ from fedfstq_hf.adapter import AdapterView
 from fedfstq_hf.config import FedFSTQConfig
 from fedfstq_hf.errors import ConfigError, DataError, MailboxError
 from fedfstq_hf.federation.client import Assignment, LocalResult, Participation
+from fedfstq_hf.federation.scaffold import client_variate
 from fedfstq_hf.federation.session import Settlement
 from fedfstq_hf.federation.spec import FederationSpec
 from fedfstq_hf.sensitivity import TokenSensitivity
@@ -232,6 +233,8 @@ class FedFSTQMixin(ResumableRounds, LocalSteps, _TrainerLike):  # type: ignore[m
         self._assignment, self._local_step = assignment, 0
         carried = assignment.session.carried
         self._observer.begin(carried)
+        if self._correction is not None:
+            self._correction.begin(assignment.variate, client_variate(carried, view.schema.num_params))
         if not self._continue_round(assignment):
             view.write(assignment.adapter)
             load_optimizer(self.optimizer, view.parameters, carried if spec.optimizer_state == "kept" else {})
@@ -270,6 +273,7 @@ class FedFSTQMixin(ResumableRounds, LocalSteps, _TrainerLike):  # type: ignore[m
             num_examples=self._num_examples(),
             carried=carried,
             loss=self._processes.mean(self._losses, counted),
+            variate=None if self._observer.mean is None else self._observer.mean.vector(),
         )
         metrics = participation.complete(assignment, result)
         self._fed_metrics = {**metrics, "fed_skipped_steps": skipped} if metrics else {}

@@ -86,6 +86,7 @@ def init(
         founding,
         seed=loaded.seeds[0],
         min_clients=count,
+        num_clients=len(names) if names else None,
         clients_per_round=clients_per_round,
         round_seconds=round_seconds,
         max_staleness=max_staleness,

@@ -239,10 +239,14 @@ def inspect(data: bytes, schema: Schema | None = None) -> MessageInfo:
             f"message is for schema {header.schema[:12]}, the adapter given has {schema.fingerprint[:12]}; "
             "give the adapter of the same base model and LoRA configuration"
         )
+    from .pairs import split_pair
     from .registry import get_codec
 
+    params = dict(header.params)
+    if params.pop("payloads", 1) == 2:
+        payload, _ = split_pair(payload)  # the update; what travels beside it is no adapter
     try:
-        codec = get_codec(header.codec, **header.params)
+        codec = get_codec(header.codec, **params)
     except (TypeError, ValueError) as error:  # parameters come from the message
         raise MessageError(f"message names a codec that cannot be made here: {error}") from error
     dense = codec.decode(payload, schema).to_dense()

@@ -22,6 +22,7 @@ from fedfstq_hf.federation.downlink import cheapest_download
 from fedfstq_hf.federation.mailbox import ADAPTER_FILE, SALIENCY_FILE, UPDATE_FILE, Mailbox
 from fedfstq_hf.federation.record import RoundRecord
 from fedfstq_hf.federation.records import Records
+from fedfstq_hf.federation.scaffold import read_variate
 from fedfstq_hf.federation.session import ClientSession, Pending, Settlement
 
 logger = logging.getLogger(__name__)
@@ -46,6 +47,7 @@ class Assignment:
         seed: of data order and dropout.
         dataset: what to train on; None for the trainer's own `train_dataset`.
         global_step: where the trainer's step counter stands then; None leaves it alone.
+        variate: the server's control variate, (num_params,) float32, where the federation has them (SCAFFOLD).
     """
 
     round: int
@@ -55,17 +57,24 @@ class Assignment:
     seed: int
     dataset: Any = None
     global_step: int | None = None
+    variate: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class LocalResult:
-    """What local training gives back: adapter and Fisher are (num_params,) float32; loss is the mean over its steps."""
+    """What local training gives back: adapter and Fisher are (num_params,) float32; loss is the mean over its steps.
+
+    `delta` is what is sent, where it is not the difference of the adapters; `variate` the client's next control
+    variate, where the federation has them. Both (num_params,) float32.
+    """
 
     adapter: Tensor
     fisher: Tensor | None
     num_examples: int
     carried: dict[str, Tensor]
     loss: float | None = None
+    delta: Tensor | None = None
+    variate: Tensor | None = None
 
 
 class Participation(Protocol):
@@ -147,6 +156,7 @@ class MailboxParticipation:
                         adapter_sha256=record.adapter_sha256,
                         seed=local_seed(spec.seed, self.session.client_id, record.round),
                         global_step=record.round * spec.local_steps,
+                        variate=self._fetch_variate(record),
                     )
             if self._wait_seconds is not None and time.monotonic() - started > self._wait_seconds:
                 raise MailboxError(
@@ -278,6 +288,10 @@ class MailboxParticipation:
         self._held = (record, adapter)
         return adapter
 
+    def _fetch_variate(self, record: RoundRecord) -> Tensor | None:
+        self.downlink_bytes += record.variate_bytes
+        return read_variate(self.mailbox, record, self.session.spec, self.session.schema.num_params)
+
 
 def store_message(
     session: ClientSession,
@@ -301,11 +315,12 @@ def store_message(
     return session.finish(
         assignment.round,
         assignment.adapter_sha256,
-        result.adapter - assignment.adapter,
+        result.adapter - assignment.adapter if result.delta is None else result.delta,
         fisher=result.fisher,
         num_examples=result.num_examples,
         max_bytes=max_bytes,
         carried={**result.carried, **moved},
+        variate=result.variate,
     )
 
 

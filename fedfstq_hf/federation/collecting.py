@@ -13,11 +13,14 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from fedfstq_hf.errors import MailboxError, MessageError
 from fedfstq_hf.federation.aggregation import WeightedMean
 from fedfstq_hf.federation.control import Control
 from fedfstq_hf.federation.mailbox import Mailbox, UpdateRef
 from fedfstq_hf.federation.record import AcceptedUpdate, RefusedUpdate
+from fedfstq_hf.federation.scaffold import VariateChanges
 from fedfstq_hf.federation.screening import Screening
 
 logger = logging.getLogger(__name__)
@@ -25,12 +28,16 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Collected:
-    """The updates of a round that were accepted, with their mean, and those that were refused or late."""
+    """The updates of a round that were accepted, with their mean, and those that were refused or late.
+
+    `variates` is the sum of the changes of control variates, (num_params,) float64, where the federation has them.
+    """
 
     mean: WeightedMean
     accepted: tuple[AcceptedUpdate, ...]
     refused: tuple[RefusedUpdate, ...]
     late: tuple[RefusedUpdate, ...] = ()
+    variates: Tensor | None = None
 
 
 class Collector:
@@ -68,26 +75,33 @@ class Collector:
         if screening.control.clients != self._refused_by.clients:
             self._refused.clear()
         self._refused_by = screening.control
-        screened = [self._screen(ref, screening) for ref in refs if ref not in self._refused]
-        found = [(ref, entry) for ref, entry in screened if entry is not None]
-        accepted = self._weighed([entry for _, entry in found], screening)
+        screened = [(ref, self._screen(ref, screening)) for ref in refs if ref not in self._refused]
+        found = [(ref, *result) for ref, result in screened if result is not None]
+        accepted = self._weighed([entry for _, entry, _ in found], screening)
         mean = WeightedMean(self._num_params)
-        for (ref, _), entry in zip(found, accepted, strict=True):
+        lengths = [length for *_, length in found if length is not None]
+        variates = VariateChanges(self._num_params, lengths, screening.spec.clip) if lengths else None
+        for (ref, *_), entry in zip(found, accepted, strict=True):
             data = self._mailbox.read_update(ref, max_bytes=screening.max_bytes)
             if hashlib.sha256(data).hexdigest() != entry.sha256:
                 raise MailboxError(
                     f"The message of client {ref.client_id} for round {ref.round} changed while it was being read. "
                     "Nothing was published; start the coordinator again."
                 )
-            mean.add(screening.open(ref, data, self._base(ref.round)).update, entry.weight, entry.scale)
+            opened = screening.open(ref, data, self._base(ref.round))
+            mean.add(opened.update, entry.weight, entry.scale)
+            if variates is not None and opened.variate is not None:
+                variates.add(opened.variate)
         total = mean.total_weight or 1.0
         return Collected(
             mean,
             tuple(dataclasses.replace(entry, weight=entry.weight / total) for entry in accepted),
             tuple(self._refused[ref] for ref in refs if ref in self._refused),
+            variates=None if variates is None else variates.sum,
         )
 
-    def _screen(self, ref: UpdateRef, screening: Screening) -> tuple[UpdateRef, AcceptedUpdate | None]:
+    def _screen(self, ref: UpdateRef, screening: Screening) -> tuple[AcceptedUpdate, float | None] | None:
+        """The entry of a message, and the norm of its change of a control variate; None where it was refused."""
         sha256 = ref.sha256
         try:
             screening.check_sender(ref, self._selected(ref.round))
@@ -98,8 +112,8 @@ class Collector:
             logger.warning("Refused the update of client %s for round %d: %s", ref.client_id, ref.round, error)
             other = ref.round if ref.round != self.round else None
             self._refused[ref] = RefusedUpdate(ref.client_id, sha256, ref.num_bytes, str(error), other)
-            return ref, None
-        return ref, AcceptedUpdate(
+            return None
+        entry = AcceptedUpdate(
             client_id=ref.client_id,
             sha256=sha256,
             num_bytes=ref.num_bytes,
@@ -109,13 +123,15 @@ class Collector:
             staleness=self.round - ref.round,
             signed=opened.signed,
         )
+        return entry, None if opened.variate is None else opened.variate.norm()
 
     def _weighed(self, entries: Sequence[AcceptedUpdate], screening: Screening) -> list[AcceptedUpdate]:
         """The entries with their unnormalised weights and their scale."""
         if not entries:
             return []
         spec = screening.spec
-        examples = [float(entry.num_examples) for entry in entries]
+        alike = spec.scaffold_clients is not None  # as in its paper: the control variate is the mean over clients
+        examples = [1.0 if alike else float(entry.num_examples) for entry in entries]
         most = spec.weight_cap * statistics.median_low(examples) if spec.weight_cap is not None else max(examples)
         middle = statistics.median_low(entry.norm for entry in entries)
         longest = spec.clip * middle if spec.clip is not None and middle > 0 else None

@@ -24,7 +24,7 @@ from fedfstq_hf.errors import (
     NonFiniteError,
     RoundConflictError,
 )
-from fedfstq_hf.federation import adapter_file, history
+from fedfstq_hf.federation import adapter_file, history, scaffold
 from fedfstq_hf.federation.aggregation import server_step
 from fedfstq_hf.federation.attachments import SaliencyMaker, join_attachments
 from fedfstq_hf.federation.collecting import Collected, Collector
@@ -148,14 +148,16 @@ class Coordinator:
         adapter_file.load(adapter, expected_sha256=self._record(round).adapter_sha256)
         while True:
             usable, late = self._arrived(self.spec.max_staleness + 1)
+            files = self._files(self._server_state(round), None, None)
             record = self._next_record(
                 adapter,
                 finished=self.record.round + 1 >= self.spec.rounds,
                 refused=tuple(self._unused(ref, f"Rolled back to round {round}.") for ref in usable),
                 late=self._late(late),
                 restored_from=round,
+                **scaffold.record_fields(files),
             )
-            if self._publish(record, adapter, self._server_state(round), None) is record:
+            if self._publish(record, adapter, files) is record:
                 return record
             self._refuse_finished("rolled back")  # somebody else published first, and perhaps the last round
 
@@ -304,6 +306,7 @@ class Coordinator:
             )
         data = adapter_file.dump(self.schema.unflatten(adapter))
         packed = pack_change(change, self.record, self.schema, sum(entry.num_examples for entry in collected.accepted))
+        files = self._files(server_state, packed if len(packed) < len(data) else None, collected.variates)
         attached: Mapping[str, bytes] = {}
         attached_bytes = 0
         if finished and self.spec.share_saliency and self._saliency is not None:
@@ -315,10 +318,16 @@ class Coordinator:
             accepted=collected.accepted,
             refused=collected.refused,
             late=collected.late,
-            update_bytes=len(packed) if len(packed) < len(data) else None,
+            update_bytes=len(packed) if UPDATE_FILE in files else None,
+            **scaffold.record_fields(files),
         )
-        published = packed if record.update_bytes is not None else None
-        return self._publish(record, data, server_state, published, attached)
+        return self._publish(record, data, files, attached)
+
+    def _files(self, server_state: bytes | None, packed: bytes | None, variates: Tensor | None) -> dict[str, bytes]:
+        """What is published beside adapter and record."""
+        files = {SERVER_STATE_FILE: server_state, UPDATE_FILE: packed}
+        variate = scaffold.next_variate(self.mailbox, self.record, self.spec, self.schema.num_params, variates)
+        return {**{name: data for name, data in files.items() if data is not None}, **variate}
 
     def _next_record(self, adapter: bytes, *, finished: bool, **fields: Any) -> RoundRecord:
         round = self.record.round + 1
@@ -331,19 +340,15 @@ class Coordinator:
         self,
         record: RoundRecord,
         adapter: bytes,
-        server_state: bytes | None,
-        packed: bytes | None,
+        others: Mapping[str, bytes],
         attached: Mapping[str, bytes] | None = None,
     ) -> RoundRecord:
         files = {
             RECORD_FILE: record.to_json(),
             ADAPTER_FILE: adapter,
             ADAPTER_CONFIG_FILE: self._adapter_config,
+            **others,
         }
-        if server_state is not None:
-            files[SERVER_STATE_FILE] = server_state
-        if packed is not None:
-            files[UPDATE_FILE] = packed
         rows = [*self._history, history.row(record, self.record)]
         try:
             self.mailbox.publish(record.round, files, self._root(record, rows, attached))

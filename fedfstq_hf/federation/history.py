@@ -51,7 +51,7 @@ class HistoryRow:
         uplink_bytes: all messages that arrived for this round: accepted, refused and late ones.
         dense_uplink_bytes: what as many plain adapter files would have weighed.
         downlink_bytes: what a client that follows every round downloads: the packed change where it was published,
-            else the adapter file.
+            else the adapter file; with it the control variate, where there is one.
         dense_downlink_bytes: the adapter file.
         accepted, refused, late: numbers of updates.
         reasons: class of reason -> number of updates refused for it.
@@ -99,7 +99,8 @@ def row(record: RoundRecord, previous: RoundRecord | None) -> HistoryRow:
         num_examples=sum(update.num_examples for update in record.accepted),
         uplink_bytes=sum(update.num_bytes for update in record.updates),
         dense_uplink_bytes=previous.adapter_bytes * len(record.updates) if previous is not None else 0,
-        downlink_bytes=record.adapter_bytes if record.update_bytes is None else record.update_bytes,
+        downlink_bytes=record.variate_bytes
+        + (record.adapter_bytes if record.update_bytes is None else record.update_bytes),
         dense_downlink_bytes=record.adapter_bytes,
         accepted=len(record.accepted),
         refused=len(record.refused),

@@ -21,6 +21,7 @@ UPDATE_FILE = "update.safetensors"
 SERVER_STATE_FILE = "server_optimizer.safetensors"
 HISTORY_FILE = "history.jsonl"
 CARD_FILE = "README.md"
+VARIATE_FILE = "control_variate.safetensors"
 SALIENCY_FILE = "saliency.safetensors"
 ATTACHMENTS = (SALIENCY_FILE,)
 """What a client may send beside its messages; one file of each name."""

@@ -66,6 +66,7 @@ class RoundRecord:
         late: updates of earlier rounds that arrived after those were closed; each is counted once.
         selected: the clients whose updates of this round are wanted; None for all.
         restored_from: the earlier round whose adapter this round published again, after a rollback.
+        variate_sha256, variate_bytes: of the published control variate (SCAFFOLD); None and 0 without one.
         attached_bytes: what clients sent beside their updates (token sensitivities) and this round took in.
         package_version: of the coordinator.
     """
@@ -84,6 +85,8 @@ class RoundRecord:
     selected: tuple[str, ...] | None = None
     restored_from: int | None = None
     attached_bytes: int = 0
+    variate_sha256: str | None = None
+    variate_bytes: int = 0
     package_version: str = __version__
     format: int = field(default=FORMAT)
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from fedfstq_hf.codec import CodecContext, Schema, SparseUpdate, get_codec, message
+from fedfstq_hf.codec.pairs import PAIR_PARAMS, split_pair
 from fedfstq_hf.errors import MessageError
 from fedfstq_hf.federation import keys
 from fedfstq_hf.federation.control import Control
@@ -18,12 +19,16 @@ Unseal = Callable[[bytes], bytes]
 
 @dataclass(frozen=True)
 class OpenedUpdate:
-    """A message that passed: its header, what it decodes to and its L2 norm, and whether its signature was verified."""
+    """A message that passed: its header, what it decodes to and its L2 norm, and whether its signature was verified.
+
+    `variate` is the change of the client's control variate, where the federation has them.
+    """
 
     header: message.Header
     update: SparseUpdate
     norm: float
     signed: bool
+    variate: SparseUpdate | None = None
 
 
 class Screening:
@@ -86,11 +91,18 @@ class Screening:
         if header.num_examples < 1:
             raise MessageError(f"It says that it was trained on {header.num_examples} examples; expected at least 1.")
         signed = self._verified(ref.client_id, digest, signature)
-        update = self._codec.decode(payload, self._schema, CodecContext(round=ref.round))
+        context = CodecContext(round=ref.round)
+        variate: SparseUpdate | None = None
+        if self.spec.scaffold_clients is not None:
+            if header.params != PAIR_PARAMS:
+                raise MessageError("It carries no control variate; this federation's messages have two payloads.")
+            payload, second = split_pair(payload)
+            variate = self._codec.decode(second, self._schema, context)
+        update = self._codec.decode(payload, self._schema, context)
         norm = update.norm()
-        if not math.isfinite(norm):
+        if not math.isfinite(norm) or (variate is not None and not math.isfinite(variate.norm())):
             raise MessageError("It decodes to values that are not finite.")
-        return OpenedUpdate(header, update, norm, signed)
+        return OpenedUpdate(header, update, norm, signed, variate)
 
     def _unsealed(self, data: bytes) -> bytes:
         sealed = keys.is_sealed(data)

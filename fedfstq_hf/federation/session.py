@@ -23,8 +23,9 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from fedfstq_hf.codec import CodecContext, ErrorFeedback, Schema, get_codec, message
+from fedfstq_hf.codec.pairs import PAIR_OVERHEAD, PAIR_PARAMS, join_pair, split_pair
 from fedfstq_hf.errors import AdapterMismatchError, BudgetError, MailboxError, NonFiniteError, SessionBusyError
-from fedfstq_hf.federation import keys, storage
+from fedfstq_hf.federation import keys, scaffold, storage
 from fedfstq_hf.federation.record import AcceptedUpdate, RoundRecord
 from fedfstq_hf.federation.spec import FederationSpec
 
@@ -102,6 +103,7 @@ class ClientSession:
         self.pending: Pending | None = None
         self._codec = get_codec(spec.codec, **spec.codec_options)
         self._feedback = ErrorFeedback(decay=spec.error_feedback)
+        self._has_variate = spec.scaffold_clients is not None
         self._identity = {
             "format": FORMAT,
             "client_id": client_id,
@@ -132,6 +134,7 @@ class ClientSession:
         num_examples: int,
         max_bytes: int | None,
         carried: dict[str, Tensor] | None = None,
+        variate: Tensor | None = None,
     ) -> Pending:
         """Pack and store this round's message. Nothing has been sent yet.
 
@@ -143,6 +146,7 @@ class ClientSession:
             num_examples: N_k, the client's weight in the mean.
             max_bytes: the whole message's budget in bytes, None for no limit.
             carried: replaces `carried` once stored.
+            variate: this client's next control variate, (num_params,) float32, in a federation that has them.
 
         Raises:
             NonFiniteError: delta or fisher is NaN or infinite; the session stays as it was.
@@ -150,23 +154,27 @@ class ClientSession:
         """
         if self.pending is not None or round <= self.last_round:
             raise MailboxError(f"Client {self.client_id!r} already finished round {max(round, self.last_round)}.")
-        for what, tensor in (("update", delta), ("Fisher information", fisher)):
+        for what, tensor in (("update", delta), ("Fisher information", fisher), ("control variate", variate)):
             if tensor is not None and not bool(tensor.isfinite().all()):
                 raise NonFiniteError(
                     f"The {what} of client {self.client_id!r} in round {round} is NaN or infinite; nothing was sent "
                     "and its residual is as before. Lower the learning rate or check the data."
                 )
         corrected = self._feedback.corrected(delta, self.residual)
-        readable = self._pack(round, base_sha256, corrected, fisher, num_examples, max_bytes)
+        kept = {name: value for name, value in self.carried.items() if name == scaffold.CARRIED}
+        if variate is not None:
+            variate = variate - scaffold.client_variate(kept, self.schema.num_params)
+        readable = self._pack(round, base_sha256, corrected, fisher, num_examples, max_bytes, variate)
         seal_key = self.spec.sealing_key
         data = readable if seal_key is None else keys.seal(seal_key, readable)
         pending = Pending(round, data, corrected, readable)
-        self._store(last_round=round, residual=None, carried=carried or {}, pending=pending)
+        self._store(last_round=round, residual=None, carried={**(carried or {}), **kept}, pending=pending)
         return pending
 
     def check_budget(self, max_bytes: int) -> None:
         """Raise `BudgetError` unless every message can be kept to `max_bytes` bytes: better now than after training."""
-        self._pack(self.spec.rounds, "0" * 64, torch.zeros(self.schema.num_params), None, _MANY_EXAMPLES, max_bytes)
+        zeros = torch.zeros(self.schema.num_params)
+        self._pack(self.spec.rounds, "0" * 64, zeros, None, _MANY_EXAMPLES, max_bytes, zeros)
 
     def settle(self, record: RoundRecord) -> Settlement:
         """Turn the pending message into the next residual.
@@ -179,19 +187,23 @@ class ClientSession:
             raise MailboxError(
                 f"Client {self.client_id!r} has no message that the record of round {record.round} settles."
             )
-        fate = record.fate(self.client_id, pending.sha256)
+        fate, carried = record.fate(self.client_id, pending.sha256), self.carried
         if isinstance(fate, AcceptedUpdate):
             _, payload = message.unpack(pending.readable)
-            sent = self._codec.decode(payload, self.schema, CodecContext(round=pending.round))
+            context = CodecContext(round=pending.round)
+            if self._has_variate:
+                payload, second = split_pair(payload)
+                variate = scaffold.client_variate(carried, self.schema.num_params).clone()
+                self._codec.decode(second, self.schema, context).add_to(variate, 1.0)
+                carried = {**carried, scaffold.CARRIED: variate}
+            sent = self._codec.decode(payload, self.schema, context)
             settlement = Settlement(pending.round, "accepted")
             residual = self._feedback.after(pending.corrected, sent)
         else:
             settlement = Settlement(pending.round, "late" if fate is None else "refused", fate.reason if fate else "")
             residual = pending.corrected
         keeps = self.spec.error_feedback > 0 and bool(residual.any())  # a lossless codec leaves nothing to keep
-        self._store(
-            last_round=self.last_round, residual=residual if keeps else None, carried=self.carried, pending=None
-        )
+        self._store(last_round=self.last_round, residual=residual if keeps else None, carried=carried, pending=None)
         return settlement
 
     def residual_norm(self) -> float:
@@ -212,7 +224,11 @@ class ClientSession:
         fisher: Tensor | None,
         num_examples: int,
         max_bytes: int | None,
+        variate: Tensor | None,
     ) -> bytes:
+        """A readable message; with a control variate's change its codec gets half of what the budget leaves."""
+        if self._has_variate and variate is None:
+            raise MailboxError("This federation has control variates (SCAFFOLD), and the client's is missing.")
         header = message.Header(
             round=round,
             client_id=self.client_id,
@@ -220,25 +236,33 @@ class ClientSession:
             base=base_sha256,
             schema=self.schema.fingerprint,
             codec=self._codec.name,
-            params={},
+            params=PAIR_PARAMS if self._has_variate else {},
         )
         overhead = 0
         if max_bytes is not None:
             overhead = message.overhead(header, max_bytes, signed=self._sign is not None)
             overhead += keys.SEAL_OVERHEAD if self.spec.sealing_key is not None else 0
-        try:
-            encoded = self._codec.encode(
-                self.schema.unflatten(corrected),
-                None if fisher is None else self.schema.unflatten(fisher),
-                max_bytes=None if max_bytes is None else max_bytes - overhead,
+            overhead += PAIR_OVERHEAD if self._has_variate else 0
+        room = None if max_bytes is None else (max_bytes - overhead) // (2 if self._has_variate else 1)
+
+        def encode(vector: Tensor, weights: Tensor | None) -> bytes:
+            return self._codec.encode(
+                self.schema.unflatten(vector),
+                None if weights is None else self.schema.unflatten(weights),
+                max_bytes=room,
                 context=CodecContext(round=round),
-            )
+            ).payload
+
+        try:
+            payload = encode(corrected, fisher)
+            if self._has_variate and variate is not None:
+                payload = join_pair(payload, encode(variate, None))
         except BudgetError as error:
             raise BudgetError(
                 f"An uplink budget of {max_bytes} bytes, {overhead} of them for the message's header, is too small for "
                 f"client {self.client_id!r}: {error}"
             ) from error
-        return message.pack(header, encoded.payload, sign=self._sign)
+        return message.pack(header, payload, sign=self._sign)
 
     def _store(
         self, *, last_round: int, residual: Tensor | None, carried: dict[str, Tensor], pending: Pending | None

@@ -15,6 +15,7 @@ from fedfstq_hf.errors import ConfigError, MailboxError
 from fedfstq_hf.federation.keys import parse_public_key
 from fedfstq_hf.federation.record import other_version
 from fedfstq_hf.sensitivity.options import check_fisher, check_objective
+from fedfstq_hf.switches import check_switches
 
 FORMAT = 2
 
@@ -59,6 +60,9 @@ class FederationSpec:
         fisher: source of the adapter's Fisher information (`sensitivity.options.FISHER_SOURCES`).
         fisher_objective: whose gradients it is of (`sensitivity.options.FISHER_OBJECTIVES`).
         proximal_mu: FedProx's pull towards the adapter that the round started from; 0 for none.
+        scaffold_clients: N, the number of all clients, of a federation with SCAFFOLD's control variates; None for none.
+        learned_binarisation, binarisation_warmup, binarisation_rho: FedBAT's training (`fedfstq_hf.switches`).
+        token_merge_ratio, token_merge_layer: Fed-ToMe's (likewise).
         seed: of data order and dropout, together with client id and round.
         data: how clients format their examples (the data section of the recipe), for `fedfstq train`.
         client_defaults: `TrainingArguments` that `fedfstq train` starts from; each client may choose others.
@@ -98,6 +102,12 @@ class FederationSpec:
     fisher: str = "gradients"
     fisher_objective: str = "same"
     proximal_mu: float = 0.0
+    scaffold_clients: int | None = None
+    learned_binarisation: bool = False
+    binarisation_warmup: float = 0.5
+    binarisation_rho: float = 6.0
+    token_merge_ratio: float = 0.0
+    token_merge_layer: int = 1
     seed: int = 0
     data: Mapping[str, Any] = field(default_factory=dict)
     client_defaults: Mapping[str, Any] = field(default_factory=dict)
@@ -141,6 +151,11 @@ class FederationSpec:
             parse_public_key(self.sealing_key, "x25519")
         check_objective(self.objective, self.token_keep_ratio)
         check_fisher(self.fisher, self.fisher_objective, self.objective, self.proximal_mu)
+        check_switches(self)
+        if self.scaffold_clients is not None and (type(self.scaffold_clients) is not int or self.scaffold_clients < 1):
+            raise ConfigError(
+                f"scaffold_clients is the number of the federation's clients, or null; not {self.scaffold_clients!r}."
+            )
         if self.optimizer_state not in ("fresh", "kept"):
             raise ConfigError(f"optimizer_state must be 'fresh' or 'kept', not {self.optimizer_state!r}.")
         if unknown := sorted(set(self.training) - set(SHARED_TRAINING_ARGUMENTS)):

@@ -12,6 +12,7 @@ from fedfstq_hf.errors import ConfigError
 from fedfstq_hf.recipe.strict import build, join, plain
 from fedfstq_hf.sensitivity.options import check_fisher, check_objective
 from fedfstq_hf.simulation.network import LinkProfile, get_link
+from fedfstq_hf.switches import check_switches
 from fedfstq_hf.workloads.config import DataConfig
 
 Scalar = bool | int | float | str | None
@@ -186,12 +187,26 @@ class MethodSettings:
     refresh steps."""
     proximal_mu: float = 0.0
     """FedProx: pull towards the adapter that the round started from."""
+    scaffold: bool = False
+    """SCAFFOLD: correct each local gradient by control variates, which travel as a second payload; all clients weigh
+    alike."""
+    learned_binarisation: bool = False
+    """FedBAT: train the update in binary form, with a learned step size per tensor; needs codec `fedbat`."""
+    binarisation_warmup: float = 0.5
+    """Share of the local steps before that, in full precision (the paper's phi)."""
+    binarisation_rho: float = 6.0
+    """How fast step sizes are learned (the paper's rho)."""
+    token_merge_ratio: float = 0.0
+    """Fed-ToMe: share of the prompt's tokens that local training merges into similar ones, at most half; 0 for none."""
+    token_merge_layer: int = 1
+    """The decoder block before which they are merged, counted from 0."""
 
     def __post_init__(self) -> None:
         if not 0 <= float(self.error_feedback) <= 1:
             raise ConfigError(f"error_feedback must be true, false or a decay in (0, 1], got {self.error_feedback!r}")
         check_objective(self.objective, self.token_keep_ratio)
         check_fisher(self.fisher, self.fisher_objective, self.objective, self.proximal_mu)
+        check_switches(self)
         if isinstance(self.uplink_budget, int) and self.uplink_budget < 1:
             raise ConfigError(f"uplink_budget must be at least 1 byte, got {self.uplink_budget}")
 

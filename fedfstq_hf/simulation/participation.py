@@ -23,6 +23,7 @@ from fedfstq_hf.federation.downlink import cheapest_download
 from fedfstq_hf.federation.local import FolderMailbox
 from fedfstq_hf.federation.mailbox import RECORD_FILE
 from fedfstq_hf.federation.record import RoundRecord
+from fedfstq_hf.federation.scaffold import read_variate
 from fedfstq_hf.federation.session import ClientSession
 from fedfstq_hf.simulation.network import LinkProfile, LinkRates, round_cost
 from fedfstq_hf.simulation.packets import Delivery, deliver
@@ -109,6 +110,7 @@ class SimulatedParticipation:
                         adapter_sha256=record.adapter_sha256,
                         seed=local_seed(self.spec.seed, session.client_id, record.round),
                         dataset=self._datasets[index],
+                        variate=read_variate(self.mailbox, record, self.spec, self.coordinator.schema.num_params),
                     )
             self._send(record.round)
             if self.coordinator.close_round() is None:

@@ -27,6 +27,10 @@ from fedfstq_hf.errors import FedFSTQError
 from fedfstq_hf.evaluation import Evaluator
 from fedfstq_hf.federation.budgets import open_budget
 from fedfstq_hf.federation.client import Assignment, LocalResult, local_seed, store_message
+from fedfstq_hf.federation.local import FolderMailbox
+from fedfstq_hf.federation.mailbox import RECORD_FILE
+from fedfstq_hf.federation.record import RoundRecord
+from fedfstq_hf.federation.scaffold import read_variate
 from fedfstq_hf.federation.session import ClientSession
 from fedfstq_hf.federation.spec import FederationSpec
 from fedfstq_hf.simulation.processes import start_method, warm_up
@@ -209,7 +213,15 @@ class _WorkerParticipation:
             adapter_sha256=task.adapter_sha256,
             seed=local_seed(self.spec.seed, session.client_id, task.round),
             dataset=self._datasets[task.index],
+            variate=self._variate(task.round),
         )
+
+    def _variate(self, round: int) -> Tensor | None:
+        if self.spec.scaffold_clients is None:
+            return None
+        mailbox = FolderMailbox(self.job.folder / "mailbox", durable=False)
+        record = RoundRecord.from_json(mailbox.read(round, RECORD_FILE))
+        return read_variate(mailbox, record, self.spec, self._schema.num_params)
 
     def complete(self, assignment: Assignment, result: LocalResult) -> dict[str, float]:
         store_message(assignment.session, self._budget, assignment, result)

@@ -14,6 +14,7 @@ from fedfstq_hf.errors import NonFiniteError
 from fedfstq_hf.sensitivity import AdapterFisher, TokenSensitivity
 from fedfstq_hf.sensitivity.adapter import check_finite
 from fedfstq_hf.training.processes import Processes
+from fedfstq_hf.training.scaffold import MeanGradient
 
 if TYPE_CHECKING:
     from fedfstq_hf.generation.scorers.probe import ProbeFit
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 _FISHER = "fisher."
 _TOKENS = "tokens."
 _PROBE = "probe."
+_MEAN = "mean."
 
 
 class StepObserver:
@@ -36,11 +38,13 @@ class StepObserver:
             that the optimizer sees.
         keep_fisher: False where the Fisher information is read elsewhere; gradients are then only checked.
         fit_probe: fit a saliency probe at refresh steps, for a client that shares it.
+        mean_gradient: keep the mean of a round's gradients.
 
     Attributes:
         fisher: of the adapter's coordinates, from gradients before clipping.
         tokens: per token id.
         probe: from early hidden states; None where none is fitted.
+        mean: of the round's gradients before clipping, and before anything is added to them; None where not kept.
     """
 
     def __init__(
@@ -54,6 +58,7 @@ class StepObserver:
         own_gradients: bool = False,
         keep_fisher: bool = True,
         fit_probe: bool = False,
+        mean_gradient: bool = False,
     ) -> None:
         self._model, self._view, self._processes = model, view, processes or Processes()
         self.rho, self.refresh_steps = rho, refresh_steps
@@ -61,6 +66,7 @@ class StepObserver:
         self.fisher = AdapterFisher(view.parameters, rho=rho)
         self.tokens = self._new_tokens()
         self.probe = self._new_probe()
+        self.mean = MeanGradient(view.schema.num_params) if mean_gradient else None
         # of the step's micro-batches: ids, g and the hidden states for the probe, (tokens,), (tokens,), (tokens, H)
         self._seen: list[tuple[Tensor, Tensor, Tensor | None]] = []
         self._taken: list[Tensor | None] = []
@@ -70,6 +76,8 @@ class StepObserver:
         self.fisher.reset()
         self.tokens, self.probe = self._new_tokens(), self._new_probe()
         self._seen, self._taken = [], []
+        if self.mean is not None:
+            self.mean.reset()
         if table := token_table(carried):
             self.tokens.load_state_dict(table)
         if self.probe is not None and (state := probe_state(carried)):
@@ -88,11 +96,13 @@ class StepObserver:
         state |= self.carried()
         if self.probe is not None:
             state |= {f"{_PROBE}{name}": value for name, value in self.probe.state_dict(torch.float64).items()}
+        if self.mean is not None:
+            state |= {f"{_MEAN}{name}": value for name, value in self.mean.state_dict().items()}
         return {name: value.cpu() for name, value in state.items()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Restore what `state_dict()` returned; what is not in it stays as it is."""
-        averages = ((_FISHER, self.fisher), (_TOKENS, self.tokens), (_PROBE, self.probe))
+        averages = ((_FISHER, self.fisher), (_TOKENS, self.tokens), (_PROBE, self.probe), (_MEAN, self.mean))
         for prefix, average in averages:
             own = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
             if own and average is not None:
@@ -134,6 +144,8 @@ class StepObserver:
             return False
         if seen:
             self._enter_tokens(seen)
+        if self.mean is not None:
+            self.mean.update(gradients)
         return True
 
     def _enter_tokens(self, seen: Sequence[tuple[Tensor, Tensor, Tensor | None]]) -> None:

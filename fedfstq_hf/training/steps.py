@@ -20,6 +20,7 @@ from fedfstq_hf.training.filtering import FISHER_WEIGHTS, TOKEN_WEIGHTS, TokenFi
 from fedfstq_hf.training.observing import StepObserver
 from fedfstq_hf.training.processes import Processes
 from fedfstq_hf.training.proximal import Proximal
+from fedfstq_hf.training.scaffold import Correction
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +41,7 @@ class LocalSteps(_TrainerLike):  # type: ignore[misc]
     _observer: StepObserver
     _filter: TokenFilter | None
     _proximal: Proximal | None
+    _correction: Correction | None
     _fisher_source: str
     _step_losses: list[Tensor]
     """Of the micro-batches of the step at hand, of all target tokens; NaN where only some were seen."""
@@ -111,6 +113,8 @@ class LocalSteps(_TrainerLike):  # type: ignore[misc]
         start = self._start_adapter if self._assignment is None else self._assignment.adapter
         if self._proximal is not None and start is not None:
             self._proximal.add(start)
+        if self._correction is not None:
+            self._correction.add()
         return loss
 
     def _weigh(self, batches: list[Any]) -> list[Any]:
@@ -139,6 +143,7 @@ class LocalSteps(_TrainerLike):  # type: ignore[misc]
         filtered_only = settings.fisher_objective == "filtered-only"
         if filtered_only and self.args.world_size > 1:
             raise ConfigError("fisher_objective='filtered-only' needs a single process. Use fisher_objective='same'.")
+        scaffold = isinstance(settings, FederationSpec) and settings.scaffold_clients is not None
         self._fisher_source, self._step_losses = settings.fisher, []
         self._observer = StepObserver(
             self.model,
@@ -149,6 +154,7 @@ class LocalSteps(_TrainerLike):  # type: ignore[misc]
             own_gradients=filtered_only,
             keep_fisher=settings.fisher == "gradients",
             fit_probe=fit_probe,
+            mean_gradient=scaffold,
         )
         self._filter = open_filter(
             self,
@@ -158,3 +164,4 @@ class LocalSteps(_TrainerLike):  # type: ignore[misc]
             fisher_only=filtered_only,
         )
         self._proximal = Proximal(self.adapter_view, settings.proximal_mu) if settings.proximal_mu else None
+        self._correction = Correction(self.adapter_view) if scaffold else None

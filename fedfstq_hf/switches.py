@@ -1,0 +1,60 @@
+"""Switches of methods that are more than a codec: their ranges. Imports no torch, so that settings check at once."""
+
+from __future__ import annotations
+
+import math
+from typing import Protocol
+
+from fedfstq_hf.errors import ConfigError
+
+
+class Switches(Protocol):
+    """What a recipe's method and a federation's spec have in common beside objective and server optimizer."""
+
+    @property
+    def codec(self) -> str:
+        """Of the method's messages."""
+
+    @property
+    def learned_binarisation(self) -> bool:
+        """FedBAT: train the update in binary form, with a learned step size per tensor."""
+
+    @property
+    def binarisation_warmup(self) -> float:
+        """Share of the local steps before it, in full precision (phi in the paper)."""
+
+    @property
+    def binarisation_rho(self) -> float:
+        """How fast step sizes are learned (rho in the paper)."""
+
+    @property
+    def token_merge_ratio(self) -> float:
+        """Fed-ToMe: share of the prompt's tokens that local training merges into similar ones."""
+
+    @property
+    def token_merge_layer(self) -> int:
+        """The decoder block before which they are merged, counted from 0."""
+
+
+def check_switches(given: Switches) -> None:
+    """Refuse values out of range, and combinations that would not mean what they say.
+
+    Raises:
+        ConfigError: saying what to type.
+    """
+    _check_number("binarisation_warmup", given.binarisation_warmup, 1, "the share of local steps in full precision")
+    _check_number("binarisation_rho", given.binarisation_rho, 1000, "6 in the paper, 0 learns no step sizes")
+    _check_number("token_merge_ratio", given.token_merge_ratio, 0.5, "0 switches it off")
+    if given.learned_binarisation and given.codec != "fedbat":
+        raise ConfigError(
+            f"learned_binarisation needs codec 'fedbat', which sends what it learns, not {given.codec!r}."
+        )
+    layer = given.token_merge_layer
+    if type(layer) is not int or layer < 0:
+        raise ConfigError(f"token_merge_layer must be the number of a decoder block, counted from 0, not {layer!r}.")
+
+
+def _check_number(name: str, value: object, high: float, hint: str) -> None:
+    valid = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if not valid or not 0 <= value <= high:  # type: ignore[operator]
+        raise ConfigError(f"{name} must be a number from 0 to {high:g} ({hint}), not {value!r}.")
