@@ -235,6 +235,8 @@ class FedFSTQMixin(ResumableRounds, LocalSteps, _TrainerLike):  # type: ignore[m
         self._observer.begin(carried)
         if self._correction is not None:
             self._correction.begin(assignment.variate, client_variate(carried, view.schema.num_params))
+        if self._binarisation is not None:
+            self._binarisation.begin(assignment.adapter, assignment.seed)
         if not self._continue_round(assignment):
             view.write(assignment.adapter)
             load_optimizer(self.optimizer, view.parameters, carried if spec.optimizer_state == "kept" else {})
@@ -273,6 +275,7 @@ class FedFSTQMixin(ResumableRounds, LocalSteps, _TrainerLike):  # type: ignore[m
             num_examples=self._num_examples(),
             carried=carried,
             loss=self._processes.mean(self._losses, counted),
+            delta=None if self._binarisation is None else self._binarisation.update(spec.local_steps),
             variate=None if self._observer.mean is None else self._observer.mean.vector(),
         )
         metrics = participation.complete(assignment, result)

@@ -36,6 +36,12 @@ def window_attention(inputs: BlockInput, window: int) -> Tensor:
     return probabilities
 
 
+def content_keys(inputs: BlockInput) -> Tensor:
+    """The attention's keys before their rotation to positions, (B, key heads, T, D)."""
+    attention, norm = _parts(inputs.block)
+    return _query_and_key(attention, norm(inputs.hidden), 1)[1]
+
+
 def rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary positions (RoFormer, arXiv 2104.09864) on (B, heads, T, D); further dimensions than cos has stay."""
     size = cos.shape[-1]

@@ -24,8 +24,10 @@ from fedfstq_hf.errors import ConfigError
 from fedfstq_hf.federation import storage
 from fedfstq_hf.federation.client import Assignment
 from fedfstq_hf.federation.spec import FederationSpec
+from fedfstq_hf.training.binarisation import Binarisation
 from fedfstq_hf.training.observing import StepObserver
 
+_BINARISATION = "binarisation."
 STATE_FILE = "fedfstq_state.safetensors"
 _FORMAT = 1
 
@@ -73,10 +75,17 @@ class Saved:
         done = self.place.local_step if self.within(assignment) else 0
         return mine and self.place.global_step <= assignment.global_step + done
 
-    def restore(self, observer: StepObserver, device: torch.device | None = None) -> list[Tensor]:
-        """Set the observer's averages; returns, on `device`, the losses of the round's micro-batches so far."""
+    def restore(
+        self, observer: StepObserver, device: torch.device | None = None, binarisation: Binarisation | None = None
+    ) -> list[Tensor]:
+        """Set averages and step sizes; returns, on `device`, the losses of the round's micro-batches so far."""
         observer.load_state_dict(self.tensors)
+        if binarisation is not None:
+            binarisation.load_state(self._named(_BINARISATION))
         return list(self.tensors["losses"].to(device).unbind())
+
+    def _named(self, prefix: str) -> dict[str, Tensor]:
+        return {key.removeprefix(prefix): value for key, value in self.tensors.items() if key.startswith(prefix)}
 
     @property
     def start(self) -> Tensor | None:
@@ -85,17 +94,26 @@ class Saved:
 
 
 def save_state(
-    folder: str | Path, place: Place, observer: StepObserver, *, losses: Sequence[Tensor], start: Tensor | None
+    folder: str | Path,
+    place: Place,
+    observer: StepObserver,
+    *,
+    losses: Sequence[Tensor],
+    start: Tensor | None,
+    binarisation: Binarisation | None = None,
 ) -> None:
     """Write the state file into a checkpoint's folder.
 
     Args:
         losses: of the micro-batches of the round so far, scalars.
         start: the adapter that local training started from, (num_params,).
+        binarisation: of the round, where its update is trained in binary form.
     """
     tensors = {"losses": torch.stack(list(losses)).cpu() if losses else torch.zeros(0), **observer.state_dict()}
     if start is not None:
         tensors["start"] = start
+    if binarisation is not None:
+        tensors |= {f"{_BINARISATION}{key}": value.cpu() for key, value in binarisation.state().items()}
     metadata = {"fedfstq": json.dumps({"format": _FORMAT, **dataclasses.asdict(place)}, sort_keys=True)}
     storage.replace_file(Path(folder) / STATE_FILE, save(tensors, metadata=metadata), durable=False)
 

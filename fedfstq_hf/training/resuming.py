@@ -10,6 +10,7 @@ from transformers import Trainer
 
 from fedfstq_hf.federation.client import Assignment, Participation
 from fedfstq_hf.federation.spec import FederationSpec
+from fedfstq_hf.training.binarisation import Binarisation
 from fedfstq_hf.training.checkpoint import Place, Saved, load_state, save_state
 from fedfstq_hf.training.observing import StepObserver
 
@@ -25,6 +26,7 @@ class ResumableRounds(_TrainerLike):  # type: ignore[misc]
     _spec: FederationSpec | None
     _assignment: Assignment | None
     _observer: StepObserver
+    _binarisation: Binarisation | None
     _local_step: int
     _losses: list[Tensor]
     _fed_metrics: dict[str, float]
@@ -63,7 +65,7 @@ class ResumableRounds(_TrainerLike):  # type: ignore[misc]
             self._fed_metrics = dict(resumed.place.metrics)
             if self._resumes_within:
                 self._local_step = resumed.place.local_step
-                self._losses = resumed.restore(self._observer, self.args.device)
+                self._losses = resumed.restore(self._observer, self.args.device, self._binarisation)
         return self._resumes_within
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
@@ -82,7 +84,7 @@ class ResumableRounds(_TrainerLike):  # type: ignore[misc]
         )
         folder = f"{self._get_output_dir(trial)}/checkpoint-{self.state.global_step}"
         start = self._start_adapter if spec is None else None
-        save_state(folder, place, self._observer, losses=self._losses, start=start)
+        save_state(folder, place, self._observer, losses=self._losses, start=start, binarisation=self._binarisation)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,9 @@ from fedfstq_hf.federation.client import Assignment
 from fedfstq_hf.federation.spec import FederationSpec
 from fedfstq_hf.sensitivity import AdapterFisher
 from fedfstq_hf.sensitivity.adapter import second_moments
+from fedfstq_hf.training.binarisation import Binarisation
 from fedfstq_hf.training.filtering import FISHER_WEIGHTS, TOKEN_WEIGHTS, TokenFilter, open_filter
+from fedfstq_hf.training.merging import TokenMerging
 from fedfstq_hf.training.observing import StepObserver
 from fedfstq_hf.training.processes import Processes
 from fedfstq_hf.training.proximal import Proximal
@@ -42,6 +45,8 @@ class LocalSteps(_TrainerLike):  # type: ignore[misc]
     _filter: TokenFilter | None
     _proximal: Proximal | None
     _correction: Correction | None
+    _binarisation: Binarisation | None
+    _merging: TokenMerging | None
     _fisher_source: str
     _step_losses: list[Tensor]
     """Of the micro-batches of the step at hand, of all target tokens; NaN where only some were seen."""
@@ -95,18 +100,25 @@ class LocalSteps(_TrainerLike):  # type: ignore[misc]
         without gradient as they are, its own state included.
         """
         self._all_tokens_loss = None
-        with self._observer.watch(self._local_step, inputs):
+        merging = contextlib.nullcontext() if self._merging is None else self._merging.merging(inputs)
+        if self._binarisation is not None:
+            self._binarisation.enter(self._local_step)
+        with self._observer.watch(self._local_step, inputs), merging:
             loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
         of_all = loss.detach() if self._all_tokens_loss is None else self._all_tokens_loss
         self._step_losses.append(of_all)  # of a micro-batch, already divided by the number of them
         if not self.accelerator.sync_gradients:
             return loss
         losses, self._step_losses = self._step_losses, []
+        if self._binarisation is not None:
+            self._binarisation.leave()
         if not self._observer.end_step(self._local_step):
             self._skipped_steps += 1
             logger.warning("Local step %d: gradients are NaN or infinite; it is skipped.", self._local_step + 1)
             for parameter in self.adapter_view.parameters:
                 parameter.grad = None
+            if self._binarisation is not None:
+                self._binarisation.exponents.grad = None
             return loss
         if self._assignment is not None:
             self._losses += losses
@@ -116,6 +128,15 @@ class LocalSteps(_TrainerLike):  # type: ignore[misc]
         if self._correction is not None:
             self._correction.add()
         return loss
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """The Trainer's, which also learns the step sizes where the update is trained in binary form."""
+        super().create_optimizer(*args, **kwargs)
+        if self._binarisation is not None:
+            learned = self._binarisation.exponents
+            if not any(learned is one for group in self.optimizer.param_groups for one in group["params"]):
+                self.optimizer.add_param_group({"params": [learned], "weight_decay": 0.0})
+        return self.optimizer
 
     def _weigh(self, batches: list[Any]) -> list[Any]:
         """The micro-batches of an optimizer step, with the weights of their target tokens where they differ."""
@@ -165,3 +186,17 @@ class LocalSteps(_TrainerLike):  # type: ignore[misc]
         )
         self._proximal = Proximal(self.adapter_view, settings.proximal_mu) if settings.proximal_mu else None
         self._correction = Correction(self.adapter_view) if scaffold else None
+        self._set_up_switches(settings if isinstance(settings, FederationSpec) else None)
+
+    def _set_up_switches(self, spec: FederationSpec | None) -> None:
+        """What only a federation's spec can ask for."""
+        self._binarisation = self._merging = None
+        if spec is not None and spec.learned_binarisation:
+            self._binarisation = Binarisation(
+                self.adapter_view,
+                warmup=spec.binarisation_warmup,
+                rho=spec.binarisation_rho,
+                local_steps=spec.local_steps,
+            )
+        if spec is not None and spec.token_merge_ratio:
+            self._merging = TokenMerging(self.model, spec.token_merge_ratio, spec.token_merge_layer)
