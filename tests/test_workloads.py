@@ -212,6 +212,27 @@ def test_validation_rows_are_left_out(tmp_path):
     assert (len(train), len(test)) == (1, 1)
 
 
+def test_validation_is_neither_trained_on_nor_test():
+    """A tenth of the demo's training notes; the others stay, and no test note is among either."""
+    train, test = load_texts(DataConfig())
+    rest, validation = load_texts(DataConfig(), held_out="validation")
+    assert len(validation) == 200
+    assert len(rest) == 1800
+    prompts = [{text.prompt for text in part} for part in (train, test, rest, validation)]
+    assert prompts[2] | prompts[3] == prompts[0]
+    assert not prompts[2] & prompts[3]
+    assert not prompts[3] & prompts[1]
+    assert load_texts(DataConfig(), held_out="validation")[1] == validation
+    assert len(load_texts(DataConfig(test_limit=30), held_out="validation")[1]) == 30
+
+
+def test_the_datas_own_validation_rows_are_used(tmp_path):
+    rows = [*PAIR, {**PAIR[0], "answer": "mine", "split": "dev"}]
+    train, validation = load_texts(_config(tmp_path, rows), held_out="validation")
+    assert len(train) == 1
+    assert [text.answer for text in validation] == ["mine"]
+
+
 def test_limits_draw_the_same_rows_in_order(tmp_path):
     rows = [{"prompt": f"{index:03}", "answer": "a", "split": "train"} for index in range(100)]
     config = _config(tmp_path, [*rows, {**rows[0], "split": "test"}], train_limit=10)

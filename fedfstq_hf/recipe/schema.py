@@ -222,6 +222,9 @@ class EvaluationSettings:
 
     metric: Literal["eval_loss", "exact_match"] = "eval_loss"
     batch_size: int = 16
+    split: Literal["test", "validation"] = "test"
+    """`validation` is for tuning: rows that are neither test nor trained on. The data's own rows of that name where it
+    has any, else `data.test_fraction` of the groups of the training rows, which then are not trained on."""
 
     def __post_init__(self) -> None:
         _positive(self, "batch_size")

@@ -96,7 +96,7 @@ class Simulation:
     def _run_seed(self, seed: int, methods: list[str], bar: Any) -> None:
         recipe, federation = self.recipe, self.recipe.federation
         founding = found(recipe, seed)
-        workload = load_workload(recipe.data, founding.tokenizer)
+        workload = load_workload(recipe.data, founding.tokenizer, held_out=recipe.evaluation.split)
         shards = make_shards(
             workload.train,
             federation.clients,

@@ -27,13 +27,14 @@ class Workload:
         return f"Workload(train={len(self.train)} ({tokens} tokens; {shares}), test={len(self.test)})"
 
 
-def load_texts(config: DataConfig, *, need_test: bool = True) -> tuple[list[Text], list[Text]]:
+def load_texts(config: DataConfig, *, need_test: bool = True, held_out: str = "test") -> tuple[list[Text], list[Text]]:
     """Return (train, test) as text, each with its topic; raises `DataError` naming row and column for what is wrong.
 
     With `need_test=False`, for one client's own data, rows without a split are all for training and test may be empty.
+    With `held_out="validation"`, for tuning, test holds other rows than the test rows (see `split_texts`).
     """
     texts = [read_text(row, config) for row in read_rows(config)]
-    train, test = split_texts(texts, config, need_test=need_test)
+    train, test = split_texts(texts, config, need_test=need_test, held_out=held_out)
     texts = [*train, *test]
     if any(text.topic is None for text in texts):
         topics: Sequence[str] = cluster_topics([text.terms for text in texts], config.topics, num_fit=len(train))
@@ -41,9 +42,9 @@ def load_texts(config: DataConfig, *, need_test: bool = True) -> tuple[list[Text
     return texts[: len(train)], texts[len(train) :]
 
 
-def load_workload(config: DataConfig, tokenizer: Any, *, need_test: bool = True) -> Workload:
-    """Load, split, and tokenise a data set with a transformers tokenizer; for `need_test` see `load_texts`."""
-    train, test = load_texts(config, need_test=need_test)
+def load_workload(config: DataConfig, tokenizer: Any, *, need_test: bool = True, held_out: str = "test") -> Workload:
+    """Load, split, and tokenise a data set with a transformers tokenizer; for the options see `load_texts`."""
+    train, test = load_texts(config, need_test=need_test, held_out=held_out)
     return Workload(_tokenize(train, tokenizer, config.max_length), _tokenize(test, tokenizer, config.max_length))
 
 

@@ -14,8 +14,16 @@ _TEST_NAMES = ("test",)
 _UNUSED_NAMES = ("validation", "valid", "val", "dev")
 
 
-def split_texts(texts: Sequence[Text], config: DataConfig, *, need_test: bool) -> tuple[list[Text], list[Text]]:
-    """Return (train, test), each within its limit and in the order of the file; test may be empty if not needed."""
+def split_texts(
+    texts: Sequence[Text], config: DataConfig, *, need_test: bool, held_out: str = "test"
+) -> tuple[list[Text], list[Text]]:
+    """Return (train, test), each within its limit and in the order of the file; test may be empty if not needed.
+
+    With `held_out="validation"` what is returned in the place of the test rows is no test row: the rows whose split
+    says validation, or, where none does, `test_fraction` of the groups of the training rows, which are then held out.
+    """
+    if held_out == "validation":
+        return _validation(texts, config)
     if any(text.split is not None for text in texts):
         train, test = _by_column(texts)
     elif need_test:
@@ -26,6 +34,15 @@ def split_texts(texts: Sequence[Text], config: DataConfig, *, need_test: bool) -
         if not part and (name == "train" or need_test):
             raise DataError(f"{config.path} has no {name} rows; a split column must say train and test")
     return _limit(train, config.train_limit), _limit(test, config.test_limit)
+
+
+def _validation(texts: Sequence[Text], config: DataConfig) -> tuple[list[Text], list[Text]]:
+    train, _ = split_texts(texts, config, need_test=True)
+    own = [text for text in texts if text.split in _UNUSED_NAMES]
+    if own:
+        return train, _limit(own, config.test_limit)
+    train, held_out = _by_group(train, config.test_fraction)
+    return train, _limit(held_out, config.test_limit)
 
 
 def _by_column(texts: Sequence[Text]) -> tuple[list[Text], list[Text]]:
