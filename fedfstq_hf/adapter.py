@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from fedfstq_hf.codec import Schema
 from fedfstq_hf.errors import AdapterMismatchError
+from fedfstq_hf.federation.travelling import is_lora_a
 
 # What scales or shapes the adapter's effect without showing in its tensors.
 _EFFECTIVE_LORA = (
@@ -53,7 +54,7 @@ _PROBES = 16
 class AdapterView:
     """The active adapter of a `PeftModel` as one float32 vector in schema order.
 
-    Any kind of adapter will do whose saved tensors are its trained parameters.
+    Any kind of adapter will do whose saved tensors are its trained parameters; LoRA's factors A may be frozen.
 
     Raises:
         AdapterMismatchError: the model has no adapter, more than one active adapter, trains anything else besides, its
@@ -82,7 +83,12 @@ class AdapterView:
         _check_no_vocabulary_adapter(model)
         self._vocab_size = _vocab_size(model)
         state = get_peft_model_state_dict(model, adapter_name=self.name, save_embedding_layers=False)
-        by_storage = {parameter.data_ptr(): parameter for parameter in model.parameters() if parameter.requires_grad}
+        by_storage = {
+            parameter.data_ptr(): parameter
+            for name, parameter in model.named_parameters()
+            if parameter.requires_grad
+            or (is_lora_a(name) and self.name in name.split(".") and not config.inference_mode)
+        }
         self.schema = Schema.from_state_dict(state)
         self.parameters: list[nn.Parameter] = []
         for spec in self.schema.tensors:
@@ -118,6 +124,12 @@ class AdapterView:
     def gradients(self) -> list[Tensor]:
         """Accumulated gradients in schema order; zeros where backward left none."""
         return [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
+
+    def freeze_a(self, frozen: bool) -> None:
+        """Freeze LoRA's factors A, or train them with the rest."""
+        for spec, parameter in zip(self.schema.tensors, self.parameters, strict=True):
+            if is_lora_a(spec.name):
+                parameter.requires_grad_(not frozen)
 
     def state(self) -> dict[str, Tensor]:
         """The adapter as PEFT's state dict."""

@@ -130,6 +130,7 @@ def make_spec(
         fisher=settings.fisher,
         fisher_objective=settings.fisher_objective,
         proximal_mu=settings.proximal_mu,
+        freeze_a=settings.freeze_a,
         scaffold_clients=(num_clients or recipe.federation.clients) if settings.scaffold else None,
         learned_binarisation=settings.learned_binarisation,
         binarisation_warmup=settings.binarisation_warmup,

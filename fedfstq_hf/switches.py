@@ -54,6 +54,17 @@ def check_switches(given: Switches) -> None:
         raise ConfigError(f"token_merge_layer must be the number of a decoder block, counted from 0, not {layer!r}.")
 
 
+def check_freeze_a(freeze_a: bool, *, scaffold: bool, learned_binarisation: bool) -> None:
+    """Refuse what is defined over the whole adapter together with factors that stay at home.
+
+    Raises:
+        ConfigError: naming both.
+    """
+    other = "scaffold" if scaffold else "learned_binarisation" if learned_binarisation else None
+    if freeze_a and other:
+        raise ConfigError(f"freeze_a and {other} cannot be combined: leave one of them out.")
+
+
 def _check_number(name: str, value: object, high: float, hint: str) -> None:
     valid = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     if not valid or not 0 <= value <= high:  # type: ignore[operator]

@@ -144,6 +144,7 @@ class FedFSTQMixin(ResumableRounds, LocalSteps, _TrainerLike):  # type: ignore[m
         check_arguments(self.args)
         max_steps = self.args.max_steps
         self._participation, self._spec, self._ended = participation, spec, False
+        self.adapter_view.freeze_a(spec.freeze_a)
         self._set_up(spec, fit_probe=spec.share_saliency and self.federation.share_saliency)
         self.args.max_steps = max(participation.total_steps, 1)
         try:

@@ -30,7 +30,8 @@ def test_shipped_recipes_load_round_trip_and_run(name):
     assert Recipe.from_dict(recipe.to_dict()) == recipe
     assert Recipe.from_dict(yaml.safe_load(yaml.safe_dump(recipe.to_dict()))) == recipe
     assert validate(recipe) == []
-    assert {"fedavg", "fstq"} <= set(recipe.methods)
+    if recipe.target.of == "fedavg":  # a study of something else names its own reference
+        assert {"fedavg", "fstq"} <= set(recipe.methods)
 
 
 @pytest.mark.parametrize("name", list_recipes())

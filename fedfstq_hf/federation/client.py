@@ -276,7 +276,7 @@ class MailboxParticipation:
                     data = self.mailbox.read(round, UPDATE_FILE)
                     self.downlink_bytes += len(data)
                     following = self._record(round)
-                    adapter = apply_change(data, base, adapter, following, self.session.schema)
+                    adapter = apply_change(data, base, adapter, following, self.session.travelling.whole)
                     base = following
             if base.round != record.round:
                 adapter = None
@@ -284,7 +284,7 @@ class MailboxParticipation:
             data = self.mailbox.read(record.round, ADAPTER_FILE)
             self.downlink_bytes += len(data)
             state = adapter_file.load(data, expected_sha256=record.adapter_sha256)
-            adapter = self.session.schema.flatten(state)
+            adapter = self.session.travelling.whole.flatten(state)
         self._held = (record, adapter)
         return adapter
 

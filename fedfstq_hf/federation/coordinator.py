@@ -47,6 +47,7 @@ from fedfstq_hf.federation.record import RefusedUpdate, RoundRecord
 from fedfstq_hf.federation.records import Records
 from fedfstq_hf.federation.screening import Screening, Unseal
 from fedfstq_hf.federation.spec import FederationSpec
+from fedfstq_hf.federation.travelling import Travelling
 
 logger = logging.getLogger(__name__)
 
@@ -76,6 +77,7 @@ class Coordinator:
         self.mailbox = mailbox
         self.record: RoundRecord
         self.schema: Schema
+        self.travelling: Travelling
         self.adapter: Tensor
         self._clock = clock
         self._card = card
@@ -203,6 +205,7 @@ class Coordinator:
         data = self.mailbox.read(head, ADAPTER_FILE)
         state = adapter_file.load(data, expected_sha256=self.record.adapter_sha256)
         self.schema = Schema.from_state_dict(state)
+        self.travelling = self.spec.travelling(self.schema)
         self.adapter = self.schema.flatten(state)
         self._open_round()
 
@@ -210,7 +213,7 @@ class Coordinator:
         self._collector = Collector(
             self.mailbox,
             self.record.round,
-            num_params=self.schema.num_params,
+            num_params=self.travelling.schema.num_params,
             base=lambda round: self._record(round).adapter_sha256,
             selected=lambda round: self._record(round).selected,
         )
@@ -283,7 +286,7 @@ class Coordinator:
         return hashlib.sha256(self.mailbox.read_update(ref, max_bytes=ref.num_bytes)).hexdigest()
 
     def _screening(self) -> Screening:
-        return Screening(self.spec, self.schema, read_control(self.mailbox), self._unseal)
+        return Screening(self.spec, self.travelling.schema, read_control(self.mailbox), self._unseal)
 
     def _collect(self) -> Collected:
         usable, late = self._arrived(self.spec.max_staleness + 1)
@@ -292,9 +295,13 @@ class Coordinator:
     def _publish_mean(self, collected: Collected, *, finished: bool) -> RoundRecord:
         server_state: bytes | None
         if collected.accepted:
-            change, server_state = server_step(
-                self.adapter, collected.mean.result(), self.spec.server, self._server_state(self.record.round)
+            part, server_state = server_step(
+                self.travelling.take(self.adapter),
+                collected.mean.result(),
+                self.spec.server,
+                self._server_state(self.record.round),
             )
+            change = self.travelling.put(part)
         else:  # an end without any update
             change = torch.zeros_like(self.adapter)
             server_state = self._server_state(self.record.round)

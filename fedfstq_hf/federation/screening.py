@@ -36,7 +36,7 @@ class Screening:
 
     Args:
         spec: what the federation shares.
-        schema: of its adapter.
+        schema: of what travels of its adapter.
         control: who is enrolled, with which keys.
         unseal: opens sealed messages with the coordinator's private key; None where it has none.
     """

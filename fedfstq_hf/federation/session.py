@@ -68,14 +68,16 @@ class ClientSession:
     Args:
         client_id: 1 to 64 letters, digits, '.', '_' or '-'.
         spec: the federation's; names codec, schema and error feedback.
-        schema: of the adapter; its fingerprint must be the spec's.
+        schema: of the whole adapter; its fingerprint must be the spec's.
         folder: where the state lives, locked against a second process; None keeps it in memory.
         durable: fsync what is stored.
         sign: signs the digest of each message (see `federation.keys.signer`); None sends them unsigned.
 
     Attributes:
         last_round: the round whose local training this client finished last; -1 before the first.
-        residual: what error feedback still owes, (num_params,) float32; None stands for zeros.
+        travelling: which of its tensors the messages are about.
+        schema: of those.
+        residual: what error feedback still owes, (schema.num_params,) float32; None stands for zeros.
         carried: other tensors that travel from round to round (token sensitivity, optimizer moments).
     """
 
@@ -96,7 +98,8 @@ class ClientSession:
             )
         self.client_id = client_id
         self.spec = spec
-        self.schema = schema
+        self.travelling = spec.travelling(schema)
+        self.schema = self.travelling.schema
         self.last_round = -1
         self.residual: Tensor | None = None
         self.carried: dict[str, Tensor] = {}
@@ -108,7 +111,7 @@ class ClientSession:
             "format": FORMAT,
             "client_id": client_id,
             "federation": spec.id,
-            "schema": schema.fingerprint,
+            "schema": self.schema.fingerprint,
         }
         self._sign = sign
         self._durable = durable
@@ -141,7 +144,7 @@ class ClientSession:
         Args:
             round: the round that Θ_t was published as; larger than `last_round`.
             base_sha256: of Θ_t's adapter file.
-            delta: Θ_local - Θ_t, (num_params,) float32.
+            delta: Θ_local - Θ_t, the whole of it, float32.
             fisher: diagonal adapter Fisher in the same order, or None.
             num_examples: N_k, the client's weight in the mean.
             max_bytes: the whole message's budget in bytes, None for no limit.
@@ -160,11 +163,12 @@ class ClientSession:
                     f"The {what} of client {self.client_id!r} in round {round} is NaN or infinite; nothing was sent "
                     "and its residual is as before. Lower the learning rate or check the data."
                 )
-        corrected = self._feedback.corrected(delta, self.residual)
+        corrected = self._feedback.corrected(self.travelling.take(delta), self.residual)
         kept = {name: value for name, value in self.carried.items() if name == scaffold.CARRIED}
         if variate is not None:
             variate = variate - scaffold.client_variate(kept, self.schema.num_params)
-        readable = self._pack(round, base_sha256, corrected, fisher, num_examples, max_bytes, variate)
+        weights = None if fisher is None else self.travelling.take(fisher)
+        readable = self._pack(round, base_sha256, corrected, weights, num_examples, max_bytes, variate)
         seal_key = self.spec.sealing_key
         data = readable if seal_key is None else keys.seal(seal_key, readable)
         pending = Pending(round, data, corrected, readable)

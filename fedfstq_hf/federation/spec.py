@@ -11,11 +11,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fedfstq_hf import __version__
+from fedfstq_hf.codec import Schema
 from fedfstq_hf.errors import ConfigError, MailboxError
 from fedfstq_hf.federation.keys import parse_public_key
 from fedfstq_hf.federation.record import other_version
+from fedfstq_hf.federation.travelling import Travelling
 from fedfstq_hf.sensitivity.options import check_fisher, check_objective
-from fedfstq_hf.switches import check_switches
+from fedfstq_hf.switches import check_freeze_a, check_switches
 
 FORMAT = 2
 
@@ -60,6 +62,7 @@ class FederationSpec:
         fisher: source of the adapter's Fisher information (`sensitivity.options.FISHER_SOURCES`).
         fisher_objective: whose gradients it is of (`sensitivity.options.FISHER_OBJECTIVES`).
         proximal_mu: FedProx's pull towards the adapter that the round started from; 0 for none.
+        freeze_a: LoRA's factors A stay as round 0 has them; only the changes of B travel.
         scaffold_clients: N, the number of all clients, of a federation with SCAFFOLD's control variates; None for none.
         learned_binarisation, binarisation_warmup, binarisation_rho: FedBAT's training (`fedfstq_hf.switches`).
         token_merge_ratio, token_merge_layer: Fed-ToMe's (likewise).
@@ -102,6 +105,7 @@ class FederationSpec:
     fisher: str = "gradients"
     fisher_objective: str = "same"
     proximal_mu: float = 0.0
+    freeze_a: bool = False
     scaffold_clients: int | None = None
     learned_binarisation: bool = False
     binarisation_warmup: float = 0.5
@@ -152,6 +156,9 @@ class FederationSpec:
         check_objective(self.objective, self.token_keep_ratio)
         check_fisher(self.fisher, self.fisher_objective, self.objective, self.proximal_mu)
         check_switches(self)
+        check_freeze_a(
+            self.freeze_a, scaffold=self.scaffold_clients is not None, learned_binarisation=self.learned_binarisation
+        )
         if self.scaffold_clients is not None and (type(self.scaffold_clients) is not int or self.scaffold_clients < 1):
             raise ConfigError(
                 f"scaffold_clients is the number of the federation's clients, or null; not {self.scaffold_clients!r}."
@@ -163,6 +170,10 @@ class FederationSpec:
                 f"training.{unknown[0]} cannot be shared by a federation; it can share "
                 f"{', '.join(SHARED_TRAINING_ARGUMENTS)}."
             )
+
+    def travelling(self, schema: Schema) -> Travelling:
+        """What of an adapter with that schema travels."""
+        return Travelling.of(schema, freeze_a=self.freeze_a)
 
     def to_json(self) -> bytes:
         """Readable JSON with sorted keys."""

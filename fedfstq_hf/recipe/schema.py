@@ -12,7 +12,7 @@ from fedfstq_hf.errors import ConfigError
 from fedfstq_hf.recipe.strict import build, join, plain
 from fedfstq_hf.sensitivity.options import check_fisher, check_objective
 from fedfstq_hf.simulation.network import LinkProfile, get_link
-from fedfstq_hf.switches import check_switches
+from fedfstq_hf.switches import check_freeze_a, check_switches
 from fedfstq_hf.workloads.config import DataConfig
 
 Scalar = bool | int | float | str | None
@@ -187,6 +187,8 @@ class MethodSettings:
     refresh steps."""
     proximal_mu: float = 0.0
     """FedProx: pull towards the adapter that the round started from."""
+    freeze_a: bool = False
+    """FFA-LoRA: the factors A of the adapter stay as drawn; B is trained and travels: half the coordinates."""
     scaffold: bool = False
     """SCAFFOLD: correct each local gradient by control variates, which travel as a second payload; all clients weigh
     alike."""
@@ -207,6 +209,7 @@ class MethodSettings:
         check_objective(self.objective, self.token_keep_ratio)
         check_fisher(self.fisher, self.fisher_objective, self.objective, self.proximal_mu)
         check_switches(self)
+        check_freeze_a(self.freeze_a, scaffold=self.scaffold, learned_binarisation=self.learned_binarisation)
         if isinstance(self.uplink_budget, int) and self.uplink_budget < 1:
             raise ConfigError(f"uplink_budget must be at least 1 byte, got {self.uplink_budget}")
 

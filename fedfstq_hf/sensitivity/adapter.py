@@ -90,7 +90,7 @@ def second_moments(optimizer: Any, params: Sequence[Tensor]) -> Tensor:
     """Adam's `exp_avg_sq`, bias-corrected: a Fisher diagonal that costs nothing, of gradients as they were clipped.
 
     Returns:
-        Flat float32 (sum of sizes,) in the order of `params`; zeros for a parameter that never had a gradient.
+        Flat float32 (sum of sizes,) in the order of `params`; zeros for one that is frozen or never had a gradient.
 
     Raises:
         ConfigError: the optimizer keeps no such average per coordinate.
@@ -99,7 +99,7 @@ def second_moments(optimizer: Any, params: Sequence[Tensor]) -> Tensor:
     parts = []
     for parameter in params:
         state, beta = optimizer.state.get(parameter, {}), betas.get(id(parameter))
-        if beta is not None and not state:
+        if not parameter.requires_grad or (beta is not None and not state):
             parts.append(torch.zeros(parameter.numel(), device=parameter.device))
         elif beta is not None and {"exp_avg_sq", "step"} <= set(state):
             correction = 1.0 - beta[1] ** float(state["step"])

@@ -79,7 +79,7 @@ class SimulatedParticipation:
         self.mailbox = FolderMailbox(folder / "mailbox", durable=False)
         self.coordinator = Coordinator(self.mailbox)
         self.spec = self.coordinator.spec
-        num_params = self.coordinator.schema.num_params
+        num_params = self.coordinator.travelling.schema.num_params
         self._budget = open_budget(self.spec.uplink_budget, num_params)
         self._sessions: dict[int, ClientSession] = {}
         self._compute: dict[int, float] = {}

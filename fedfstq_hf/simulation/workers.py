@@ -195,7 +195,7 @@ class _WorkerParticipation:
         self.following: Task | None = first
         self.total_steps = self.spec.rounds * self.spec.local_steps * len(datasets)
         self._schema, self._datasets, self._inbox = schema, datasets, inbox
-        self._budget = open_budget(self.spec.uplink_budget, schema.num_params)
+        self._budget = open_budget(self.spec.uplink_budget, self.spec.travelling(schema).schema.num_params)
         self._index, self._started = first.index, 0.0
 
     def next(self) -> Assignment | None:

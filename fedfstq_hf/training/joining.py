@@ -88,7 +88,7 @@ def join(
         participation = MailboxParticipation(
             mailbox,
             session,
-            budget=open_budget(budget, view.schema.num_params),
+            budget=open_budget(budget, session.schema.num_params),
             poll_seconds=config.poll_seconds,
             wait_seconds=config.wait_seconds,
             saliency=pack_saliency if config.share_saliency else None,

@@ -10,7 +10,9 @@ import sys
 import time
 
 import pytest
+import torch
 from launcher import environment
+from safetensors.torch import load_file
 from tiny_workload import OWNERS, write_client_file
 
 from fedfstq_hf.errors import ConfigError, FedFSTQError
@@ -263,6 +265,22 @@ def test_two_workers_give_the_same_rows_and_adapters(finished, tiny_recipe, tmp_
     Simulation(load_recipe(tiny_recipe), tmp_path / "out", progress=False, workers=2).run()
     assert rows(tmp_path / "out") == rows(finished[0])
     assert adapters(tmp_path / "out") == adapters(finished[0])
+
+
+def test_methods_that_train_a_and_that_do_not_stand_side_by_side(tiny_recipe, tmp_path):
+    recipe = load_recipe(tiny_recipe, {"methods.fstq.freeze_a": True, "federation.rounds": 1})
+    for workers in (1, 2):
+        Simulation(recipe, tmp_path / str(workers), progress=False, workers=workers).run()
+    assert rows(tmp_path / "1") == rows(tmp_path / "2")
+    assert adapters(tmp_path / "1") == adapters(tmp_path / "2")
+
+    def factor_a(method, round):
+        mailbox = tmp_path / f"1/runs/{method}/seed-3/mailbox"
+        state = load_file(mailbox / f"rounds/{round:06d}/adapter_model.safetensors")
+        return torch.cat([tensor.reshape(-1) for name, tensor in sorted(state.items()) if ".lora_A." in name])
+
+    assert torch.equal(factor_a("fstq", 1), factor_a("fedavg", 0))
+    assert not torch.equal(factor_a("fedavg", 1), factor_a("fedavg", 0))
 
 
 def test_what_fails_in_a_worker_is_said(tiny_recipe, tmp_path):
