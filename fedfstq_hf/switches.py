@@ -16,6 +16,10 @@ class Switches(Protocol):
         """Of the method's messages."""
 
     @property
+    def fisher(self) -> str:
+        """Source of the adapter's Fisher information."""
+
+    @property
     def learned_binarisation(self) -> bool:
         """FedBAT: train the update in binary form, with a learned step size per tensor."""
 
@@ -36,8 +40,11 @@ class Switches(Protocol):
         """The decoder block before which they are merged, counted from 0."""
 
 
-def check_switches(given: Switches) -> None:
+def check_switches(given: Switches, *, scaffold: bool) -> None:
     """Refuse values out of range, and combinations that would not mean what they say.
+
+    Args:
+        scaffold: whether gradients are corrected by control variates.
 
     Raises:
         ConfigError: saying what to type.
@@ -48,6 +55,10 @@ def check_switches(given: Switches) -> None:
     if given.learned_binarisation and given.codec != "fedbat":
         raise ConfigError(
             f"learned_binarisation needs codec 'fedbat', which sends what it learns, not {given.codec!r}."
+        )
+    if given.fisher == "adam" and (scaffold or given.learned_binarisation):
+        raise ConfigError(
+            "fisher='adam' would be of gradients that SCAFFOLD or FedBAT has changed. Use fisher='gradients'."
         )
     layer = given.token_merge_layer
     if type(layer) is not int or layer < 0:

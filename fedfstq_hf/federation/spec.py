@@ -155,7 +155,7 @@ class FederationSpec:
             parse_public_key(self.sealing_key, "x25519")
         check_objective(self.objective, self.token_keep_ratio)
         check_fisher(self.fisher, self.fisher_objective, self.objective, self.proximal_mu)
-        check_switches(self)
+        check_switches(self, scaffold=self.scaffold_clients is not None)
         check_freeze_a(
             self.freeze_a, scaffold=self.scaffold_clients is not None, learned_binarisation=self.learned_binarisation
         )

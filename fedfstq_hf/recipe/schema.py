@@ -208,7 +208,7 @@ class MethodSettings:
             raise ConfigError(f"error_feedback must be true, false or a decay in (0, 1], got {self.error_feedback!r}")
         check_objective(self.objective, self.token_keep_ratio)
         check_fisher(self.fisher, self.fisher_objective, self.objective, self.proximal_mu)
-        check_switches(self)
+        check_switches(self, scaffold=self.scaffold)
         check_freeze_a(self.freeze_a, scaffold=self.scaffold, learned_binarisation=self.learned_binarisation)
         if isinstance(self.uplink_budget, int) and self.uplink_budget < 1:
             raise ConfigError(f"uplink_budget must be at least 1 byte, got {self.uplink_budget}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from pathlib import Path
 
@@ -88,6 +89,8 @@ class LightClient:
             changed, self.done = not self.done, True
             return changed
         result = fake_training(assignment.adapter, assignment.seed, assignment.session.carried)
+        if assignment.variate is not None:
+            result = dataclasses.replace(result, variate=assignment.variate + result.carried["momentum"])
         self.participation.complete(assignment, result)
         return True
 

@@ -46,6 +46,18 @@ def test_a_federation_gives_the_adapter_of_the_folder_mailbox(
     assert (record["round"], record["finished"], len(record["accepted"])) == (3, True, 3)
 
 
+def test_control_variates_are_those_of_the_folder_mailbox(hub_here: LoopbackHub, tmp_path: Path) -> None:
+    shared = {"codec": "fp32", "min_clients": 3, "rounds": 3, "id": "same", "scaffold_clients": 4, "clip": None}
+    federation = HubFederation(hub_here, "own", **shared)
+    run_rounds(federation.coordinator(), [federation.client(name) for name in CLIENTS])
+    folder = found(tmp_path / "folder", **shared)
+    run_rounds(Coordinator(folder, clock=lambda: 0.0), [LightClient(folder, name, None) for name in CLIENTS])
+    assert hub_here.read("org/run", ADAPTER) == folder.read_root(ADAPTER)
+    variate = hub_here.read("org/run", "fedfstq/control_variate.safetensors")
+    assert variate == folder.read(3, "control_variate.safetensors")
+    assert head_record(hub_here)["variate_bytes"] == len(variate)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_only_the_allowed_files_are_uploaded(hub_here: LoopbackHub, layout: str) -> None:
     federation = HubFederation(hub_here, layout)

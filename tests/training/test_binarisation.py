@@ -187,6 +187,11 @@ def test_a_checkpoint_within_a_round_goes_on(tmp_path):
 
 
 def test_refusals():
+    for switch in ({"scaffold": True}, {"learned_binarisation": True, "codec": "fedbat"}):
+        with pytest.raises(
+            ConfigError, match="fisher='adam' would be of gradients that SCAFFOLD or FedBAT has changed"
+        ):
+            MethodSettings(fisher="adam", **switch)
     with pytest.raises(ConfigError, match="learned_binarisation needs codec 'fedbat'"):
         MethodSettings(codec="fp32", learned_binarisation=True)
     with pytest.raises(ConfigError, match="binarisation_warmup must be a number from 0 to 1"):
