@@ -7,13 +7,15 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
 
 
-def make_tiny_model(*, seed: int = 0, r: int = 4, hidden_size: int = 32, **lora: object) -> PeftModel:
+def make_tiny_model(
+    *, seed: int = 0, r: int = 4, hidden_size: int = 32, num_hidden_layers: int = 2, **lora: object
+) -> PeftModel:
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=64,
         hidden_size=hidden_size,
         intermediate_size=48,
-        num_hidden_layers=2,
+        num_hidden_layers=num_hidden_layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=64,

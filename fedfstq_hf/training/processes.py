@@ -192,7 +192,7 @@ def open_processes(trainer: Any) -> Processes:
     if args.fp16:
         raise ConfigError("fp16 scales gradients, which the Fisher information must not see. Use bf16=True or float32.")
     sharding = {
-        "FSDP": trainer.is_fsdp_enabled,
+        "FSDP": trainer.is_fsdp_enabled or args.fsdp,  # Accelerate passes over the argument on CPUs, without a word
         "DeepSpeed": trainer.is_deepspeed_enabled,
         "Tensor parallelism": trainer.get_tp_size() > 1,
     }

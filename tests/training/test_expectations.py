@@ -81,6 +81,31 @@ def test_the_best_model_at_the_end_is_refused(tmp_path):
         run_refused(tmp_path)
 
 
+def test_the_best_model_at_the_end_of_local_training(tmp_path):
+    """Without a federation it is the Trainer's: here the first of three checkpoints, by a metric that counts them."""
+    adapters = []
+
+    class Record(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            adapters.append(AdapterView(model).read())
+
+    options = {"load_best_model_at_end": True, "metric_for_best_model": "number", "greater_is_better": False}
+    trainer = FedFSTQTrainer(
+        model=make_tiny_model(),
+        args=make_arguments(
+            tmp_path, max_steps=3, eval_strategy="steps", eval_steps=1, save_strategy="steps", save_steps=1, **options
+        ),
+        train_dataset=make_tiny_data(7),
+        eval_dataset=make_tiny_data(3),
+        federation=settings_of(None),
+        callbacks=[Record()],
+        compute_metrics=lambda prediction: {"number": len(adapters)},
+    )
+    trainer.train()
+    assert torch.equal(trainer.adapter_view.read(), adapters[0])
+    assert not torch.equal(adapters[0], adapters[2])
+
+
 def run_refused(folder):
     mailbox = found(folder / "box", make_tiny_model(), **FEDERATION)
     options = {"load_best_model_at_end": True, "eval_strategy": "steps", "save_strategy": "steps"}
@@ -106,3 +131,38 @@ def test_precision_and_checkpointing(tmp_path, plain, arguments, tolerance):
     assert float((moved - expected).norm()) <= tolerance * float(expected.norm())
     assert all(parameter.dtype == torch.float32 for parameter in trainer.adapter_view.parameters)
     assert int(torch.isfinite(trainer.sensitivity.scores()).sum()) > 20
+
+
+def test_compiled_training_is_the_uncompiled_one(tmp_path):
+    """Traced by dynamo and run by the eager backend: hooks at refresh steps, boolean masks and Fisher averages hold."""
+    found = []
+    for compiled in (False, True):
+        compilation = {"torch_compile": True, "torch_compile_backend": "eager"} if compiled else {}
+        trainer = FedFSTQTrainer(
+            model=make_tiny_model(num_hidden_layers=1),
+            args=make_arguments(tmp_path, max_steps=3, **compilation),
+            train_dataset=make_tiny_data(6),
+            federation=settings_of(None, objective="unbiased", refresh_steps=2),
+        )
+        trainer.train()
+        found.append((trainer.adapter_view.read(), trainer.adapter_fisher.vector(), trainer.sensitivity.scores()))
+    for plain, compiled in zip(*found, strict=True):
+        assert torch.allclose(plain, compiled, rtol=1e-4, atol=1e-7)
+    assert int(torch.isfinite(found[1][2]).sum()) > 10
+
+
+def test_reporters_of_the_libraries_get_the_federation_s_figures(tmp_path):
+    """`report_to="tensorboard"`: read back from the event file."""
+    accumulator = pytest.importorskip(
+        "tensorboard.backend.event_processing.event_accumulator",
+        reason="tensorboard is not installed: pip install 'fedfstq_hf[track]'",
+    )
+    trainer, _ = run(tmp_path, report_to="tensorboard", logging_strategy="steps", logging_steps=1)
+    (folder,) = {path.parent for path in tmp_path.rglob("events.out.tfevents*")}
+    events = accumulator.EventAccumulator(str(folder))
+    events.Reload()
+    rounds = {event.step: event.value for event in events.Scalars("train/fed_round")}
+    assert rounds[2] == 0
+    assert rounds[4] == 1
+    (sent,) = (row["fed_uplink_bytes"] for row in trainer.state.log_history if row["step"] == 4 and "loss" in row)
+    assert {event.value for event in events.Scalars("train/fed_uplink_bytes") if event.step == 4} == {sent}

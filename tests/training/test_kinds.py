@@ -8,6 +8,7 @@ import torch
 from peft import PeftModel, get_peft_model
 from small_federation import found, served, settings_of
 from tiny import make_arguments, make_tiny_data, make_tiny_model
+from transformers import TrainerCallback
 
 from fedfstq_hf import FedFSTQTrainer
 from fedfstq_hf.adapter import AdapterView, check_same_adapter
@@ -132,6 +133,22 @@ def test_a_vocabulary_resized_after_the_trainer_was_made(tmp_path):
     trainer.model.resize_token_embeddings(70)
     with pytest.raises(AdapterMismatchError, match=r"resized from 64 to 70 tokens.*leave out resize_token_embeddings"):
         trainer.train()
+
+
+def test_a_vocabulary_resized_in_the_middle_of_a_round(tmp_path):
+    """Noticed at the round's end, before anything is sent."""
+
+    class Resize(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            if state.global_step == 1:
+                model.resize_token_embeddings(70)
+
+    mailbox = found(tmp_path / "box", make_tiny_model())
+    trainer = make_trainer(tmp_path / "a", make_tiny_model(), mailbox)
+    trainer.add_callback(Resize())
+    with pytest.raises(AdapterMismatchError, match=r"resized from 64 to 70 tokens.*leave out resize_token_embeddings"):
+        trainer.train()
+    assert mailbox.list_updates(0) == []
 
 
 def test_a_vocabulary_resized_before_joining(tmp_path):

@@ -179,6 +179,15 @@ def test_sharded_models_are_refused(tmp_path, monkeypatch, name, match):
         module.open_processes(trainer)
 
 
+def test_fsdp_that_accelerate_passes_over_is_refused_too(tmp_path):
+    """On CPUs the argument alone switches nothing on: every process would train a copy, unlike what was asked for."""
+    trainer = FedFSTQTrainer(model=make_tiny_model(), args=make_arguments(tmp_path), train_dataset=make_tiny_data(2))
+    trainer.args.fsdp = True
+    assert not trainer.is_fsdp_enabled
+    with pytest.raises(ConfigError, match="FSDP splits the adapter"):
+        module.open_processes(trainer)
+
+
 def test_data_parallel_is_refused(tmp_path):
     arguments = make_arguments(tmp_path)
     arguments._n_gpu = 2

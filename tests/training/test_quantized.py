@@ -1,4 +1,4 @@
-"""A base in 4 bits: a client joins a federation that was founded on the same base in float32."""
+"""A base in 4 or 8 bits: a client joins a federation that was founded on the same base in float32."""
 
 import pytest
 import torch
@@ -14,21 +14,28 @@ from fedfstq_hf.adapter import AdapterView
 pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: pip install bitsandbytes")
 
 
-def quantized(folder):
-    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+CONFIGS = {
+    "Linear4bit": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.float32},
+    "Linear8bitLt": {"load_in_8bit": True},
+}
+
+
+def quantized(folder, kind="Linear4bit"):
+    config = BitsAndBytesConfig(**CONFIGS[kind])
     base = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, device_map="cpu")
     base = prepare_model_for_kbit_training(base, use_gradient_checkpointing=False)
     model = get_peft_model(base, LoraConfig(r=4, lora_alpha=8, target_modules="all-linear"))
-    assert type(model.get_base_model().model.layers[0].mlp.up_proj.base_layer).__name__ == "Linear4bit"
+    assert type(model.get_base_model().model.layers[0].mlp.up_proj.base_layer).__name__ == kind
     return model
 
 
-def test_a_client_with_a_base_in_4_bits(tmp_path):
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_a_client_with_a_quantized_base(tmp_path, kind):
     original = make_tiny_model(hidden_size=64)
     mailbox = found(tmp_path / "box", original, training={"learning_rate": 1e-2})
     start = AdapterView(original).read()
     original.unload().save_pretrained(tmp_path / "base")
-    model = quantized(tmp_path / "base")
+    model = quantized(tmp_path / "base", kind)
     trainer = FedFSTQTrainer(
         model=model,
         args=make_arguments(tmp_path / "a"),
