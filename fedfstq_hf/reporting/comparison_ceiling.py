@@ -1,16 +1,31 @@
 """The time that a message of zero bytes would leave: how much of a run's clock compression cannot touch.
 
-A row has a round's seconds, its uplink bytes in all and its mean compute, but no client's own share. Where all clients
-have one rate and send messages of one size, sending takes each of them equally long and is taken off exactly. Where
-rates differ, who the slowest client would be without it is not in the rows; its clients' mean compute is a lower bound
-on the round that is.
+Rows hold what each client downloaded and computed, so a round without uplink is computed as the round itself was. Rows
+of earlier versions have a round's totals and means only: where all clients have one rate and send messages of one size,
+sending is taken off exactly; where rates differ, the clients' mean compute is a lower bound on the round.
 """
 
+import math
 from collections.abc import Sequence
 from itertools import pairwise
 
 from fedfstq_hf.reporting.summary import Row
-from fedfstq_hf.simulation.network import LinkProfile
+from fedfstq_hf.simulation.network import LinkProfile, draw_rates, round_seconds
+
+
+def is_exact(rows: Sequence[Row], link: LinkProfile) -> bool:
+    """Whether `seconds_without_uplink` is no mere bound."""
+    return has_one_rate(link) or knows_clients(rows, link)
+
+
+def knows_clients(rows: Sequence[Row], link: LinkProfile) -> bool:
+    """Whether all rows after round 0 hold what a round of each client took."""
+    return all(_knows_clients(row, link) for row in rows[1:])
+
+
+def _knows_clients(row: Row, link: LinkProfile) -> bool:
+    # Rates that stand for a ratio depend on the adapter's size, which rows do not hold; without downlink none is used.
+    return "clients" in row and (link.upload_ratio is None or math.isinf(link.downlink_ratio))
 
 
 def has_one_rate(link: LinkProfile) -> bool:
@@ -18,14 +33,23 @@ def has_one_rate(link: LinkProfile) -> bool:
     return not link.spread and not link.tail_fraction
 
 
-def seconds_without_uplink(rows: Sequence[Row], link: LinkProfile, clients_per_round: int) -> float:
+def seconds_without_uplink(rows: Sequence[Row], link: LinkProfile, num_clients: int, clients_per_round: int) -> float:
     """Seconds on `link` from the first of `rows` (round 0) to the last, had every message weighed zero bytes.
 
-    On a link where clients differ it is a lower bound: server time plus mean compute, round by round.
+    Where `is_exact` says no, a lower bound: server time plus mean compute, round by round.
     """
     total = 0.0
     for before, row in pairwise(rows):
-        if has_one_rate(link):
+        if _knows_clients(row, link):
+            clients = row["clients"]
+            total += round_seconds(
+                link,
+                draw_rates(link, num_clients, row["seed"]),
+                uplink_bytes=dict.fromkeys(clients, 0),
+                downlink_bytes=dict(zip(clients, row["client_downlink_bytes"], strict=True)),
+                compute_seconds=dict(zip(clients, row["client_compute_seconds"], strict=True)),
+            )
+        elif has_one_rate(link):
             sent = 8 * row["uplink_bytes"] / (clients_per_round - row["num_dropped"])
             total += row["seconds"][link.name] - before["seconds"][link.name] - sent / (link.uplink_mbps * 1e6)
         else:

@@ -3,7 +3,8 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from fedfstq_hf.reporting.comparison_ceiling import has_one_rate
+from fedfstq_hf.reporting.comparison_breakdown import TRANSMIT_WATTS, mean_energy, mean_parts
+from fedfstq_hf.reporting.comparison_ceiling import has_one_rate, is_exact, knows_clients
 from fedfstq_hf.reporting.comparison_estimate import Estimate
 from fedfstq_hf.reporting.comparison_figures import TIGHT, Comparison, MethodFigures
 from fedfstq_hf.reporting.comparison_runs import Run
@@ -32,6 +33,8 @@ def figure_tables(comparison: Comparison) -> list[Table]:
         tables.append(_to_targets(comparison))
     if TIGHT in comparison.targets:
         tables.append(_time(comparison))
+    if (breakdown := _breakdown(comparison)).rows:
+        tables.append(breakdown)
     if any(figures.energy for figures in comparison.methods):
         tables.append(_energy(comparison))
     return tables
@@ -139,19 +142,20 @@ def _time(comparison: Comparison) -> Table:
     links = comparison.workload.recipe.links
     head = ["method"]
     for link in links:
-        head += [f"{link.name}: time", "sooner", "time with zero uplink", "ceiling"]
+        head += [f"{link.name}: time", "sooner", "time with zero uplink", "ceiling", "share of it"]
     rows = []
     for figures in comparison.methods:
         row = [figures.label]
         reached = figures.reached[TIGHT]
         for link in links:
-            exact = has_one_rate(link)
+            exact = all(is_exact(rows, link) for rows in figures.series.values())
             floor = reached.floor[link.name]
             row += [
                 _reached(reached.seconds[link.name], format_seconds, figures),
                 _ratio(reached.seconds_ratio[link.name]),
                 NONE if floor.mean is None else ("" if exact else "≥ ") + _with_spread(floor, format_seconds),
                 _ratio(reached.ceiling[link.name], "" if exact else "≤ "),
+                _share(reached.share[link.name], "" if exact else "≥ "),
             ]
         rows.append(row)
     return Table(f"Simulated time to {target_name(comparison, TIGHT)}", head, rows, _ceiling_note(comparison))
@@ -163,9 +167,10 @@ def _ceiling_note(comparison: Comparison) -> str:
         "method's with messages of zero bytes, which is as far as saving uplink can go in as many rounds. "
     )
     links = comparison.workload.recipe.links
-    if any(map(has_one_rate, links)):
+    rows = [rows for figures in comparison.methods for rows in figures.series.values()]
+    if any(not knows_clients(series, link) and has_one_rate(link) for series in rows for link in links):
         note += "Sending is taken off the clock as if the messages of a round were of one size. "
-    if unequal := [link.name for link in links if not has_one_rate(link)]:
+    if unequal := [link.name for link in links if not all(is_exact(series, link) for series in rows)]:
         note += (
             f"On {', '.join(unequal)} clients differ, and rows do not hold each client's share: given are bounds, from "
             "server time and mean compute alone, without the downlink. "
@@ -173,23 +178,29 @@ def _ceiling_note(comparison: Comparison) -> str:
     return note.strip()
 
 
+def _breakdown(comparison: Comparison) -> Table:
+    recipe = comparison.workload.recipe
+    rows = []
+    for figures in comparison.methods:
+        for link in recipe.links:
+            parts = mean_parts(list(figures.series.values()), link, recipe)
+            if parts is not None:
+                cells = [f"{figures.label}, {link.name}", *map(format_seconds, (*parts, sum(parts)))]
+                rows.append([*cells, f"{100 * parts[1] / sum(parts):.0f} %" if sum(parts) else NONE])
+    head = ["method, link", "local compute", "uplink", "downlink", "server", "round", "uplink's share"]
+    return Table("Where a round's time goes", head, rows, "Of the slowest client of each round; mean over rounds.")
+
+
 def _energy(comparison: Comparison) -> Table:
-    links = [link for link in comparison.links if any(link in figures.energy for figures in comparison.methods)]
-    head = ["method"]
-    for link in links:
-        head += [f"{link}: mean client", "straggler"]
-    rows = [
-        [
-            figures.label,
-            *(
-                f"{joules:.2f} J"
-                for link in links
-                for joules in figures.energy.get(link, ())  # a run of round 0 alone has none
-            ),
-        ]
-        for figures in comparison.methods
-    ]
-    rows = [[*row, *[NONE] * (len(head) - len(row))] for row in rows]
+    rows = []
+    for figures in comparison.methods:
+        for link in comparison.workload.recipe.links:
+            if link.name in figures.energy:
+                sweep = [mean_energy(list(figures.series.values()), link, watts) for watts in TRANSMIT_WATTS]
+                cells = [NONE if joules is None else f"{joules:.2f} J" for joules in sweep]
+                _, straggler = figures.energy[link.name]
+                rows.append([f"{figures.label}, {link.name}", *cells, f"{straggler:.2f} J"])
+    head = ["method, link", *(f"mean client, {watts:g} W sending" for watts in TRANSMIT_WATTS), "straggler, as set"]
     return Table("Energy per client and round", head, rows, "Modelled: sending and computing, not receiving.")
 
 
@@ -207,6 +218,10 @@ def _reached(value: Estimate, text_of: Callable[[float | None], str], figures: M
     if not value.known:
         return "not reached" if figures.finished else "not yet"
     return f"in {value.known} of {value.count} seeds"
+
+
+def _share(value: Estimate, sign: str) -> str:
+    return NONE if value.mean is None else f"{sign}{100 * value.mean:.0f} %"
 
 
 def _ratio(value: Estimate, sign: str = "") -> str:

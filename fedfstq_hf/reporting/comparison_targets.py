@@ -21,6 +21,7 @@ class Reached:
         seconds: on each link, simulated.
         floor: the same with zero uplink bytes; a lower bound on links whose clients differ.
         ceiling: reference's seconds over the floor: what no compression could exceed in as many rounds.
+        share: of the ceiling that was reached: the floor over the method's own seconds.
     """
 
     uplink: Estimate
@@ -29,6 +30,7 @@ class Reached:
     seconds_ratio: dict[str, Estimate]
     floor: dict[str, Estimate]
     ceiling: dict[str, Estimate]
+    share: dict[str, Estimate]
 
 
 def reach(series: Series, reference: Series, targets: Mapping[int, float], rule: TargetRule, recipe: Recipe) -> Reached:
@@ -58,6 +60,9 @@ def reach(series: Series, reference: Series, targets: Mapping[int, float], rule:
             link: estimate(quotient(seconds(theirs, seed, link), floors[link][seed]) for seed in seeds)
             for link in links
         },
+        share={
+            link: estimate(quotient(floors[link][seed], seconds(ours, seed, link)) for seed in seeds) for link in links
+        },
     )
 
 
@@ -66,4 +71,5 @@ def _floor(rows: Sequence[Row], target: float, rule: TargetRule, recipe: Recipe,
     if hit is None:
         return None
     link = next(link for link in recipe.links if link.name == name)
-    return seconds_without_uplink(rows[: hit["round"] + 1], link, recipe.federation.clients_per_round)
+    federation = recipe.federation
+    return seconds_without_uplink(rows[: hit["round"] + 1], link, federation.clients, federation.clients_per_round)

@@ -81,6 +81,7 @@ def _reached(reached: Reached) -> dict[str, Any]:
         "seconds": {link: _pair(reached.seconds[link]) for link in links},
         "times_sooner": {link: _pair(reached.seconds_ratio[link]) for link in links},
         "ceiling": {link: _pair(reached.ceiling[link]) for link in links},
+        "share_of_ceiling": {link: _pair(reached.share[link]) for link in links},
     }
 
 

@@ -10,8 +10,9 @@ from metric_rows import make_rows
 
 from fedfstq_hf.cli import main
 from fedfstq_hf.errors import ConfigError, DataError
-from fedfstq_hf.recipe import load_recipe
+from fedfstq_hf.recipe import Recipe, load_recipe
 from fedfstq_hf.reporting.comparison import write_comparison
+from fedfstq_hf.reporting.comparison_breakdown import mean_energy, mean_parts
 from fedfstq_hf.reporting.comparison_ceiling import seconds_without_uplink
 from fedfstq_hf.reporting.comparison_figures import compare
 from fedfstq_hf.reporting.comparison_notes import notes
@@ -175,11 +176,61 @@ def test_seconds_without_uplink_against_the_simulated_round(spread):
     for number in (1, 2):
         row = {"uplink_bytes": 3 * 500_000, "num_dropped": 1, "compute_seconds": 10 / 3}
         rows.append(row | {"seconds": {"link": number * cost(500_000)}})
-    floor = seconds_without_uplink(rows, link, clients_per_round=4)
+    floor = seconds_without_uplink(rows, link, num_clients=4, clients_per_round=4)
     if spread:
         assert 2 * 0.5 < floor <= 2 * cost(0)
     else:
         assert floor == pytest.approx(2 * cost(0))
+
+
+def test_seconds_without_uplink_are_exact_where_rows_hold_each_client():
+    link = LinkProfile("link", uplink_mbps=4.0, spread=0.6, tail_fraction=0.2, server_seconds=0.5)
+    rates = draw_rates(link, 10, seed=1)
+    compute = {1: 2.0, 4: 5.0, 7: 3.0}
+    down = {1: 800_000, 4: 10_000, 7: 400_000}
+    zero = round_cost(
+        link, rates, uplink_bytes=dict.fromkeys(compute, 0), downlink_bytes=down, compute_seconds=compute
+    ).seconds
+    row = {
+        "seed": 1,
+        "clients": list(compute),
+        "client_compute_seconds": list(compute.values()),
+        "client_downlink_bytes": list(down.values()),
+    }
+    assert seconds_without_uplink([{}, row, row], link, num_clients=10, clients_per_round=4) == pytest.approx(2 * zero)
+
+
+def breakdown_row(round, seconds):
+    return {
+        "seed": 0,
+        "round": round,
+        "seconds": {"link": seconds},
+        "clients": [0, 1],
+        "client_compute_seconds": [1.0, 3.0],
+        "client_air_bytes": [1_000_000, 500_000],
+        "client_downlink_bytes": [500_000, 1_000_000],
+        "compute_seconds": 2.0,
+        "energy": {"link": {"mean": 17.0, "straggler": 20.0}},
+    }
+
+
+def test_where_a_round_goes_by_hand():
+    # At 8 Mbit/s up and 16 down, client 0 has 1 + 1 + 0.25 s, client 1 has 3 + 0.5 + 0.5 s and is the slowest.
+    link = LinkProfile("link", uplink_mbps=8.0, downlink_ratio=2.0, server_seconds=0.25)
+    rows = [breakdown_row(0, 0.0), breakdown_row(1, 4.25)]
+    recipe = Recipe.from_dict({"name": "r", "methods": {"fedavg": {"codec": "fp32"}}})
+    assert mean_parts([rows], link, recipe) == pytest.approx((3.0, 0.5, 0.5, 0.25))
+    assert mean_parts([[{}, {}]], link, recipe) is None
+    # With rates that stand for a ratio, what compute and server leave of the round is the uplink.
+    ratio = LinkProfile("link", downlink_ratio=math.inf, compute_seconds=1.5, upload_ratio=10.0, server_seconds=0.25)
+    assert mean_parts([rows], ratio, recipe) == pytest.approx((1.5, 2.5, 0.0, 0.25))
+
+
+def test_energy_at_another_transmit_power_by_hand():
+    # 17 J are 4 W * 2 s of computing and 9 J of sending at 2 W; at 5 W sending takes 22.5 J.
+    rows = [breakdown_row(1, 0.0)]
+    assert mean_energy([rows], LinkProfile("link"), 2.0) == pytest.approx(17.0)
+    assert mean_energy([rows], LinkProfile("link"), 5.0) == pytest.approx(8.0 + 22.5)
 
 
 def test_ceiling_in_the_table_by_hand(tmp_path):
@@ -187,9 +238,9 @@ def test_ceiling_in_the_table_by_hand(tmp_path):
     rows = make_rows("fedavg", FEDAVG, bytes_per_round=2_000_000)
     (comparison,) = comparisons(write_run(tmp_path / "a", rows))
     cells = line(comparison, "Simulated time", "fedavg")
-    assert cells[1:5] == ["6.00 s", "1.00×", "5.40 s", "1.11×"]
+    assert cells[1:6] == ["6.00 s", "1.00×", "5.40 s", "1.11×", "90 %"]
     # On the tail a round lasts at least its mean compute, 1 s: 3 s of 18 s.
-    assert cells[5:9] == ["18.0 s", "1.00×", "≥ 3.00 s", "≤ 6.00×"]
+    assert cells[6:11] == ["18.0 s", "1.00×", "≥ 3.00 s", "≤ 6.00×", "≥ 17 %"]
 
 
 def test_bad_input_is_named(tmp_path):
