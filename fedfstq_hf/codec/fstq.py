@@ -40,21 +40,22 @@ class FstqCodec:
     """Rate-distortion optimised under the Fisher information; fits any budget.
 
     parts: "auto" (factors and coordinates), "factors" or "coordinates". levels: magnitudes of coordinates per matrix,
-    "auto", 1, 2, 4 or 8. fisher_power: squared errors weigh F to this power, 0.25, 0.5, 0.75 or 1; the lower, the less it
-    trusts the extremes of a noisy estimate. bits: per parameter, where no `max_bytes` is given (64 bytes at least).
+    "auto", 1, 2, 4 or 8. fisher_power: squared errors weigh F to this power, 0.25, 0.375, 0.5, 0.75 or 1; the lower,
+    the less it trusts the extremes of a noisy estimate. bits: per parameter, where no `max_bytes` is given (64 bytes at
+    least).
     """
 
     name = "fstq"
 
     def __init__(
-        self, parts: Parts = "auto", levels: Levels = "auto", fisher_power: float = 0.25, bits: float = 0.2
+        self, parts: Parts = "auto", levels: Levels = "auto", fisher_power: float = 0.375, bits: float = 0.2
     ) -> None:
         if parts not in ("auto", "factors", "coordinates"):
             raise ConfigError(f'fstq parts is {parts!r}; expected "auto", "factors" or "coordinates"')
         if levels != "auto" and levels not in LEVELS:
             raise ConfigError(f'fstq levels is {levels!r}; expected "auto", 1, 2, 4 or 8')
         if isinstance(fisher_power, bool) or fisher_power not in POWERS:
-            raise ConfigError(f"fstq fisher_power is {fisher_power!r}; expected 0.25, 0.5, 0.75 or 1")
+            raise ConfigError(f"fstq fisher_power is {fisher_power!r}; expected 0.25, 0.375, 0.5, 0.75 or 1")
         if isinstance(bits, bool) or not isinstance(bits, (int, float)) or not 0.0 < bits <= 32.0:
             raise ConfigError(f"fstq bits is {bits!r}; expected bits per parameter above 0 and at most 32, such as 0.2")
         self.parts = parts

@@ -22,7 +22,7 @@ _CHUNK = 1 << 18  # coordinates of a stack: its working set stays in a core's ca
 _FEWEST = 512  # features that a sample keeps at least: from fewer, factors seem to explain more than they do
 # weight of a coordinate at least, as a share of its matrix's mean and of the largest: unseen ones come last, but come
 _FLOOR, _LEAST = 1e-3, 1e-12
-POWERS = (0.25, 0.5, 0.75, 1.0)
+POWERS = (0.25, 0.375, 0.5, 0.75, 1.0)
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -118,12 +118,7 @@ class Source:
         if self._fisher is None:
             return torch.ones(len(stack.tensors), stack.r, -(-stack.f // stride), device="cpu")
         weight = self._scaled(self._fisher, stack, stride, self._fisher_exponent)
-        if self._power < 1:
-            root = weight.sqrt()
-            if self._power == 0.25:
-                weight = root.sqrt_()
-            else:
-                weight = root if self._power == 0.5 else root.mul_(root.sqrt())
+        weight = _power(weight, self._power)
         return weight.add_(weight.mean(dim=(1, 2), keepdim=True).mul_(_FLOOR).add_(_LEAST))
 
     def read(self, state: Mapping[str, Tensor], stack: Stack, stride: int = 1) -> Tensor:
@@ -143,3 +138,16 @@ class Source:
         for step in steps:
             stacked.mul_(math.ldexp(1.0, step))
         return stacked.transpose(1, 2) if stack.tall else stacked
+
+
+def _power(weight: Tensor, power: float) -> Tensor:
+    """weight^power for one of POWERS, by square roots, which are the same on every machine. Overwrites weight."""
+    if power == 1.0:
+        return weight
+    root = weight.sqrt_()
+    if power == 0.5:
+        return root
+    if power == 0.75:
+        return root.mul_(root.sqrt())
+    quarter = root.sqrt_()
+    return quarter if power == 0.25 else quarter.mul_(quarter.sqrt())

@@ -15,7 +15,8 @@ from torch import Tensor
 from .factors import fit
 from .stacks import Source, Stack, each, stacks_of, thin_for
 
-_SAMPLE = 1 << 19  # coordinates
+# coordinates: a twentieth of the update, so that its cost is in proportion; enough at least to know the price well
+_SHARE, _LEAST, _MOST = 20, 1 << 17, 1 << 19
 _TRIALS = 8
 _CLOSE = 0.02
 _USUAL_SLOPE = 0.6  # bits fall with this power of the price
@@ -41,9 +42,10 @@ class Sample:
 
     def __init__(self, source: Source, threads: int = 1) -> None:
         self._threads = threads
-        wanted = -(-source.schema.num_params // _SAMPLE)
+        num_params = source.schema.num_params
+        wanted = -(-num_params // min(max(num_params // _SHARE, _LEAST), _MOST))
         self._source = source
-        self._num_params = source.schema.num_params
+        self._num_params = num_params
         self._parts = []
         for stack in stacks_of(source.schema, wanted):
             stride = thin_for(stack.f, wanted)

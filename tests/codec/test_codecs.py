@@ -162,8 +162,8 @@ def test_fstq_sends_signs_at_the_weighted_mean():
 
 def test_fisher_power_changes_what_is_sent():
     delta, fisher = make_update()
-    power = {p: get_codec("fstq", fisher_power=p).encode(delta, fisher).payload for p in (0.25, 0.5, 0.75, 1.0)}
-    assert len(set(power.values())) == 4
+    power = {p: get_codec("fstq", fisher_power=p).encode(delta, fisher).payload for p in (0.25, 0.375, 0.5, 0.75, 1.0)}
+    assert len(set(power.values())) == 5
     squared = {name: f.square() for name, f in fisher.items()}
     update = get_codec("fstq", fisher_power=0.5).encode(delta, squared).reconstruction
     assert distortion(delta, fisher, update) == pytest.approx(

@@ -120,8 +120,10 @@ def test_a_sample_speaks_for_the_whole(monkeypatch):
     state = {str(i): torch.randn(8, 2048, generator=generator) for i in range(16)}
     fisher = {name: torch.randn(8, 2048, generator=generator).pow(4) for name in state}
     source = Source(Schema.from_state_dict(state), state, fisher, 1.0)
+    monkeypatch.setattr(tradeoff, "_LEAST", 1 << 18)
     whole = Sample(source)
-    monkeypatch.setattr(tradeoff, "_SAMPLE", 1 << 14)
+    assert sum(part.delta.numel() for part in whole._parts) == source.schema.num_params
+    monkeypatch.setattr(tradeoff, "_LEAST", 1 << 14)
     sample = Sample(source)
     assert sum(part.delta.numel() for part in sample._parts) == 1 << 14
     assert sum(part.copies * part.delta.numel() for part in sample._parts) == source.schema.num_params
