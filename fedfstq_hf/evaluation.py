@@ -67,7 +67,7 @@ class Evaluator:
         targets[:, :-1] = labels[:, 1:]  # position t predicts token t + 1
         keep = targets != IGNORED_LABEL
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=self._bf16):
-            logits = _logits_at(model, batch, keep, device)
+            logits = logits_at(model, batch, keep, device)
         wanted = targets[keep].to(device)
         loss = float(nn.functional.cross_entropy(logits.float(), wanted, reduction="sum"))
         wrong = torch.zeros_like(keep)
@@ -82,7 +82,7 @@ class Evaluator:
         return {"eval_loss": loss / tokens if tokens else math.nan, "exact_match": matches / examples}
 
 
-def _logits_at(model: nn.Module, batch: Mapping[str, Tensor], keep: Tensor, device: torch.device) -> Tensor:
+def logits_at(model: nn.Module, batch: Mapping[str, Tensor], keep: Tensor, device: torch.device) -> Tensor:
     """Logits (num_kept, vocab) at the kept positions; a 2-D mask projects only those through the LM head."""
     inputs = {"input_ids": batch["input_ids"].to(device), "attention_mask": batch["attention_mask"].to(device)}
     try:

@@ -31,6 +31,10 @@ def compress(
     ] = None,
     format: Annotated[str, typer.Option(help="How columns become prompt and answer: jsonl, fed_med, ...")] = "jsonl",
     calibration: Annotated[int, typer.Option(help="Training examples that say what matters; 0: none.")] = 64,
+    refine: Annotated[
+        int,
+        typer.Option(help="Steps of training through the rounding, on the calibration examples: 200 with 256 of them."),
+    ] = 0,
     evaluation: Annotated[int, typer.Option(help="Held-out examples to measure quality on; 0: none.")] = 200,
     max_length: Annotated[int, typer.Option(help="Tokens of prompt and answer together.")] = 256,
     batch_size: Annotated[int, typer.Option(help="Of calibration and evaluation.")] = 8,
@@ -55,6 +59,8 @@ def compress(
         raise ConfigError(f"{out} exists already and was left alone. Give another folder, or remove it first.")
     if calibration < 0 or evaluation < 0 or batch_size < 1:
         raise ConfigError("--calibration and --evaluation take 0 or more, --batch-size 1 or more.")
+    if refine and (data is None or not calibration):
+        raise ConfigError("--refine needs examples to learn from; type --data FILE, and --calibration 256 or so.")
     if dtype not in ("float32", "bfloat16"):
         raise ConfigError(f"--dtype is {dtype!r}; expected float32 or bfloat16.")
     quieten()
@@ -92,6 +98,8 @@ def compress(
         budget,
         base_model=base,
         init_seed=init_seed,
+        refine_steps=refine,
+        progress=True,
         codec=codec,
         include_plain=include_plain,
         batch_size=batch_size,

@@ -29,8 +29,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ..errors import BudgetError, MessageError
-from .dense import read_delta, read_fisher
+from ..errors import MessageError
 from .entropy import Adaptive, Reader, Writer, table, uniform
 from .registry import CodecContext, Encoded, register
 from .schema import Schema, TensorSpec
@@ -103,32 +102,23 @@ class UniformCodec:
         context: CodecContext | None = None,
     ) -> Encoded:
         """Spend the budget on the least weighted squared error. Raises BudgetError if not even zeros fit."""
-        from .uniform_search import search
+        from .uniform_rounding import fit
 
-        schema, vector = read_delta(delta)
-        weights = read_fisher(schema, fisher)
-        if max_bytes is None:
-            max_bytes = schema.num_params // 2 + 64
-        if max_bytes < 0:
-            raise BudgetError(f"max_bytes is {max_bytes}; expected 0 or more")
-        values = [as_groups(spec, vector).astype(np.float32) for spec in schema.tensors]
-        weighted = None if weights is None else [as_groups(spec, weights).astype(np.float32) for spec in schema.tensors]
-        payload, levels = search(values, weighted, max_bytes)
-        return Encoded(payload, _assemble(schema, levels))
+        return fit(delta, fisher, max_bytes).encoded
 
     def decode(self, payload: bytes, schema: Schema, context: CodecContext | None = None) -> SparseUpdate:
         """The adapter. Raises MessageError on any malformed payload."""
-        sides = [_sides(spec) for spec in schema.tensors]
+        sides = [shape_of(spec) for spec in schema.tensors]
         if not payload:
             return SparseUpdate(schema.num_params, None, torch.zeros(schema.num_params, device="cpu"))
-        return _assemble(schema, read(payload, sides))
+        return assemble(schema, read(payload, sides))
 
 
 def as_groups(spec: TensorSpec, vector: Tensor) -> npt.NDArray[np.float32]:
     """One tensor of a flat vector as (groups, width), groups <= width."""
     part = vector[spec.offset : spec.offset + spec.size].numpy()
-    groups, width = _sides(spec)
-    return np.ascontiguousarray(part.reshape(width, groups).T) if _tall(spec) else part.reshape(groups, width)
+    groups, width = shape_of(spec)
+    return np.ascontiguousarray(part.reshape(width, groups).T) if is_tall(spec) else part.reshape(groups, width)
 
 
 def write(levels: Levels) -> bytes:
@@ -234,22 +224,24 @@ def _residuals(before: Int64 | None, steps: Int64, classes: Int64) -> tuple[list
     return residuals, held
 
 
-def _assemble(schema: Schema, levels: Levels) -> SparseUpdate:
+def assemble(schema: Schema, levels: Levels) -> SparseUpdate:
+    """The update that levels stand for."""
     flat = torch.zeros(schema.num_params, device="cpu")
     for i, spec in enumerate(schema.tensors):
         values = values_of(levels, i)
-        values = values.T if _tall(spec) else values
+        values = values.T if is_tall(spec) else values
         flat[spec.offset : spec.offset + spec.size] = torch.from_numpy(values.reshape(-1))
     return SparseUpdate(schema.num_params, None, flat)
 
 
-def _sides(spec: TensorSpec) -> tuple[int, int]:
+def shape_of(spec: TensorSpec) -> tuple[int, int]:
     """(groups, width) with groups <= width; a vector is one group."""
     rows = spec.shape[0] if spec.shape else 1
     width = spec.size // max(rows, 1)
     return (min(rows, width), max(rows, width)) if min(rows, width) >= 2 else (min(spec.size, 1), spec.size)
 
 
-def _tall(spec: TensorSpec) -> bool:
-    groups, width = _sides(spec)
+def is_tall(spec: TensorSpec) -> bool:
+    """Whether groups are columns of the tensor as it is stored."""
+    groups, width = shape_of(spec)
     return groups >= 2 and spec.shape[0] == width != groups

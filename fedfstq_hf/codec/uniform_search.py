@@ -41,8 +41,19 @@ _FINEST_PRICE = 40.0  # octaves below the mean energy: finer than float32
 Float64 = npt.NDArray[np.float64]
 
 
-def search(values: list[Float32], weights: list[Float32] | None, max_bytes: int) -> tuple[bytes, Levels]:
-    """Payload of at most `max_bytes` and the levels in it. values, weights: per tensor (groups, width)."""
+class Found(NamedTuple):
+    """A payload, the levels in it, and the price of a bit that they were chosen at."""
+
+    payload: bytes
+    levels: Levels
+    price: float
+
+
+def search(values: list[Float32], weights: list[Float32] | None, max_bytes: int, held: Levels | None = None) -> Found:
+    """The best payload of at most `max_bytes`. values, weights: per tensor (groups, width).
+
+    held: levels of nearby values whose steps are to stay.
+    """
     energy = sum(
         float((v.astype(np.float64) ** 2 * (1.0 if weights is None else weights[i])).sum())
         for i, v in enumerate(values)
@@ -50,21 +61,21 @@ def search(values: list[Float32], weights: list[Float32] | None, max_bytes: int)
     count = sum(v.size for v in values)
     nothing = _empty(values)
     if energy == 0.0 or count == 0 or max_bytes == 0:
-        return b"", nothing
+        return Found(b"", nothing, math.inf)
     cheapest = math.log2(energy / count) - _FINEST_PRICE
     log_price = max(cheapest, math.log2(energy / count) - 16.0 * max_bytes / count)
     # (log price, bytes) of the nearest trials that are too long and that fit
     long: tuple[float, int] | None = None
     short: tuple[float, int] | None = None
-    best: tuple[bytes, Levels] = (b"", nothing)
+    best = Found(b"", nothing, math.inf)
     for _ in range(_TRIALS):
-        levels = quantise(values, weights, 2.0**log_price)
+        levels = quantise(values, weights, 2.0**log_price, held)
         payload = write(levels)
         if len(payload) > max_bytes:
             long = log_price, len(payload)
         else:
             short = log_price, len(payload)
-            best = max(best, (payload, levels), key=lambda one: len(one[0]))
+            best = max(best, Found(payload, levels, 2.0**log_price), key=lambda one: len(one.payload))
             if len(payload) >= _CLOSE * max_bytes or log_price == cheapest:
                 break
         if long and short:
@@ -79,26 +90,20 @@ def search(values: list[Float32], weights: list[Float32] | None, max_bytes: int)
     return best
 
 
-def quantise(values: list[Float32], weights: list[Float32] | None, price: float) -> Levels:
-    """The levels that are best at a price per bit."""
-    steps, classes, magnitudes = [], [], []
-    # all steps share one fine phase, so that the price moves them together and not a quarter of an octave at a time
-    phase = round(32 * math.log2(_STEP_FACTOR * price))
-    fine = phase % FINE
+def quantise(values: list[Float32], weights: list[Float32] | None, price: float, held: Levels | None = None) -> Levels:
+    """The levels that are best at a price per bit, on the steps of `held` if there are any."""
+    fine, steps = _steps(values, weights, price) if held is None else (held.fine, held.steps)
     grid = step_grid(fine).astype(np.float64)
+    classes, magnitudes = [], []
     for i, v in enumerate(values):
-        mean = np.ones(len(v)) if weights is None else weights[i].sum(axis=1, dtype=np.float64) / max(v.shape[1], 1)
-        quarters = np.round(2 * np.log2(np.where(mean > 0, mean, 1.0))).astype(np.int64)
-        index = phase // FINE - 4 * LOWEST - quarters
-        peak = np.abs(v).max(axis=1, initial=0.0) / (MAX_MAGNITUDE - 1.5)
-        index = np.clip(np.maximum(index, np.searchsorted(grid, peak)), 0, STEPS - 1)
-        steps.append(index)
-        size = np.abs(v) / grid[index][:, None]
+        size = np.abs(v) / grid[steps[i]][:, None]
         # a group without weight is not worth a bit
-        magnitudes.append(np.where(mean[:, None] > 0, np.floor(size + _ROUNDING), 0).astype(np.int64))
+        worth = np.ones((len(v), 1)) if weights is None else weights[i].max(axis=1, keepdims=True, initial=0.0) > 0
+        rounded = np.minimum(np.floor(size + _ROUNDING), MAX_MAGNITUDE)
+        magnitudes.append(np.where(worth, rounded, 0).astype(np.int64))
         classes.append(_classes(magnitudes[-1]))
     for _ in range(_PASSES):
-        tables = _tables(_shapes(values, weights, magnitudes, classes, steps, grid))
+        tables = tables_of(_shapes(values, weights, magnitudes, classes, steps, grid))
         for i, v in enumerate(values):
             scale = grid[steps[i]][:, None]
             weight = (1.0 if weights is None else weights[i]) * scale**2
@@ -108,6 +113,21 @@ def quantise(values: list[Float32], weights: list[Float32] | None, price: float)
     shapes = _shapes(values, weights, magnitudes, classes, steps, grid)
     signed = [np.where(v < 0, -m, m) for v, m in zip(values, magnitudes, strict=True)]
     return Levels(signed, classes, steps, fine, shapes)
+
+
+def _steps(values: list[Float32], weights: list[Float32] | None, price: float) -> tuple[int, list[Int64]]:
+    """Fine phase and steps of all groups at a price."""
+    # all steps share one fine phase, so that the price moves them together and not a quarter of an octave at a time
+    phase = round(32 * math.log2(_STEP_FACTOR * price))
+    fine = phase % FINE
+    grid, steps = step_grid(fine).astype(np.float64), []
+    for i, v in enumerate(values):
+        mean = np.ones(len(v)) if weights is None else weights[i].sum(axis=1, dtype=np.float64) / max(v.shape[1], 1)
+        quarters = np.round(2 * np.log2(np.where(mean > 0, mean, 1.0))).astype(np.int64)
+        index = phase // FINE - 4 * LOWEST - quarters
+        peak = np.abs(v).max(axis=1, initial=0.0) / (MAX_MAGNITUDE - 1.5)
+        steps.append(np.clip(np.maximum(index, np.searchsorted(grid, peak)), 0, STEPS - 1))
+    return fine, steps
 
 
 def _classes(magnitudes: Int64) -> Int64:
@@ -149,14 +169,15 @@ def _shapes(
     return shapes
 
 
-class _Tables(NamedTuple):
+class Tables(NamedTuple):
     """Bits and reading points per class and magnitude, (classes, 258); bits are infinite where there is no symbol."""
 
     bits: Float64
     levels: Float64
 
 
-def _tables(shapes: dict[int, Shape]) -> _Tables:
+def tables_of(shapes: dict[int, Shape]) -> Tables:
+    """Of all classes, from those in use."""
     bits = np.full((CLASSES, MAX_MAGNITUDE + 2), np.inf)
     bits[:, 0] = 0.0
     levels = np.tile(np.arange(MAX_MAGNITUDE + 2, dtype=np.float64), (CLASSES, 1))
@@ -166,10 +187,10 @@ def _tables(shapes: dict[int, Shape]) -> _Tables:
         bits[number, :size] = -np.log2(weights / weights.sum())
         bits[number, 1:size] += 1.0
         levels[number, :size] = shape.levels()
-    return _Tables(bits, levels)
+    return Tables(bits, levels)
 
 
-def _decide(size: Float64, weight: Float64, classes: Int64, tables: _Tables, price: float) -> Int64:
+def _decide(size: Float64, weight: Float64, classes: Int64, tables: Tables, price: float) -> Int64:
     """The cheapest of the two magnitudes around each value, and 0. size: values in steps; weight: per step squared."""
     rows = classes[:, None]
     below = np.minimum(np.floor(size), MAX_MAGNITUDE).astype(np.int64)

@@ -97,6 +97,8 @@ class CompressedAdapter:
     files: name -> content, what loading needs. plain: `adapter_model.safetensors` for plain PEFT, where asked for.
     before, after: metric -> value of the adapter as trained and as compressed, where measured. plain_bytes: size of
     the adapter as PEFT saves it. error: weighted squared error of the products B A, as a share of themselves.
+    divergences: from the trained adapter's predictions on the calibration examples, nats per target token: `coded`, and
+    `refined` after so many steps of refinement (the same where that brought nothing).
     """
 
     files: dict[str, bytes]
@@ -105,6 +107,8 @@ class CompressedAdapter:
     plain_bytes: int
     error: float
     seeded: bool
+    refine_steps: int = 0
+    divergences: dict[str, float] = field(default_factory=dict)
     plain: bytes | None = None
     before: dict[str, float] = field(default_factory=dict)
     after: dict[str, float] = field(default_factory=dict)
@@ -146,6 +150,11 @@ class CompressedAdapter:
             f"relative error of the products {self.error:.4f}",
             "coded as a change from a seeded start" if self.seeded else "coded whole",
         ]
+        if "refined" in self.divergences:
+            lines.append(
+                f"{self.refine_steps} steps of refinement: divergence from the trained adapter's predictions "
+                f"{self.divergences['coded']:.5f} before, {self.divergences['refined']:.5f} after (calibration set)"
+            )
         lines += [f"{name}: {self.before[name]:.4f} before, {self.after[name]:.4f} after" for name in self.after]
         return "\n".join(lines)
 

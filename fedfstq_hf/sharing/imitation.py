@@ -1,0 +1,90 @@
+"""How far an approximate adapter's predictions lie from those of the trained one, on examples of its task."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedfstq_hf.evaluation import logits_at
+from fedfstq_hf.sharing.trained import TrainedAdapter
+from fedfstq_hf.workloads.collate import IGNORED_LABEL, collate
+
+
+def predicts_tokens(config: Mapping[str, Any]) -> bool:
+    """Whether an adapter is for next-token prediction, by PEFT's configuration: what is compared here."""
+    kind = config.get("task_type")
+    return kind is None or str(getattr(kind, "value", kind)) == "CAUSAL_LM"
+
+
+class Imitation:
+    """Compares next-token distributions at target tokens (those with a label), the trained adapter's with others'.
+
+    examples: as for calibration. The model is in evaluation mode meanwhile, and left as it was.
+    """
+
+    def __init__(self, adapter: TrainedAdapter, examples: Sequence[Mapping[str, Any]], batch_size: int) -> None:
+        self._adapter, self._examples, self._batch_size = adapter, examples, batch_size
+
+    def __len__(self) -> int:
+        return len(self._examples)
+
+    @torch.no_grad()
+    def divergence(self, state: Mapping[str, Tensor]) -> float:
+        """Mean Kullback-Leibler divergence per target token over all examples, in nats; NaN if there is no token."""
+        total, tokens = 0.0, 0
+        with self._evaluating():
+            for start in range(0, len(self), self._batch_size):
+                batch, keep, wanted = self._trained(range(start, min(start + self._batch_size, len(self))))
+                with self._adapter.replaced(state):
+                    each = self._divergences(batch, keep, wanted)
+                total, tokens = total + float(each.sum()), tokens + each.numel()
+        return total / tokens if tokens else math.nan
+
+    def gradient(self, state: Mapping[str, Tensor], picks: Sequence[int]) -> dict[str, Tensor]:
+        """Gradient of the mean divergence over some examples, float32 on the CPU, for the tensors of `state`."""
+        params = [self._adapter.parameters[name] for name in state]
+        before = [p.requires_grad for p in params]
+        with self._evaluating():
+            batch, keep, wanted = self._trained(picks)
+            # autograd reads the values that the parameters have when it runs backwards
+            with self._adapter.replaced(state), torch.enable_grad():
+                try:
+                    for p in params:
+                        p.requires_grad_(True)
+                    loss = self._divergences(batch, keep, wanted).mean()
+                    found = torch.autograd.grad(loss, params)
+                finally:
+                    for p, needed in zip(params, before, strict=True):
+                        p.requires_grad_(needed)
+        return {name: g.float().cpu() for name, g in zip(state, found, strict=True)}
+
+    @torch.no_grad()
+    def _trained(self, picks: Sequence[int]) -> tuple[Mapping[str, Tensor], Tensor, Tensor]:
+        """A batch, which of its positions (B, T) predict a target, and trained log-probabilities (tokens, vocab)."""
+        # the padding's value does not matter: it is masked, and has no label
+        batch = collate([self._examples[i] for i in picks], pad_id=0)
+        keep = torch.zeros_like(batch["labels"], dtype=torch.bool)
+        keep[:, :-1] = batch["labels"][:, 1:] != IGNORED_LABEL
+        return batch, keep, self._log_probabilities(batch, keep)
+
+    def _divergences(self, batch: Mapping[str, Tensor], keep: Tensor, wanted: Tensor) -> Tensor:
+        """Of every target token (tokens,)."""
+        return (wanted.exp() * (wanted - self._log_probabilities(batch, keep))).sum(dim=-1)
+
+    def _log_probabilities(self, batch: Mapping[str, Tensor], keep: Tensor) -> Tensor:
+        model = self._adapter.model
+        return logits_at(model, batch, keep, next(model.parameters()).device).float().log_softmax(dim=-1)
+
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        was_training = self._adapter.model.training
+        self._adapter.model.eval()
+        try:
+            yield
+        finally:
+            self._adapter.model.train(was_training)
