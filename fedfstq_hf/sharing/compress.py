@@ -34,6 +34,7 @@ Examples = Sequence[Mapping[str, Any]]
 """Rows with `input_ids` and `labels` (-100 where no loss is wanted), as lists or one-dimensional tensors."""
 
 _MAGNITUDE = ".lora_magnitude_vector"
+_JUDGED = 64  # calibration examples by which one message is preferred to another
 _HALF = (2.0**-14, 65504.0)  # float16's normal range: within it, rounding is at most 2^-11 of a value
 
 
@@ -65,8 +66,8 @@ def compress_adapter(
         init_seed: what `set_seed` was given right before `get_peft_model`, if known: then the random part of A may be
             left out. It is used only where that is smaller.
         refine_steps: of training through the rounding on the calibration examples, towards the predictions of the
-            adapter as trained. 100 to 300 halve what compression costs; each step takes two forward passes and one
-            backward pass of a batch. The outcome is kept only if it predicts more alike. 0: none.
+            adapter as trained; each takes two forward passes and one backward pass of a batch. The outcome is kept
+            only if it predicts more alike on the first of the calibration examples. 0: none.
         progress: show a bar while refining.
         codec: of the LoRA matrices; the default is made for this.
         include_plain: add `adapter_model.safetensors` with the compressed adapter's values, for plain PEFT.
@@ -166,8 +167,8 @@ def _check_refinement(steps: int, calibration: Examples | None, codec: str, adap
 
 
 def _closest(imitation: Imitation, candidates: Sequence[Coded]) -> tuple[Coded, float]:
-    """The candidate that predicts most like the trained adapter, the first of equals, and its divergence."""
-    divergences = [imitation.divergence(one.state) for one in candidates]
+    """The candidate that predicts most like the trained adapter, the first of equals, and its divergence in nats."""
+    divergences = imitation.divergences([one.state for one in candidates], _JUDGED)
     best = min(range(len(candidates)), key=divergences.__getitem__)
     return candidates[best], divergences[best]
 

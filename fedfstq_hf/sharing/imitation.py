@@ -34,16 +34,21 @@ class Imitation:
         return len(self._examples)
 
     @torch.no_grad()
-    def divergence(self, state: Mapping[str, Tensor]) -> float:
-        """Mean Kullback-Leibler divergence per target token over all examples, in nats; NaN if there is no token."""
-        total, tokens = 0.0, 0
+    def divergences(self, states: Sequence[Mapping[str, Tensor]], at_most: int | None = None) -> list[float]:
+        """Mean Kullback-Leibler divergence per target token of each state, in nats; NaN if there is no token.
+
+        at_most: examples to look at, the first ones; None: all.
+        """
+        count = len(self) if at_most is None else min(at_most, len(self))
+        totals, tokens = [0.0] * len(states), 0
         with self._evaluating():
-            for start in range(0, len(self), self._batch_size):
-                batch, keep, wanted = self._trained(range(start, min(start + self._batch_size, len(self))))
-                with self._adapter.replaced(state):
-                    each = self._divergences(batch, keep, wanted)
-                total, tokens = total + float(each.sum()), tokens + each.numel()
-        return total / tokens if tokens else math.nan
+            for start in range(0, count, self._batch_size):
+                batch, keep, wanted = self._trained(range(start, min(start + self._batch_size, count)))
+                tokens += len(wanted)
+                for number, state in enumerate(states):
+                    with self._adapter.replaced(state):
+                        totals[number] += float(self._divergences(batch, keep, wanted).sum())
+        return [total / tokens if tokens else math.nan for total in totals]
 
     def gradient(self, state: Mapping[str, Tensor], picks: Sequence[int]) -> dict[str, Tensor]:
         """Gradient of the mean divergence over some examples, float32 on the CPU, for the tensors of `state`."""

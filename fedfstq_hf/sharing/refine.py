@@ -20,7 +20,7 @@ from fedfstq_hf.codec.uniform_rounding import Fit, fit
 from fedfstq_hf.sharing.coding import Coded, Coder
 from fedfstq_hf.sharing.imitation import Imitation
 
-_LEARNING_RATE = 0.05  # of Adam, in steps of the grid
+_LEARNING_RATE = 0.01  # of Adam, in steps of the grid: gradients of a few examples are mostly noise
 _BETAS = (0.9, 0.99)
 _WARM_UP = 10
 _REFIT = 25  # steps between looks at the budget

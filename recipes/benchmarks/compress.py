@@ -83,6 +83,7 @@ def main() -> int:
     parser.add_argument("--max-length", type=int, default=320)
     parser.add_argument("--test", type=int, default=400, help="held-out examples at most")
     parser.add_argument("--calibration", type=int, default=64, help="training examples for the Fisher information")
+    parser.add_argument("--refine", type=int, default=0, help="steps of refinement, with calibration")
     parser.add_argument("--budgets", default="4,2,1,0.5", help="bits per parameter")
     parser.add_argument("--results", type=Path, default=Path("recipes/results/compress.json"))
     args = parser.parse_args()
@@ -115,7 +116,13 @@ def main() -> int:
                 folder = Path(scratch) / f"{bits}-{calibrated}"
                 examples = workload.train[: args.calibration] if calibrated else None
                 made = save_compressed_adapter(
-                    adapter, folder, f"{bits:g}bpp", base_model=base, calibration=examples, init_seed=args.seed
+                    adapter,
+                    folder,
+                    f"{bits:g}bpp",
+                    base_model=base,
+                    calibration=examples,
+                    init_seed=args.seed,
+                    refine_steps=args.refine if calibrated else 0,
                 )
                 base, _ = load_base(args.model, "float32")
                 after = evaluate(load_compressed_adapter(base, folder))
@@ -132,6 +139,8 @@ def main() -> int:
                         "files": sizes,
                         "product_error": made.error,
                         "seeded": made.seeded,
+                        "refine_steps": made.refine_steps,
+                        "divergences": made.divergences,
                         **after,
                         "lost": share,
                     }

@@ -18,8 +18,10 @@ def test_divergence_is_that_of_the_predictions_at_targets():
     adapter = trained_adapter(model)
     other = {name: 0.5 * tensor for name, tensor in adapter.state().items()}
     imitation = Imitation(adapter, DATA[:3], batch_size=2)
-    assert imitation.divergence(adapter.state()) == 0.0
-    found = imitation.divergence(other)
+    assert imitation.divergences([adapter.state()]) == [0.0]
+    zero, found = imitation.divergences([adapter.state(), other])
+    assert zero == 0.0
+    assert imitation.divergences([other], 2) == Imitation(adapter, DATA[:2], 2).divergences([other])
     assert model.training
     model.eval()
     inputs = torch.tensor([row["input_ids"] for row in DATA[:3]])
@@ -43,7 +45,8 @@ def test_its_gradient_is_that_of_the_values_given():
     name, step = adapter.pairs[2].b, 1e-3
     direction = gradient[name] / gradient[name].norm()
     up, down = ({**state, name: state[name] + sign * step * direction} for sign in (1, -1))
-    slope = (imitation.divergence(up) - imitation.divergence(down)) / (2 * step)
+    high, low = imitation.divergences([up, down])
+    slope = (high - low) / (2 * step)
     assert slope == pytest.approx(float(gradient[name].norm()), rel=0.02)
 
 
@@ -80,24 +83,21 @@ def test_what_brings_nothing_is_discarded(monkeypatch):
     assert "brought nothing and were discarded" in made.card
 
 
-def test_the_form_is_chosen_by_its_predictions(monkeypatch):
+@pytest.mark.parametrize("better", [0, 1])
+def test_the_form_is_chosen_by_its_predictions(better, monkeypatch):
     from fedfstq_hf.sharing import compress
 
-    # the seeded form, were it judged by its product; the whole one by its predictions
-    monkeypatch.setattr(Imitation, "divergence", lambda self, state: float(state is not forms[0].state))
-    forms, kept = [], compress.Coder.code
+    seen = []
 
-    def code(self, form):
-        forms.append(kept(self, form))
-        return forms[-1]
+    def divergences(self, states, at_most):
+        seen.append(len(states))
+        return [float(number != better) for number in range(len(states))]
 
-    monkeypatch.setattr(compress.Coder, "code", code)
-    made = compress_adapter(trained(), 4000, calibration=DATA, init_seed=0)
-    assert len(forms) == 2
-    assert not made.seeded
-    monkeypatch.setattr(Imitation, "divergence", lambda self, state: float(state is forms[0].state))
-    forms.clear()
-    assert compress_adapter(trained(), 4000, calibration=DATA, init_seed=0).seeded
+    monkeypatch.setattr(Imitation, "divergences", divergences)
+    made = compress.compress_adapter(trained(), 4000, calibration=DATA, init_seed=0)
+    assert seen == [2]
+    assert made.seeded is bool(better)
+    assert made.divergences == {"coded": 0.0}
 
 
 def test_where_it_cannot_be_done():
