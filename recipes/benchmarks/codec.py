@@ -219,7 +219,10 @@ def plot(table: dict[str, list[dict[str, Any]]], path: Path) -> None:
         if not points:
             continue
         ours = label.startswith("fstq")
-        style = {"color": next(colours), "linewidth": 2.5 if label == "fstq" else 1.5 if ours else 1.0}
+        style = {
+            "color": "black" if label == "fstq" else next(colours),
+            "linewidth": 2.5 if label == "fstq" else 1.5 if ours else 1.0,
+        }
         axes.plot(*zip(*points, strict=True), marker="o", markersize=4, linestyle="-" if ours else "--", **style)
         ends.append((points[-1], label, style["color"]))
     axes.set(xscale="log", yscale="log", xlim=(0.09, 2.2), xlabel="bits per adapter parameter")
