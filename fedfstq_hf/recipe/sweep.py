@@ -18,6 +18,7 @@ def sweep_points(recipe: Recipe) -> list[tuple[str, Recipe]]:
         changes = dict(zip(keys, values, strict=True))
         label = ",".join(f"{key.rsplit('.', 1)[-1]}={value}" for key, value in changes.items())
         mapping = apply_overrides(replace(recipe, sweep={}).to_dict(), changes)
+        mapping["name"] = f"{recipe.name}, {label}" if label else recipe.name
         points.append((label, Recipe.from_dict(mapping, f"recipe {recipe.name}, {label}")))
     return points
 

@@ -139,25 +139,22 @@ def _to_targets(comparison: Comparison) -> Table:
 
 
 def _time(comparison: Comparison) -> Table:
-    links = comparison.workload.recipe.links
-    head = ["method"]
-    for link in links:
-        head += [f"{link.name}: time", "sooner", "time with zero uplink", "ceiling", "share of it"]
     rows = []
-    for figures in comparison.methods:
-        row = [figures.label]
-        reached = figures.reached[TIGHT]
-        for link in links:
+    for link in comparison.workload.recipe.links:
+        for figures in comparison.methods:
+            reached, floor = figures.reached[TIGHT], figures.reached[TIGHT].floor[link.name]
             exact = all(is_exact(rows, link) for rows in figures.series.values())
-            floor = reached.floor[link.name]
-            row += [
-                _reached(reached.seconds[link.name], format_seconds, figures),
-                _ratio(reached.seconds_ratio[link.name]),
-                NONE if floor.mean is None else ("" if exact else "≥ ") + _with_spread(floor, format_seconds),
-                _ratio(reached.ceiling[link.name], "" if exact else "≤ "),
-                _share(reached.share[link.name], "" if exact else "≥ "),
-            ]
-        rows.append(row)
+            rows.append(
+                [
+                    f"{link.name}, {figures.label}",
+                    _reached(reached.seconds[link.name], format_seconds, figures),
+                    _ratio(reached.seconds_ratio[link.name]),
+                    NONE if floor.mean is None else ("" if exact else "≥ ") + _with_spread(floor, format_seconds),
+                    _ratio(reached.ceiling[link.name], "" if exact else "≤ "),
+                    _share(reached.share[link.name], "" if exact else "≥ "),
+                ]
+            )
+    head = ["link, method", "time", "sooner", "time with zero uplink", "ceiling", "share of the ceiling"]
     return Table(f"Simulated time to {target_name(comparison, TIGHT)}", head, rows, _ceiling_note(comparison))
 
 
@@ -181,27 +178,31 @@ def _ceiling_note(comparison: Comparison) -> str:
 def _breakdown(comparison: Comparison) -> Table:
     recipe = comparison.workload.recipe
     rows = []
-    for figures in comparison.methods:
-        for link in recipe.links:
+    for link in recipe.links:
+        for figures in comparison.methods:
             parts = mean_parts(list(figures.series.values()), link, recipe)
             if parts is not None:
-                cells = [f"{figures.label}, {link.name}", *map(format_seconds, (*parts, sum(parts)))]
+                cells = [f"{link.name}, {figures.label}", *map(format_seconds, (*parts, sum(parts)))]
                 rows.append([*cells, f"{100 * parts[1] / sum(parts):.0f} %" if sum(parts) else NONE])
-    head = ["method, link", "local compute", "uplink", "downlink", "server", "round", "uplink's share"]
+    head = ["link, method", "local compute", "uplink", "downlink", "server", "round", "uplink's share"]
     return Table("Where a round's time goes", head, rows, "Of the slowest client of each round; mean over rounds.")
 
 
 def _energy(comparison: Comparison) -> Table:
     rows = []
-    for figures in comparison.methods:
-        for link in comparison.workload.recipe.links:
+    for link in comparison.workload.recipe.links:
+        for figures in comparison.methods:
             if link.name in figures.energy:
                 sweep = [mean_energy(list(figures.series.values()), link, watts) for watts in TRANSMIT_WATTS]
                 cells = [NONE if joules is None else f"{joules:.2f} J" for joules in sweep]
                 _, straggler = figures.energy[link.name]
-                rows.append([f"{figures.label}, {link.name}", *cells, f"{straggler:.2f} J"])
-    head = ["method, link", *(f"mean client, {watts:g} W sending" for watts in TRANSMIT_WATTS), "straggler, as set"]
-    return Table("Energy per client and round", head, rows, "Modelled: sending and computing, not receiving.")
+                rows.append([f"{link.name}, {figures.label}", *cells, f"{straggler:.2f} J"])
+    head = ["link, method", *(f"{watts:g} W sending" for watts in TRANSMIT_WATTS), "straggler"]
+    note = (
+        "Of the mean client at several powers while sending, of the straggler at the link's own. Modelled: sending and "
+        "computing, not receiving."
+    )
+    return Table("Energy per client and round", head, rows, note)
 
 
 def _with_spread(value: Estimate, text_of: Callable[[float | None], str]) -> str:
