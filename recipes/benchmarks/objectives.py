@@ -5,8 +5,9 @@
 
 Reads each run's `metrics.jsonl` and writes `recipes/results/objectives.json` and `docs/images/objectives.png`: held-out
 loss by local steps, by seconds of local training and by uplink bytes. Seeds of a method that were not run to the last
-round are left out, and what is compared is compared on the same seeds. A second is one of a client's local training as
-the simulator timed it: median over rounds and seeds, as other work on the machine stretches single ones.
+round are left out, and what is compared is compared on the same seeds. Seconds are
+of a client's local training as the simulator timed it, in each method's fastest round, since other work on the machine
+stretches the others; what a step costs on a quiet machine says step.py.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ def read(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for method in methods:
         mine = [whole[method, seed] for seed in seeds]
-        seconds = statistics.median(row["compute_seconds"] for run in mine for row in run[1:])
+        seconds = min(row["compute_seconds"] for run in mine for row in run[1:])
         found[method] = {
             "loss": [spread([run[r]["metric"] for run in mine]) for r in range(rounds + 1)],
             "minus_full": spread(

@@ -58,6 +58,12 @@ def test_a_window_gets_the_same_weights_however_it_is_cut(objective):
         assert all(torch.equal(a, b) for a, b in zip(reference, other, strict=True))
 
 
+def test_an_unbiased_sample_of_all_tokens_is_all_of_them():
+    """The full objective by the loss that needs less memory."""
+    weights = by_example(weighed(make_tiny_model(), ragged_data(), 4, "unbiased", ratio=1.0)[1])
+    assert bool((torch.cat(weights) == 1).all())
+
+
 def test_the_draw_depends_on_seed_and_step():
     model, rows = make_tiny_model(), ragged_data()
     masks = {

@@ -12,7 +12,7 @@ from fedfstq_hf.adapter import AdapterView
 
 FOLDER = Path(__file__).parents[2] / "recipes" / "scripts"
 SCRIPTS = sorted(path.stem for path in FOLDER.glob("*.py"))
-OPTIONS = {"evaluate_while_training": ["--eval-steps", "2"], "resume": ["--save-steps", "1"]}
+OPTIONS = {"evaluate_while_training": ["--eval-steps", "1"], "resume": ["--save-steps", "1"]}
 
 
 def load(name):
@@ -24,7 +24,7 @@ def load(name):
     return module
 
 
-def run(name, folder, *more, steps=2):
+def run(name, folder, *more, steps=1):
     options = ["--output-dir", str(folder), "--max-steps", str(steps), "--examples", "24", *OPTIONS.get(name, [])]
     return load(name).main([*options, *more])
 
@@ -32,9 +32,9 @@ def run(name, folder, *more, steps=2):
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_locally_and_in_a_federation(tmp_path, name):
     local = run(name, tmp_path / "local")
-    assert local.state.global_step == 2
+    assert local.state.global_step == 1
     assert len(local.pack_update()) <= 2000
-    mailbox = found(tmp_path / "box", local.model, rounds=1, local_steps=2, codec="topk")
+    mailbox = found(tmp_path / "box", local.model, rounds=1, local_steps=1, codec="topk")
     start = local.adapter_view.read()
     with served(mailbox):
         client = run(name, tmp_path / "a", "--mailbox", str(tmp_path / "box"), "--client-id", "hospital-a")
@@ -45,7 +45,7 @@ def test_locally_and_in_a_federation(tmp_path, name):
     assert 500 < ref.num_bytes <= 2000
     if name == "evaluate_while_training":
         (row,) = (row for row in client.state.log_history if "eval_loss" in row)
-        assert row["step"] == 2
+        assert row["step"] == 1
         assert 0 <= row["eval_exact_match"] <= row["eval_token_f1"] <= 1
 
 
