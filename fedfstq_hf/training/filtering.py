@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import logging
+import weakref
 from collections.abc import MutableMapping, Sequence
 from typing import Any, NamedTuple
 
@@ -27,6 +28,7 @@ TOKEN_WEIGHTS = "token_weights"
 FISHER_WEIGHTS = "fisher_weights"
 """Likewise, where the filter is for the Fisher information alone."""
 _IGNORED = -100
+_WARNED: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # a federation sets its filter up anew
 
 
 class FilteredLoss(NamedTuple):
@@ -70,7 +72,8 @@ class TokenFilter:
         self._projects_some = _takes_mask(self._base)
         self._window_targets = 0
         self._sees_all = True
-        if not self._projects_some:
+        if not self._projects_some and self._base not in _WARNED:
+            _WARNED.add(self._base)
             logger.warning(
                 "%s cannot project single positions through its LM head (no boolean logits_to_keep, or a fused loss): "
                 "objective=%r weights the full logits and saves neither time nor memory.",

@@ -280,6 +280,7 @@ def test_micro_batches_of_which_nothing_is_kept(tmp_path, checkpointing):
 def test_a_model_that_cannot_project_single_positions(tmp_path, monkeypatch, caplog):
     def train():
         trainer, watch = make_trainer(tmp_path, objective="unbiased", arguments={"max_steps": 3})
+        trainer._set_up(trainer.federation)  # as joining a federation does
         trainer.train()
         return watch.gradients
 

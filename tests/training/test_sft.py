@@ -141,11 +141,10 @@ def test_accumulated_gradients_are_those_of_one_large_batch(base, tmp_path, obje
     reference, fisher = train(16, 1)
     assert float(reference[0].abs().max()) > 1e-3
     assert torch.equal(*reference) == (objective == "full")
-    for size, steps in ((4, 4), (1, 16)):
-        other, other_fisher = train(size, steps)
-        for a, b in zip(reference, other, strict=True):
-            assert float((a - b).abs().max()) <= 1e-6 * float(a.abs().max())
-        assert float((other_fisher - fisher).abs().max()) <= 3e-6 * float(fisher.abs().max())
+    other, other_fisher = train(4, 4)
+    for a, b in zip(reference, other, strict=True):
+        assert float((a - b).abs().max()) <= 1e-6 * float(a.abs().max())
+    assert float((other_fisher - fisher).abs().max()) <= 3e-6 * float(fisher.abs().max())
 
 
 def test_resuming_within_a_round_is_the_uninterrupted_run(base, tmp_path):
