@@ -134,7 +134,8 @@ def _find_command(folder: Path) -> str | None:
         return None
     blocks = text.split("```")
     command = blocks[1].strip() if len(blocks) > 2 else ""
-    return command if command.startswith("fedfstq simulate ") and "#" not in command else None
+    typed = command.startswith(("fedfstq simulate ", "python recipes/"))
+    return command if typed and "#" not in command else None
 
 
 def _find_version(folder: Path) -> str | None:
