@@ -94,7 +94,7 @@ class Coordinator:
         self.spec = FederationSpec.from_json(mailbox.read(0, SPEC_FILE))
         self._adapter_config = mailbox.read(0, ADAPTER_CONFIG_FILE)
         self._load_head(head)
-        self._load_history()
+        self._history = history.complete(mailbox.read_root(HISTORY_FILE), self.record.round, self._record)
         self.refresh()
 
     @property
@@ -228,19 +228,7 @@ class Coordinator:
 
     def _adopt(self, head: int) -> None:
         self._load_head(head)
-        self._load_history()
-
-    def _load_history(self) -> None:
-        """The rows up to the head; what the mailbox's file lacks is read from the records."""
-        try:
-            rows = history.load(self.mailbox.read_root(HISTORY_FILE) or b"")
-        except MailboxError as error:
-            logger.warning("%s It is made again from the round records.", error)
-            rows = []
-        rows = [row for place, row in enumerate(rows) if row.round == place <= self.record.round]
-        for round in range(len(rows), self.record.round + 1):
-            rows.append(history.row(self._record(round), self._record(round - 1) if round else None))
-        self._history = rows
+        self._history = history.complete(self.mailbox.read_root(HISTORY_FILE), head, self._record)
 
     def _enough(self, count: int) -> bool:
         late = self.record.deadline is not None and self._clock() >= self.record.deadline

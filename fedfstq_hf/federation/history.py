@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from fedfstq_hf.errors import MailboxError
 from fedfstq_hf.federation.record import RoundRecord
+
+logger = logging.getLogger(__name__)
 
 _MAX_REASONS = 8
 _MAX_REASON_LENGTH = 60
@@ -162,6 +165,19 @@ def load(data: bytes) -> list[HistoryRow]:
                 "rounds that go up."
             )
         rows.append(entry)
+    return rows
+
+
+def complete(data: bytes | None, head: int, records: Callable[[int], RoundRecord]) -> list[HistoryRow]:
+    """The rows of rounds 0 to `head`: those in `data`, and what it lacks from the round records."""
+    try:
+        rows = load(data or b"")
+    except MailboxError as error:
+        logger.warning("%s It is made again from the round records.", error)
+        rows = []
+    rows = [entry for place, entry in enumerate(rows) if entry.round == place <= head]
+    for round in range(len(rows), head + 1):
+        rows.append(row(records(round), records(round - 1) if round else None))
     return rows
 
 
