@@ -4,10 +4,9 @@
     python recipes/benchmarks/objectives.py runs/med runs/aya runs/code
 
 Reads each run's `metrics.jsonl` and writes `recipes/results/objectives.json` and `docs/images/objectives.png`: held-out
-loss by local steps, by seconds of local training and by uplink bytes. Seeds of a method that were not run to the last
-round are left out, and what is compared is compared on the same seeds. Seconds are
-of a client's local training as the simulator timed it, in each method's fastest round, since other work on the machine
-stretches the others; what a step costs on a quiet machine says step.py.
+loss by local steps, by CPU time and by uplink bytes. Seeds that some method has not run to the last round are left out.
+Runs share their machine with whatever else it does, so CPU time is not taken from them: it is local steps times the cost of
+a step beside a plain Trainer's at a vocabulary of 32k, as `recipes/results/step.json` has it for some of the objectives.
 """
 
 from __future__ import annotations
@@ -24,6 +23,8 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 ROOT = Path(__file__).parents[2]
+STEP = ROOT / "recipes" / "results" / "step.json"
+STEP_VARIANTS = {"full": "full", "soft": "soft", "unbiased-0.5": "unbiased", "hard-0.5": "hard"}
 OUT = ROOT / "recipes" / "results" / "objectives.json"
 PLOT = ROOT / "docs" / "images" / "objectives.png"
 COLORS = {
@@ -36,10 +37,22 @@ COLORS = {
 }
 
 
-def spread(values: list[float]) -> dict[str, float]:
-    """Mean and sample standard deviation."""
-    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-    return {"mean": round(statistics.fmean(values), 4), "std": round(deviation, 4)}
+def spread(values: list[float]) -> dict[str, float | None]:
+    """Mean and sample standard deviation; None for that of a single value."""
+    deviation = round(statistics.stdev(values), 4) if len(values) > 1 else None
+    return {"mean": round(statistics.fmean(values), 4), "std": deviation}
+
+
+def shown(values: dict[str, float | None], form: str) -> str:
+    """As text, with the deviation where there is one."""
+    text = format(values["mean"], form)
+    return text if values["std"] is None else f"{text} ± {values['std']:.3f}"
+
+
+def step_costs() -> dict[str, float]:
+    """CPU seconds of a step by a plain Trainer's, vocabulary 32k, per method; where measured."""
+    median = json.loads(STEP.read_text(encoding="utf-8"))["vocab"]["32768"]["median"]
+    return {name: median[variant]["cpu_ratio"] for name, variant in STEP_VARIANTS.items() if variant in median}
 
 
 def read(folder: Path) -> dict[str, Any]:
@@ -56,7 +69,6 @@ def read(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for method in methods:
         mine = [whole[method, seed] for seed in seeds]
-        seconds = min(row["compute_seconds"] for run in mine for row in run[1:])
         found[method] = {
             "loss": [spread([run[r]["metric"] for run in mine]) for r in range(rounds + 1)],
             "minus_full": spread(
@@ -65,44 +77,40 @@ def read(folder: Path) -> dict[str, Any]:
             "uplink_bytes": [
                 round(statistics.fmean(run[r]["cumulative_uplink_bytes"] for run in mine)) for r in range(rounds + 1)
             ],
-            "seconds_per_local_step": round(seconds / steps, 4),
         }
-    for name in found:
-        ratio = found[name]["seconds_per_local_step"] / found["full"]["seconds_per_local_step"]
-        found[name]["seconds_by_full"] = round(ratio, 3)
     return {"recipe": recipe["name"], "seeds": seeds, "local_steps": steps, "rounds": rounds, "methods": found}
 
 
 def table(workload: dict[str, Any]) -> str:
     """Markdown: the last round of each method."""
-    lines = [f"| {workload['recipe']} | loss at the end | above `full` | seconds per step, by `full` | uplink |"]
-    lines.append("|---|---:|---:|---:|---:|")
+    lines = [f"| {workload['recipe']} | loss at the end | above `full` | uplink |", "|---|---:|---:|---:|"]
     for name, values in workload["methods"].items():
-        end, above = values["loss"][-1], values["minus_full"]
-        lines.append(
-            f"| `{name}` | {end['mean']:.3f} ± {end['std']:.3f} | {above['mean']:+.3f} ± {above['std']:.3f} | "
-            f"{values['seconds_by_full']:.2f} | {values['uplink_bytes'][-1] / 1000:.0f} kB |"
-        )
+        end, above = shown(values["loss"][-1], ".3f"), shown(values["minus_full"], "+.3f")
+        lines.append(f"| `{name}` | {end} | {above} | {values['uplink_bytes'][-1] / 1000:.0f} kB |")
     start = next(iter(workload["methods"].values()))["loss"][0]["mean"]
     return "\n".join([*lines, "", f"Seeds {workload['seeds']}; loss before training {start:.3f}."])
 
 
 def plot(workloads: list[dict[str, Any]], path: Path) -> None:
-    """A row per workload; columns: by local steps, by seconds, by bytes."""
+    """A row per workload; columns: by local steps, by CPU time, by bytes."""
+    costs = step_costs()
     figure, axes = plt.subplots(len(workloads), 3, figsize=(11, 2.9 * len(workloads)), squeeze=False, sharey="row")
     for line, workload in zip(axes, workloads, strict=True):
         steps = [round * workload["local_steps"] for round in range(workload["rounds"] + 1)]
         for name, values in workload["methods"].items():
             losses = [point["mean"] for point in values["loss"]]
-            seconds = [step * values["seconds_per_local_step"] for step in steps]
+            time = [step * costs[name] for step in steps] if name in costs else None
             kilobytes = [count / 1000 for count in values["uplink_bytes"]]
-            for axis, xs in zip(line, (steps, seconds, kilobytes), strict=True):
-                axis.plot(xs, losses, marker="o", markersize=3, color=COLORS.get(name), label=name)
+            for axis, xs in zip(line, (steps, time, kilobytes), strict=True):
+                if xs is not None:
+                    axis.plot(xs, losses, marker="o", markersize=3, color=COLORS.get(name), label=name)
         line[0].set_ylabel(f"{workload['recipe'].removeprefix('objectives_')}\nheld-out loss")
         for axis in line:
             axis.grid(alpha=0.3)
             axis.spines[["top", "right"]].set_visible(False)
-    for axis, label in zip(axes[-1], ("local steps", "seconds of local training", "uplink, kB"), strict=True):
+    for axis, label in zip(
+        axes[-1], ("local steps", "CPU time, in steps of a plain Trainer (32k tokens)", "uplink, kB"), strict=True
+    ):
         axis.set_xlabel(label)
     handles, labels = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="upper center", ncols=len(labels), frameon=False)
