@@ -6,7 +6,7 @@
 Reads each run's `metrics.jsonl` and writes `recipes/results/objectives.json` and `docs/images/objectives.png`: held-out
 loss by local steps, by CPU time and by uplink bytes. Seeds that some method has not run to the last round are left out.
 Runs share their machine with whatever else it does, so CPU time is not taken from them: it is local steps times the
-cost of a step beside a plain Trainer's at a vocabulary of 32k, as `recipes/results/step.json` has it for some objectives.
+cost of a step beside a plain one at a vocabulary of 32k, as `recipes/results/step.json` has it for some objectives.
 """
 
 from __future__ import annotations
