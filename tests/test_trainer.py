@@ -22,6 +22,7 @@ from fedfstq_hf.federation.founding import found_federation
 from fedfstq_hf.federation.local import FolderMailbox
 from fedfstq_hf.federation.session import ClientSession
 from fedfstq_hf.federation.spec import FederationSpec
+from fedfstq_hf.trainer import FedFSTQMixin
 
 # Helpers
 
@@ -297,9 +298,17 @@ def test_reading_them_costs_no_extra_pass(tmp_path, monkeypatch, arguments):
 
 
 def test_training_is_that_of_a_plain_trainer(tmp_path):
-    """Without a mailbox, probes and Fisher leave no trace in the result."""
+    """Without a mailbox, probes and Fisher leave no trace in the result, bit for bit where the loss is computed alike."""
+
+    class Own(Trainer):
+        def compute_loss(self, *arguments, **keywords):
+            return super().compute_loss(*arguments, **keywords)
+
+    class Federated(FedFSTQMixin, Own):
+        pass
+
     one, two = make_tiny_model(), make_tiny_model()
-    make_trainer(tmp_path, model=one).train()
+    Federated(model=one, args=make_arguments(tmp_path), train_dataset=make_tiny_data(7)).train()
     Trainer(model=two, args=make_arguments(tmp_path / "plain"), train_dataset=make_tiny_data(7)).train()
     assert torch.equal(AdapterView(one).read(), AdapterView(two).read())
 

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import Trainer
 
 from fedfstq_hf.errors import ConfigError
 from fedfstq_hf.sensitivity import TokenSensitivity, token_weights
@@ -52,11 +53,11 @@ class TokenFilter:
     """Weighs the target tokens of each window, and computes the loss of those that weigh something.
 
     Only their positions go through the LM head, where the model takes a boolean `logits_to_keep`; a step then costs
-    less time and memory the larger the vocabulary. At refresh steps all target tokens weigh 1.
+    less time and memory the larger the vocabulary. At refresh steps all target tokens weigh 1, under `full` at all.
 
     Args:
         model: base or PEFT model, a causal language model.
-        objective: `"hard"`, `"soft"` or `"unbiased"`.
+        objective: `"full"`, `"hard"`, `"soft"` or `"unbiased"`.
         ratio: share of the target tokens that is kept.
         refresh_steps: local steps 0, H, 2H, ... see all tokens: there sensitivity is read.
         fisher_only: the optimizer sees all tokens at every step; the filter's weights are for a second loss at refresh
@@ -112,7 +113,7 @@ class TokenFilter:
                 batch[name] = weights[start:end, : target.shape[1]].to(batch["labels"].device)
                 start = end
 
-        self._sees_all = refresh or self.objective == "soft"
+        self._sees_all = refresh or self.objective in ("full", "soft")
         deal(TOKEN_WEIGHTS, "full" if refresh else self.objective)
         if self.fisher_only:
             deal(FISHER_WEIGHTS, self.objective)
@@ -165,13 +166,29 @@ class TokenFilter:
 def open_filter(
     trainer: Any, objective: str, ratio: float, refresh_steps: int, *, fisher_only: bool = False
 ) -> TokenFilter | None:
-    """The filter of a Trainer; None for the full objective, which is the Trainer's own.
+    """The filter of a Trainer; None where the full objective is left to the Trainer's own loss.
+
+    The full objective goes through the filter wherever that gives the same loss: it then projects no prompt and keeps
+    one tensor of the logits' size less.
 
     Raises:
-        ConfigError: the Trainer's loss is not the plain one of a causal language model, per token.
+        ConfigError: the objective weights tokens, and the Trainer's loss is not the plain one of a causal language
+            model, per token.
     """
+    obstacle = _obstacle(trainer)
     if objective == "full":
-        return None
+        plain = obstacle is None and _own_loss(trainer) and _takes_mask(_base_of(trainer.model))
+        return TokenFilter(trainer.model, objective, 1.0, refresh_steps) if plain else None
+    if obstacle is not None:
+        raise ConfigError(
+            f"objective={objective!r} weights the loss of single tokens and cannot be combined with {obstacle}. "
+            "Use objective='full'."
+        )
+    return TokenFilter(trainer.model, objective, ratio, refresh_steps, fisher_only=fisher_only)
+
+
+def _obstacle(trainer: Any) -> str | None:
+    """What makes the Trainer's loss another one than the mean over target tokens."""
     args = trainer.args
     obstacles = {
         f"label_smoothing_factor={args.label_smoothing_factor}": args.label_smoothing_factor != 0,
@@ -180,13 +197,14 @@ def open_filter(
         f"{args.n_gpu} GPUs in one process (use `accelerate launch`)": args.n_gpu > 1,
         "a model that is not a causal language model": not trainer._loss_shifts_labels,
     }
-    for obstacle, present in obstacles.items():
-        if present:
-            raise ConfigError(
-                f"objective={objective!r} weights the loss of single tokens and cannot be combined with {obstacle}. "
-                "Use objective='full'."
-            )
-    return TokenFilter(trainer.model, objective, ratio, refresh_steps, fisher_only=fisher_only)
+    return next((obstacle for obstacle, present in obstacles.items() if present), None)
+
+
+def _own_loss(trainer: Any) -> bool:
+    """Whether nobody between ours and transformers' Trainer computes the loss, and the model's is the usual one."""
+    overriding = [kind for kind in type(trainer).__mro__ if "compute_loss" in vars(kind)]
+    ours = all(kind.__module__.startswith(__package__.partition(".")[0]) for kind in overriding[:-1])
+    return ours and overriding[-1] is Trainer and getattr(_base_of(trainer.model), "loss_type", None) == "ForCausalLM"
 
 
 def _targets(batch: MutableMapping[str, Any]) -> Tensor:

@@ -10,10 +10,11 @@ from local_training import Listed, Padded, make_trainer, ragged_data
 from tiny import make_arguments, make_tiny_data, make_tiny_model
 from transformers import Trainer
 
-from fedfstq_hf import FedFSTQConfig
+from fedfstq_hf import FedFSTQConfig, FedFSTQTrainer
 from fedfstq_hf.adapter import AdapterView
 from fedfstq_hf.errors import ConfigError
 from fedfstq_hf.sensitivity import TokenSensitivity
+from fedfstq_hf.trainer import FedFSTQMixin
 from fedfstq_hf.training import filtering
 from fedfstq_hf.training.filtering import TOKEN_WEIGHTS, TokenFilter
 
@@ -228,12 +229,45 @@ def test_refresh_steps_are_those_of_a_plain_trainer(tmp_path):
     assert torch.allclose(AdapterView(one).read(), AdapterView(two).read(), atol=2e-5)
 
 
-def test_full_goes_through_the_trainer_s_own_loss(tmp_path, monkeypatch):
+def test_full_is_the_loss_of_a_plain_trainer(tmp_path):
+    trainer, watch = make_trainer(tmp_path, arguments={"max_steps": 3})
+    assert trainer._filter.objective == "full"
+    trainer.train()
+    plain = Trainer(model=make_tiny_model(), args=trainer.args, train_dataset=ragged_data(), data_collator=Padded())
+    plain.train()
+    expected = [row["loss"] for row in plain.state.log_history if "loss" in row]
+    assert watch.losses == pytest.approx(expected, rel=1e-6)
+    mine, theirs = trainer.adapter_view.read(), AdapterView(plain.model).read()
+    assert torch.allclose(mine, theirs, atol=1e-5)
+    assert float((mine - trainer._start_adapter).abs().max()) > 1e-2
+
+
+@pytest.mark.parametrize("other", ["smoothing", "function", "subclass"])
+def test_full_leaves_another_loss_to_whoever_computes_it(tmp_path, other):
     calls = []
-    original = Trainer.compute_loss
-    monkeypatch.setattr(Trainer, "compute_loss", lambda self, *a, **k: calls.append(1) or original(self, *a, **k))
-    make_trainer(tmp_path, arguments={"max_steps": 3})[0].train()
-    assert len(calls) == 3
+
+    class Own(Trainer):
+        def compute_loss(self, *arguments, **keywords):
+            calls.append(1)
+            return super().compute_loss(*arguments, **keywords)
+
+    class Federated(FedFSTQMixin, Own):
+        pass
+
+    arguments = {"max_steps": 2} | ({"label_smoothing_factor": 0.1} if other == "smoothing" else {})
+    function = (lambda outputs, labels, **_: outputs.logits.square().mean()) if other == "function" else None
+    trainer = (Federated if other == "subclass" else FedFSTQTrainer)(
+        model=make_tiny_model(),
+        args=make_arguments(tmp_path, **arguments),
+        train_dataset=ragged_data(),
+        data_collator=Padded(),
+        compute_loss_func=(lambda outputs, labels, **_: outputs.logits.square().mean())
+        if other == "function"
+        else None,
+    )
+    assert trainer._filter is None
+    trainer.train()
+    assert len(calls) == (2 if other == "subclass" else 0)
 
 
 def test_evaluation_is_of_all_tokens(tmp_path):
@@ -324,7 +358,7 @@ def test_a_federation_s_objective_wins(tmp_path):
     trainer._set_up(FedFSTQConfig(objective="soft", token_keep_ratio=0.25))
     assert (trainer._filter.objective, trainer._filter.ratio) == ("soft", 0.25)
     trainer._set_up(FedFSTQConfig())
-    assert trainer._filter is None
+    assert trainer._filter.objective == "full"
 
 
 def test_refusals(tmp_path):
