@@ -298,7 +298,7 @@ def test_reading_them_costs_no_extra_pass(tmp_path, monkeypatch, arguments):
 
 
 def test_training_is_that_of_a_plain_trainer(tmp_path):
-    """Without a mailbox, probes and Fisher leave no trace in the result, bit for bit where the loss is computed alike."""
+    """Without a mailbox, probes and Fisher leave no trace: bit for bit, where the Trainer computes the loss."""
 
     class Own(Trainer):
         def compute_loss(self, *arguments, **keywords):
