@@ -44,7 +44,6 @@ VARIANTS: dict[str, dict[str, Any] | None] = {
     "plain": None,
     "full": {},
     "unbiased": {"objective": "unbiased", "token_keep_ratio": 0.5},
-    "lean": {"objective": "unbiased", "token_keep_ratio": 1.0},  # all tokens, by our loss
     "hard": {"objective": "hard", "token_keep_ratio": 0.5},
     "soft": {"objective": "soft"},
 }
