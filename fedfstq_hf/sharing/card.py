@@ -123,12 +123,12 @@ def _making(made: CompressedAdapter, config: Mapping[str, Any], codec: str, num_
         + (", after it was turned into an equal product of orthogonal components." if codec == "uniform" else ".")
     )
     refined = ""
-    if "refined" in made.divergences:
-        before, after = made.divergences["coded"], made.divergences["refined"]
+    if "refined" in made.errors:
+        before, after = made.errors["coded"], made.errors["refined"]
         refined = (
-            f" {made.refine_steps} steps of training through the rounding, on the calibration examples and towards the "
-            f"trained adapter's predictions, took the divergence from these from {before:.5f} to {after:.5f} nats per "
-            "target token on the same examples."
+            f" {made.refine_steps} steps of training through the rounding, on the calibration examples (so that the "
+            "adapter is trained further on them), took their loss plus the divergence from the trained adapter's "
+            f"predictions from {before:.5f} to {after:.5f} nats per target token."
             if after < before
             else f" {made.refine_steps} steps of training through the rounding brought nothing and were discarded."
         )

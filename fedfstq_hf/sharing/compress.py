@@ -65,9 +65,9 @@ def compress_adapter(
         evaluation: held-out examples, or a function from model to metrics; measured before and after, for the card.
         init_seed: what `set_seed` was given right before `get_peft_model`, if known: then the random part of A may be
             left out. It is used only where that is smaller.
-        refine_steps: of training through the rounding on the calibration examples, towards the predictions of the
-            adapter as trained; each takes two forward passes and one backward pass of a batch. The outcome is kept
-            only if it predicts more alike on the first of the calibration examples. 0: none.
+        refine_steps: of training through the rounding on the calibration examples, towards their answers and the
+            predictions of the adapter as trained; each takes two forward passes and one backward pass of a batch. The
+            outcome is kept only if it is better at both together on the first of the calibration examples. 0: none.
         progress: show a bar while refining.
         codec: of the LoRA matrices; the default is made for this.
         include_plain: add `adapter_model.safetensors` with the compressed adapter's values, for plain PEFT.
@@ -117,6 +117,7 @@ def compress_adapter(
     coder = Coder(matrices, adapter.pairs, weights, total - besides, codec=codec, num_examples=num_examples)
     candidates = [coder.code(form) for form in coder.forms(references)]
     divergences: dict[str, float] = {}
+    errors: dict[str, float] = {}
     if calibration is None or not predicts_tokens(adapter.config):
         coded = min(candidates, key=lambda one: one.error)
     else:
@@ -124,7 +125,10 @@ def compress_adapter(
         coded, divergences["coded"] = _closest(imitation, candidates)
         if refine_steps:
             refined = refine(coder, coded, imitation, refine_steps, batch_size, progress)
-            coded, divergences["refined"] = _closest(imitation, [coded, refined])
+            errors["coded"], errors["refined"] = imitation.errors([coded.state, refined.state], _JUDGED)
+            if errors["refined"] < errors["coded"]:
+                coded = refined
+            divergences["refined"] = imitation.divergences([coded.state], _JUDGED)[0]
     result = {**coded.state, **{name: tensor.to(state[name].dtype) for name, tensor in exact.items()}}
     before, after = _measure(adapter, result, evaluation, batch_size)
     files = {
@@ -142,6 +146,7 @@ def compress_adapter(
         seeded=coded.form.seeded,
         refine_steps=refine_steps,
         divergences=divergences,
+        errors=errors,
         plain=adapter_file.dump(result) if include_plain else None,
         before=before,
         after=after,

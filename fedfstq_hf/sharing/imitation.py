@@ -1,18 +1,21 @@
-"""How far an approximate adapter's predictions lie from those of the trained one, on examples of its task."""
+"""How far an approximate adapter's predictions lie from those of the trained one and from the answers, on examples."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import nll_loss
 
 from fedfstq_hf.evaluation import logits_at
 from fedfstq_hf.sharing.trained import TrainedAdapter
 from fedfstq_hf.workloads.collate import IGNORED_LABEL, collate
+
+Measure = Callable[[Mapping[str, Tensor], Tensor, Tensor], Tensor]
 
 
 def predicts_tokens(config: Mapping[str, Any]) -> bool:
@@ -33,12 +36,19 @@ class Imitation:
     def __len__(self) -> int:
         return len(self._examples)
 
-    @torch.no_grad()
     def divergences(self, states: Sequence[Mapping[str, Tensor]], at_most: int | None = None) -> list[float]:
         """Mean Kullback-Leibler divergence per target token of each state, in nats; NaN if there is no token.
 
         at_most: examples to look at, the first ones; None: all.
         """
+        return self._means(states, at_most, self._divergences)
+
+    def errors(self, states: Sequence[Mapping[str, Tensor]], at_most: int | None = None) -> list[float]:
+        """The same of divergence plus loss: what refinement lowers."""
+        return self._means(states, at_most, self._errors)
+
+    @torch.no_grad()
+    def _means(self, states: Sequence[Mapping[str, Tensor]], at_most: int | None, measure: Measure) -> list[float]:
         count = len(self) if at_most is None else min(at_most, len(self))
         totals, tokens = [0.0] * len(states), 0
         with self._evaluating():
@@ -47,11 +57,15 @@ class Imitation:
                 tokens += len(wanted)
                 for number, state in enumerate(states):
                     with self._adapter.replaced(state):
-                        totals[number] += float(self._divergences(batch, keep, wanted).sum())
+                        totals[number] += float(measure(batch, keep, wanted).sum())
         return [total / tokens if tokens else math.nan for total in totals]
 
     def gradient(self, state: Mapping[str, Tensor], picks: Sequence[int]) -> dict[str, Tensor]:
-        """Gradient of the mean divergence over some examples, float32 on the CPU, for the tensors of `state`."""
+        """Gradient of the mean error over some examples, float32 on the CPU, for the tensors of `state`.
+
+        The error of a target token is the divergence plus the loss: imitation alone cannot know which errors of the
+        rounding the task forgives.
+        """
         params = [self._adapter.parameters[name] for name in state]
         before = [p.requires_grad for p in params]
         with self._evaluating():
@@ -61,7 +75,7 @@ class Imitation:
                 try:
                     for p in params:
                         p.requires_grad_(True)
-                    loss = self._divergences(batch, keep, wanted).mean()
+                    loss = self._errors(batch, keep, wanted).mean()
                     found = torch.autograd.grad(loss, params)
                 finally:
                     for p, needed in zip(params, before, strict=True):
@@ -80,6 +94,12 @@ class Imitation:
     def _divergences(self, batch: Mapping[str, Tensor], keep: Tensor, wanted: Tensor) -> Tensor:
         """Of every target token (tokens,)."""
         return (wanted.exp() * (wanted - self._log_probabilities(batch, keep))).sum(dim=-1)
+
+    def _errors(self, batch: Mapping[str, Tensor], keep: Tensor, wanted: Tensor) -> Tensor:
+        """Divergence plus loss of every target token (tokens,)."""
+        found = self._log_probabilities(batch, keep)
+        answers = batch["labels"][:, 1:][keep[:, :-1]].to(found.device)
+        return (wanted.exp() * (wanted - found)).sum(dim=-1) + nll_loss(found, answers, reduction="none")
 
     def _log_probabilities(self, batch: Mapping[str, Tensor], keep: Tensor) -> Tensor:
         model = self._adapter.model

@@ -99,6 +99,7 @@ class CompressedAdapter:
     the adapter as PEFT saves it. error: weighted squared error of the products B A, as a share of themselves.
     divergences: from the trained adapter's predictions on the calibration examples, nats per target token: `coded`, and
     `refined` after so many steps of refinement (the same where that brought nothing).
+    errors: likewise of divergence plus loss, which refinement lowers; empty without refinement.
     """
 
     files: dict[str, bytes]
@@ -109,6 +110,7 @@ class CompressedAdapter:
     seeded: bool
     refine_steps: int = 0
     divergences: dict[str, float] = field(default_factory=dict)
+    errors: dict[str, float] = field(default_factory=dict)
     plain: bytes | None = None
     before: dict[str, float] = field(default_factory=dict)
     after: dict[str, float] = field(default_factory=dict)
@@ -152,8 +154,8 @@ class CompressedAdapter:
         ]
         if "refined" in self.divergences:
             lines.append(
-                f"{self.refine_steps} steps of refinement: divergence from the trained adapter's predictions "
-                f"{self.divergences['coded']:.5f} before, {self.divergences['refined']:.5f} after (calibration set)"
+                f"{self.refine_steps} steps of refinement: loss plus divergence from the trained adapter's predictions "
+                f"{self.errors['coded']:.5f} before, {self.errors['refined']:.5f} after (calibration set)"
             )
         lines += [f"{name}: {self.before[name]:.4f} before, {self.after[name]:.4f} after" for name in self.after]
         return "\n".join(lines)

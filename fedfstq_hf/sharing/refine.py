@@ -1,9 +1,10 @@
-"""Training through the rounding: values move until what a reader gets predicts as the trained adapter does.
+"""Training through the rounding: values move until what a reader gets predicts as well as the trained adapter does.
 
 A message's error is not what its adapter loses: some errors in the product cancel in the predictions, others do not.
-Each step rounds the values, takes the gradient of the divergence from the trained adapter's predictions (imitation.py)
-at the rounded ones, and moves the unrounded ones by it (straight-through estimation), in units of the grid's steps. The
-grid stays where it was; the price of a bit is found anew now and then, so that the budget is met to the end.
+Each step rounds the values, takes the gradient of the loss plus the divergence from the trained adapter's predictions
+(imitation.py) at the rounded ones, and moves the unrounded ones by it (straight-through estimation), in units of the
+grid's steps. The grid stays where it was; the price of a bit is found anew now and then, so that the budget is met to
+the end.
 """
 
 from __future__ import annotations

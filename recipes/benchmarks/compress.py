@@ -141,6 +141,7 @@ def main() -> int:
                         "seeded": made.seeded,
                         "refine_steps": made.refine_steps,
                         "divergences": made.divergences,
+                        "errors": made.errors,
                         **after,
                         "lost": share,
                     }
