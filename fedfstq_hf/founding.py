@@ -106,11 +106,12 @@ def make_spec(
     """The spec of a federation that runs `method` of a recipe.
 
     Args:
+        founding: of `recipe.for_method(method)`.
         num_clients: all clients of the federation; the recipe's number where None.
         rules: fields of the spec that no recipe sets.
     """
     settings: MethodSettings = recipe.methods[method]
-    training = recipe.training
+    training = recipe.for_method(method).training
     return FederationSpec(
         name=recipe.name,
         model=recipe.model,

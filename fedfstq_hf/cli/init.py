@@ -76,6 +76,7 @@ def init(
     from fedfstq_hf.founding import found, make_spec
     from fedfstq_hf.reporting.card_maker import card_maker
 
+    loaded = loaded.for_method(method)
     sealing_key = None if seal_to is None else _public_key(seal_to)
     founding = found(loaded, loaded.seeds[0])
     usual = loaded.federation.clients_per_round if clients_per_round is None else clients_per_round

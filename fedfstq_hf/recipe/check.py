@@ -26,6 +26,8 @@ def validate(recipe: Recipe) -> list[str]:
         attempt(f"methods.{name}.codec", partial(_check_codec, method))
         attempt(f"methods.{name}.uplink_budget", partial(_check_budget, method))
         attempt(f"methods.{name}.server", partial(_check_server, method))
+        if method.lora:
+            attempt(f"methods.{name}.lora", partial(_check_lora, recipe.for_method(name)))
     attempt("lora", partial(_check_lora, recipe))
     attempt("training", partial(_check_training, recipe))
     attempt("data.path", partial(_check_path, recipe))

@@ -5,7 +5,7 @@ Pure data: nothing here imports torch, so that listing and checking recipes is i
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from fedfstq_hf.errors import ConfigError
@@ -185,6 +185,11 @@ class MethodSettings:
     fisher_objective: Literal["same", "filtered-only"] = "same"
     """Whose gradients it is of: `filtered-only` has the optimizer see all tokens and costs a second backward pass at
     refresh steps."""
+    lora: dict[str, Any] = field(default_factory=dict)
+    """What this method's adapter has other than the recipe's `lora`, such as `{r: 2}`. Links stay those of the recipe's
+    adapter; budgets in bits per parameter are of this one."""
+    learning_rate: float | None = None
+    """Of this method's local steps; None is the recipe's. Batches and steps are the same for all methods."""
     proximal_mu: float = 0.0
     """FedProx: pull towards the adapter that the round started from."""
     freeze_a: bool = False
@@ -206,6 +211,8 @@ class MethodSettings:
     def __post_init__(self) -> None:
         if not 0 <= float(self.error_feedback) <= 1:
             raise ConfigError(f"error_feedback must be true, false or a decay in (0, 1], got {self.error_feedback!r}")
+        if self.learning_rate is not None:
+            _positive(self, "learning_rate")
         check_objective(self.objective, self.token_keep_ratio)
         check_fisher(self.fisher, self.fisher_objective, self.objective, self.proximal_mu)
         check_switches(self, scaffold=self.scaffold)
@@ -284,6 +291,8 @@ class Recipe:
             raise ConfigError("links must name at least one link profile, such as [lte-20mbps]")
         if not self.seeds or min(self.seeds) < 0:
             raise ConfigError(f"seeds must be at least one whole number of at least 0, got {list(self.seeds)}")
+        for name in self.methods:
+            self.for_method(name)
         for name, items in (("seeds", self.seeds), ("links", [link.name for link in self.links])):
             if len(set(items)) != len(items):
                 raise ConfigError(f"{name} must be distinct, got {list(items)}")
@@ -298,6 +307,17 @@ class Recipe:
             if "links" in mapping:
                 mapping["links"] = _links(mapping["links"], join(where, "links"))
         return build(cls, mapping, where)
+
+    def for_method(self, name: str) -> "Recipe":
+        """This recipe with the adapter and the learning rate that method `name` has."""
+        method = self.methods[name]
+        if not method.lora and method.learning_rate is None:
+            return self
+        lora = build(LoraSettings, {**plain(self.lora), **method.lora}, f"methods.{name}.lora")
+        rate = self.training.learning_rate if method.learning_rate is None else method.learning_rate
+        plainer = replace(method, lora={}, learning_rate=None)
+        training = replace(self.training, learning_rate=rate)
+        return replace(self, lora=lora, training=training, methods={name: plainer})
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data that `from_dict` turns into an equal recipe."""

@@ -52,6 +52,7 @@ def notes(comparison: Comparison) -> list[str]:
         *_unfinished(comparison),
         *_seeds(comparison),
         *_runs(comparison.workload),
+        *_own(comparison.workload),
         *_diverged(comparison),
     ]
 
@@ -130,6 +131,19 @@ def _runs(workload: Workload) -> list[str]:
     if variants := [method.label for method in workload.methods.values() if method.label != method.name]:
         lines.append(f"Runs use one name for different settings; told apart: {_list(variants)}.")
     return lines
+
+
+def _own(workload: Workload) -> list[str]:
+    """Which methods have another adapter or learning rate than the recipe's."""
+    lines = []
+    for run in workload.runs:
+        for name, method in run.recipe.methods.items():
+            own = [f"{key} {value}" for key, value in method.lora.items()]
+            if method.learning_rate is not None:
+                own.append(f"learning rate {method.learning_rate:g}")
+            if own:
+                lines.append(f"{name} has settings of its own in local training: {_list(own)}.")
+    return list(dict.fromkeys(lines))
 
 
 def _diverged(comparison: Comparison) -> list[str]:

@@ -13,6 +13,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ from fedfstq_hf.founding import Founding, found, make_spec, training_arguments
 from fedfstq_hf.recipe import Recipe, validate
 from fedfstq_hf.reporting.report import write_report
 from fedfstq_hf.reporting.summary import COMPARED, TargetRule, read_rows, summarize, write_summary
-from fedfstq_hf.simulation.network import draw_rates
+from fedfstq_hf.simulation.network import LinkProfile, LinkRates, draw_rates
 from fedfstq_hf.simulation.participation import Row, SimulatedParticipation, TrainElsewhere
 from fedfstq_hf.simulation.partition import make_shards
 from fedfstq_hf.simulation.plan import make_plan
@@ -43,6 +44,18 @@ ROWS_FILE = "metrics.jsonl"
 SUMMARY_FILE = "summary.json"
 RECIPE_FILE = "recipe.json"
 _WORDS = ("name", "description", "target")  # of a recipe: what no row depends on
+
+
+@dataclass(frozen=True)
+class _Shared:
+    """What all methods of a seed have in common; the links' rates are set by the recipe's own adapter."""
+
+    seed: int
+    datasets: list[Any]
+    collator: Collator
+    evaluator: Evaluator
+    plan: Any
+    links: list[tuple[LinkProfile, LinkRates]]
 
 
 class Simulation:
@@ -111,12 +124,26 @@ class Simulation:
         plan = make_plan(federation.clients, federation.clients_per_round, federation.rounds, federation.dropout, seed)
         profiles = [profile.for_adapter(founding.view.schema.num_params) for profile in recipe.links]
         links = [(profile, draw_rates(profile, federation.clients, seed)) for profile in profiles]
+        shared = _Shared(seed, datasets, collator, evaluator, plan, links)
+        own = {method: recipe.for_method(method) for method in methods}
+        while methods:
+            # one model and one pool of workers for all methods with the same adapter
+            alike = [method for method in methods if own[method].lora == own[methods[0]].lora]
+            methods = [method for method in methods if method not in alike]
+            same = own[alike[0]].lora == recipe.lora
+            self._run_methods(alike, founding if same else found(own[alike[0]], seed), shared, bar)
+
+    def _run_methods(self, methods: list[str], founding: Founding, shared: _Shared, bar: Any) -> None:
+        """The methods of one seed that have the same adapter."""
+        seed, collator, datasets, evaluator = shared.seed, shared.collator, shared.datasets, shared.evaluator
         pool: Any = contextlib.nullcontext()
         if self._workers > 1:
             pool = WorkerPool(self._workers, founding.model, datasets, collator.pad_id, evaluator)
         measure = partial(_measure, founding, evaluator) if self._workers == 1 else pool.evaluate
+        federation = self.recipe.federation
         with pool:
             for method in methods:
+                recipe = self.recipe.for_method(method)
                 folder = self._run_folder(method, seed)
                 spec = make_spec(recipe, method, founding, seed=seed, min_clients=1)
                 mailbox = FolderMailbox(folder / "mailbox", durable=False)
@@ -125,14 +152,14 @@ class Simulation:
                 participation = SimulatedParticipation(
                     folder,
                     label={"method": method, "seed": seed},
-                    plan=plan,
+                    plan=shared.plan,
                     datasets=datasets,
-                    links=links,
+                    links=shared.links,
                     evaluate=self._timed(measure),
                     rows=[row for row in self._rows if (row["method"], row["seed"]) == (method, seed)],
                     emit=self._emit_to(bar, method, seed),
                     loss=(federation.packet_loss, federation.retransmissions, seed),
-                    train=None if self._workers == 1 else self._train_with(pool, mailbox, folder, seed),
+                    train=None if self._workers == 1 else self._train_with(recipe, pool, mailbox, folder, seed),
                 )
                 try:
                     if self._workers > 1:
@@ -149,8 +176,10 @@ class Simulation:
                 finally:
                     participation.close()
 
-    def _train_with(self, pool: WorkerPool, mailbox: FolderMailbox, folder: Path, seed: int) -> TrainElsewhere:
-        arguments = {**self.recipe.training.trainer_kwargs(), "seed": seed}
+    def _train_with(
+        self, recipe: Recipe, pool: WorkerPool, mailbox: FolderMailbox, folder: Path, seed: int
+    ) -> TrainElsewhere:
+        arguments = {**recipe.training.trainer_kwargs(), "seed": seed}
         return partial(pool.train, Job(folder, mailbox.read(0, SPEC_FILE), arguments))
 
     def _timed(self, measure: Callable[[Tensor], dict[str, float]]) -> Callable[[Tensor], Mapping[str, float]]:

@@ -120,6 +120,16 @@ def test_one_name_with_other_settings_is_another_method(tmp_path):
     assert any("told apart: fstq (uplink_budget 0.1bpp)" in note for note in notes(comparison))
 
 
+def test_a_method_with_settings_of_its_own_in_local_training_is_named(tmp_path):
+    a = write_run(tmp_path / "a", [*make_rows("fedavg", FEDAVG), *make_rows("fstq", FEDAVG)])
+    assert not any("of its own" in note for note in notes(comparisons(a)[0]))
+    options = json.loads((a / "recipe.json").read_text())["methods"]["fstq"]
+    options |= {"lora": {"r": 2}, "learning_rate": 2e-3}
+    b = write_run(tmp_path / "b", make_rows("fstq", SLOW), methods={"fstq": options})
+    (comparison,) = comparisons(a, b)
+    assert "fstq has settings of its own in local training: r 2, learning rate 0.002." in notes(comparison)
+
+
 def test_unfinished_runs_missing_seeds_and_torn_lines_are_said(tmp_path):
     rows = [*make_rows("fedavg", FEDAVG), *make_rows("fedavg", FEDAVG, seed=1), *make_rows("fstq", FEDAVG)]
     rows += [*make_rows("fstq", FEDAVG[:3], seed=1), *make_rows("paper", FEDAVG[:3])]

@@ -283,6 +283,41 @@ def test_methods_that_train_a_and_that_do_not_stand_side_by_side(tiny_recipe, tm
     assert not torch.equal(factor_a("fedavg", 1), factor_a("fedavg", 0))
 
 
+def test_methods_with_adapters_and_learning_rates_of_their_own(finished, tiny_recipe, tmp_path):
+    changed = {"methods.fstq.lora.r": 1, "methods.fstq.learning_rate": 1e-4}
+    for workers in (1, 2):
+        Simulation(load_recipe(tiny_recipe, changed), tmp_path / str(workers), progress=False, workers=workers).run()
+    assert rows(tmp_path / "1") == rows(tmp_path / "2")
+    assert adapters(tmp_path / "1") == adapters(tmp_path / "2")
+
+    def fedavg(folder):
+        return [row for row in rows(folder) if row["method"] == "fedavg"]
+
+    assert fedavg(tmp_path / "1") == fedavg(finished[0])  # the others do not notice
+    mailbox = tmp_path / "1/runs/fstq/seed-3/mailbox"
+    ranks = {min(tensor.shape) for tensor in load_file(mailbox / "adapter_model.safetensors").values()}
+    assert ranks == {1}
+    assert json.loads((mailbox / "adapter_config.json").read_text())["r"] == 1
+    assert json.loads((mailbox / "rounds/000000/spec.json").read_text())["training"]["learning_rate"] == 1e-4
+
+
+def test_links_do_not_depend_on_a_methods_own_adapter(tiny_recipe, tmp_path):
+    changed = {"links": "[upload-10x]", "methods.fedavg.lora.r": 1, "federation.rounds": 1, "methods": "fedavg"}
+    whole = {key: value for key, value in changed.items() if "lora" not in key}
+    for name, settings in (("small", changed), ("whole", whole)):
+        Simulation(load_recipe(tiny_recipe, settings), tmp_path / name, progress=False).run()
+
+    def first_round(name):
+        lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        return next(row for row in map(json.loads, lines) if row["round"] == 1)
+
+    small, whole = first_round("small"), first_round("whole")
+    # one unit of compute, and an upload that is as much shorter as it has fewer bytes
+    seconds = [row["seconds"]["upload-10x"] - 1.0 for row in (small, whole)]
+    sizes = [row["uplink_bytes"] for row in (small, whole)]
+    assert seconds[0] / seconds[1] == pytest.approx(sizes[0] / sizes[1], rel=0.01)
+
+
 def test_what_fails_in_a_worker_is_said(tiny_recipe, tmp_path):
     recipe = load_recipe(tiny_recipe, {"training.learning_rate": 1e30, "training.max_grad_norm": 0.0})
     with pytest.raises(FedFSTQError, match=r"could not be trained in round \d"):
