@@ -132,6 +132,7 @@ def make_spec(
         fisher_objective=settings.fisher_objective,
         proximal_mu=settings.proximal_mu,
         freeze_a=settings.freeze_a,
+        coverage=settings.coverage,
         scaffold_clients=(num_clients or recipe.federation.clients) if settings.scaffold else None,
         learned_binarisation=settings.learned_binarisation,
         binarisation_warmup=settings.binarisation_warmup,

@@ -76,6 +76,19 @@ def check_freeze_a(freeze_a: bool, *, scaffold: bool, learned_binarisation: bool
         raise ConfigError(f"freeze_a and {other} cannot be combined: leave one of them out.")
 
 
+def check_coverage(coverage: object, *, scaffold: bool) -> None:
+    """Refuse a share of the tensors out of range, and together with control variates, which are of all of them.
+
+    Raises:
+        ConfigError: saying what to type.
+    """
+    valid = isinstance(coverage, (int, float)) and not isinstance(coverage, bool)
+    if not valid or not 0 < coverage <= 1:  # type: ignore[operator]
+        raise ConfigError(f"coverage must be a share of the tensors above 0 and at most 1 (all), not {coverage!r}.")
+    if scaffold and coverage != 1:
+        raise ConfigError("coverage and scaffold cannot be combined: leave one of them out.")
+
+
 def _check_number(name: str, value: object, high: float, hint: str) -> None:
     valid = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     if not valid or not 0 <= value <= high:  # type: ignore[operator]

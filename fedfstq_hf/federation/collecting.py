@@ -78,7 +78,7 @@ class Collector:
         screened = [(ref, self._screen(ref, screening)) for ref in refs if ref not in self._refused]
         found = [(ref, *result) for ref, result in screened if result is not None]
         accepted = self._weighed([entry for _, entry, _ in found], screening)
-        mean = WeightedMean(self._num_params)
+        mean = WeightedMean(self._num_params, parts=screening.spec.coverage < 1)
         lengths = [length for *_, length in found if length is not None]
         variates = VariateChanges(self._num_params, lengths, screening.spec.clip) if lengths else None
         for (ref, *_), entry in zip(found, accepted, strict=True):
@@ -89,7 +89,7 @@ class Collector:
                     "Nothing was published; start the coordinator again."
                 )
             opened = screening.open(ref, data, self._base(ref.round))
-            mean.add(opened.update, entry.weight, entry.scale)
+            mean.add(opened.update, entry.weight, entry.scale, opened.covers)
             if variates is not None and opened.variate is not None:
                 variates.add(opened.variate)
         total = mean.total_weight or 1.0

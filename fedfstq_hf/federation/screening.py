@@ -6,6 +6,8 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from fedfstq_hf.codec import CodecContext, Schema, SparseUpdate, get_codec, message
 from fedfstq_hf.codec.pairs import PAIR_PARAMS, split_pair
 from fedfstq_hf.errors import MessageError
@@ -21,13 +23,15 @@ Unseal = Callable[[bytes], bytes]
 class OpenedUpdate:
     """A message that passed: its header, what it decodes to and its L2 norm, and whether its signature was verified.
 
-    `variate` is the change of the client's control variate, where the federation has them.
+    `covers` are the coordinates that it is about, bool (num_params,), None for all. `variate` is the change of the
+    client's control variate, where the federation has them.
     """
 
     header: message.Header
     update: SparseUpdate
     norm: float
     signed: bool
+    covers: Tensor | None = None
     variate: SparseUpdate | None = None
 
 
@@ -98,11 +102,12 @@ class Screening:
                 raise MessageError("It carries no control variate; this federation's messages have two payloads.")
             payload, second = split_pair(payload)
             variate = self._codec.decode(second, self._schema, context)
-        update = self._codec.decode(payload, self._schema, context)
+        turn = self.spec.turn(self._schema, ref.client_id, ref.round)
+        update = turn.put_update(self._codec.decode(payload, turn.schema, context))
         norm = update.norm()
         if not math.isfinite(norm) or (variate is not None and not math.isfinite(variate.norm())):
             raise MessageError("It decodes to values that are not finite.")
-        return OpenedUpdate(header, update, norm, signed, variate)
+        return OpenedUpdate(header, update, norm, signed, None if turn.everything else turn.covers(), variate)
 
     def _unsealed(self, data: bytes) -> bytes:
         sealed = keys.is_sealed(data)

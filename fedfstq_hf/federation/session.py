@@ -163,7 +163,9 @@ class ClientSession:
                     f"The {what} of client {self.client_id!r} in round {round} is NaN or infinite; nothing was sent "
                     "and its residual is as before. Lower the learning rate or check the data."
                 )
-        corrected = self._feedback.corrected(self.travelling.take(delta), self.residual)
+        turn = self.spec.turn(self.schema, self.client_id, round)
+        # of tensors whose turn it is not, others send their changes: they must not come again from the residual
+        corrected = self._feedback.corrected(turn.put(turn.take(self.travelling.take(delta))), self.residual)
         kept = {name: value for name, value in self.carried.items() if name == scaffold.CARRIED}
         if variate is not None:
             variate = variate - scaffold.client_variate(kept, self.schema.num_params)
@@ -200,7 +202,8 @@ class ClientSession:
                 variate = scaffold.client_variate(carried, self.schema.num_params).clone()
                 self._codec.decode(second, self.schema, context).add_to(variate, 1.0)
                 carried = {**carried, scaffold.CARRIED: variate}
-            sent = self._codec.decode(payload, self.schema, context)
+            turn = self.spec.turn(self.schema, self.client_id, pending.round)
+            sent = turn.put_update(self._codec.decode(payload, turn.schema, context))
             settlement = Settlement(pending.round, "accepted")
             residual = self._feedback.after(pending.corrected, sent)
         else:
@@ -249,10 +252,12 @@ class ClientSession:
             overhead += PAIR_OVERHEAD if self._has_variate else 0
         room = None if max_bytes is None else (max_bytes - overhead) // (2 if self._has_variate else 1)
 
+        turn = self.spec.turn(self.schema, self.client_id, round)
+
         def encode(vector: Tensor, weights: Tensor | None) -> bytes:
             return self._codec.encode(
-                self.schema.unflatten(vector),
-                None if weights is None else self.schema.unflatten(weights),
+                turn.schema.unflatten(turn.take(vector)),
+                None if weights is None else turn.schema.unflatten(turn.take(weights)),
                 max_bytes=room,
                 context=CodecContext(round=round),
             ).payload

@@ -16,8 +16,9 @@ from fedfstq_hf.errors import ConfigError, MailboxError
 from fedfstq_hf.federation.keys import parse_public_key
 from fedfstq_hf.federation.record import other_version
 from fedfstq_hf.federation.travelling import Travelling
+from fedfstq_hf.federation.turns import Turn, turn_of
 from fedfstq_hf.sensitivity.options import check_fisher, check_objective
-from fedfstq_hf.switches import check_freeze_a, check_switches
+from fedfstq_hf.switches import check_coverage, check_freeze_a, check_switches
 
 FORMAT = 2
 
@@ -63,6 +64,7 @@ class FederationSpec:
         fisher_objective: whose gradients it is of (`sensitivity.options.FISHER_OBJECTIVES`).
         proximal_mu: FedProx's pull towards the adapter that the round started from; 0 for none.
         freeze_a: LoRA's factors A stay as round 0 has them; only the changes of B travel.
+        coverage: share of the travelling tensors that one message is about; a round's clients take turns (turns.py).
         scaffold_clients: N, the number of all clients, of a federation with SCAFFOLD's control variates; None for none.
         learned_binarisation, binarisation_warmup, binarisation_rho: FedBAT's training (`fedfstq_hf.switches`).
         token_merge_ratio, token_merge_layer: Fed-ToMe's (likewise).
@@ -106,6 +108,7 @@ class FederationSpec:
     fisher_objective: str = "same"
     proximal_mu: float = 0.0
     freeze_a: bool = False
+    coverage: float = 1.0
     scaffold_clients: int | None = None
     learned_binarisation: bool = False
     binarisation_warmup: float = 0.5
@@ -159,6 +162,7 @@ class FederationSpec:
         check_freeze_a(
             self.freeze_a, scaffold=self.scaffold_clients is not None, learned_binarisation=self.learned_binarisation
         )
+        check_coverage(self.coverage, scaffold=self.scaffold_clients is not None)
         if self.scaffold_clients is not None and (type(self.scaffold_clients) is not int or self.scaffold_clients < 1):
             raise ConfigError(
                 f"scaffold_clients is the number of the federation's clients, or null; not {self.scaffold_clients!r}."
@@ -174,6 +178,10 @@ class FederationSpec:
     def travelling(self, schema: Schema) -> Travelling:
         """What of an adapter with that schema travels."""
         return Travelling.of(schema, freeze_a=self.freeze_a)
+
+    def turn(self, schema: Schema, client_id: str, round: int) -> Turn:
+        """What a client's message of a round is about, of what travels (`schema`)."""
+        return turn_of(schema, self.coverage, seed=self.seed, client_id=client_id, round=round)
 
     def to_json(self) -> bytes:
         """Readable JSON with sorted keys."""

@@ -8,11 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
 from fedfstq_hf.codec import Schema
 from fedfstq_hf.errors import ConfigError
+from fedfstq_hf.federation.part import Part, subschema
 
 _LORA_A = ".lora_A."
 
@@ -23,16 +21,8 @@ def is_lora_a(name: str) -> bool:
 
 
 @dataclass(frozen=True)
-class Travelling:
-    """The part of an adapter that travels.
-
-    Attributes:
-        whole: names and shapes in the adapter's file.
-        schema: of what travels; messages, residuals and means have its coordinates.
-    """
-
-    whole: Schema
-    schema: Schema
+class Travelling(Part):
+    """The part of an adapter that travels; messages, residuals and means have its coordinates."""
 
     @classmethod
     def of(cls, whole: Schema, *, freeze_a: bool) -> Travelling:
@@ -50,27 +40,4 @@ class Travelling:
                 f"{'others' if not kept else 'factor A'} (first tensor: {whole.tensors[0].name}). Use LoRA, or leave "
                 "freeze_a out."
             )
-        empty = {spec.name: torch.empty(spec.shape, dtype=getattr(torch, spec.dtype), device="meta") for spec in kept}
-        return cls(whole, Schema.from_state_dict(empty))
-
-    @property
-    def everything(self) -> bool:
-        """Whether nothing is left at home."""
-        return self.schema is self.whole
-
-    def take(self, vector: Tensor) -> Tensor:
-        """What travels of a vector (whole.num_params,): (schema.num_params,); the vector itself if that is all."""
-        if self.everything:
-            return vector
-        tensors = self.whole.unflatten(vector)
-        return torch.cat([tensors[spec.name].reshape(-1) for spec in self.schema.tensors])
-
-    def put(self, part: Tensor) -> Tensor:
-        """The vector (whole.num_params,) with `part` (schema.num_params,) in its place and zeros elsewhere."""
-        if self.everything:
-            return part
-        vector = torch.zeros(self.whole.num_params, dtype=part.dtype)
-        tensors = self.whole.unflatten(vector)
-        for name, tensor in self.schema.unflatten(part).items():
-            tensors[name].copy_(tensor)
-        return vector
+        return cls(whole, subschema(kept))

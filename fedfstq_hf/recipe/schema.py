@@ -12,7 +12,7 @@ from fedfstq_hf.errors import ConfigError
 from fedfstq_hf.recipe.strict import build, join, plain
 from fedfstq_hf.sensitivity.options import check_fisher, check_objective
 from fedfstq_hf.simulation.network import LinkProfile, get_link
-from fedfstq_hf.switches import check_freeze_a, check_switches
+from fedfstq_hf.switches import check_coverage, check_freeze_a, check_switches
 from fedfstq_hf.workloads.config import DataConfig
 
 Scalar = bool | int | float | str | None
@@ -194,6 +194,9 @@ class MethodSettings:
     """FedProx: pull towards the adapter that the round started from."""
     freeze_a: bool = False
     """FFA-LoRA: the factors A of the adapter stay as drawn; B is trained and travels: half the coordinates."""
+    coverage: float = 1.0
+    """Share of the adapter's tensors that one client's message is about: the clients of a round take turns, and the
+    server averages each tensor over those that sent it. Bits per parameter stay those of the whole adapter."""
     scaffold: bool = False
     """SCAFFOLD: correct each local gradient by control variates, which travel as a second payload; all clients weigh
     alike."""
@@ -217,6 +220,7 @@ class MethodSettings:
         check_fisher(self.fisher, self.fisher_objective, self.objective, self.proximal_mu)
         check_switches(self, scaffold=self.scaffold)
         check_freeze_a(self.freeze_a, scaffold=self.scaffold, learned_binarisation=self.learned_binarisation)
+        check_coverage(self.coverage, scaffold=self.scaffold)
         if isinstance(self.uplink_budget, int) and self.uplink_budget < 1:
             raise ConfigError(f"uplink_budget must be at least 1 byte, got {self.uplink_budget}")
 

@@ -115,6 +115,33 @@ def test_a_lossless_codec_leaves_no_residual():
     assert session.residual is None
 
 
+@pytest.mark.parametrize("outcome", ["accepted", "refused"])
+def test_of_tensors_whose_turn_it_is_not_nothing_comes_later(outcome):
+    spec = make_spec(codec="fp16", rounds=9, coverage=0.5)
+    session = make_session(spec=spec)
+    covers = spec.turn(SCHEMA, "a", 0).covers()
+    assert 0 < covers.sum() < SIZE
+    whole = make_session(spec=make_spec(codec="fp16", rounds=9))
+    first = finish(session, 0, max_bytes=None)
+    assert len(first.message) < len(finish(whole, 0, max_bytes=None).message)
+    session.settle(record(1, **{outcome: [first]}))
+    residual = torch.zeros(SIZE) if session.residual is None else session.residual
+    assert residual[~covers].count_nonzero() == 0
+    if outcome == "refused":
+        assert torch.equal(residual[covers], DELTA[covers])
+    else:
+        assert float(residual.abs().max()) < 1e-2  # what float16 rounds off
+    session = make_session(spec=spec)
+    session.settle(record(1, refused=[finish(session, 0, max_bytes=None)]))
+    second = finish(session, 1, max_bytes=None, delta=torch.zeros(SIZE))
+    turn = spec.turn(SCHEMA, "a", 1)
+    _, payload = message.unpack(second.message)
+    sent = turn.put_update(get_codec("fp16").decode(payload, turn.schema)).to_dense()
+    both = covers & turn.covers()
+    assert torch.allclose(sent[both], DELTA[both], atol=1e-2)
+    assert sent[~both].count_nonzero() == 0
+
+
 def test_a_round_is_finished_once():
     session = make_session()
     pending = finish(session, 2)

@@ -16,6 +16,7 @@ METHODS = {
     "scaffold": {"codec": "fp32", "scaffold": True},
     "fedbat": {"codec": "fedbat", "learned_binarisation": True, "error_feedback": False},
     "fed-tome": {"codec": "fp16", "token_merge_ratio": 0.5, "token_merge_layer": 0},
+    "turns": {"codec": "fp16", "coverage": 0.3, "error_feedback": False},
     "fedadam": {"codec": "fp32", "server": {"optimizer": "FedAdam", "lr": 0.01}},
 }
 
@@ -62,7 +63,7 @@ def test_two_workers_give_the_same(recipe, simulated, tmp_path):
     assert adapters(tmp_path / "out") == adapters(simulated)
 
 
-@pytest.mark.parametrize("method", ["scaffold", "fedbat"])
+@pytest.mark.parametrize("method", ["scaffold", "fedbat", "turns"])
 def test_real_processes_give_the_same(method, recipe, simulated, tiny_recipe, launcher, tmp_path):
     box = tmp_path / "box"
     launcher.run("init", box, "--recipe", recipe, "--method", method)
