@@ -142,6 +142,7 @@ def test_what_cannot_be_found_says_so(name, message):
         ({"methods": {"a": {"uplink_budget": 0}}}, r"uplink_budget must be at least 1 byte"),
         ({"methods": {"a": {"uplink_budget": [1]}}}, r"uplink_budget must be a whole number or text or null"),
         ({"methods": {"a": {"server": {"lr": 0.0}}}}, r"recipe\.methods\.a\.server\.lr must be above 0"),
+        ({"methods": {"a": {"server": {"final_lr": 0}}}}, r"recipe\.methods\.a\.server\.final_lr must be above 0"),
         ({"methods": {"a": {"server": "Adam"}}}, r"server must be a mapping such as"),
         ({"evaluation": {"metric": "rouge"}}, r"metric must be one of eval_loss, exact_match"),
         ({"target": {"fraction": 1.5}}, r"fraction must lie in \[0, 1\]"),
@@ -214,7 +215,7 @@ def test_overrides_by_path_and_short_name():
     assert recipe.training.learning_rate == 1e-4
     assert recipe.lora.target_modules == ["q_proj", "v_proj"]
     server = recipe.methods["fstq"].server
-    assert (server.optimizer, server.keywords()) == ("Adam", {"lr": 0.01, "betas": [0.9, 0.99]})
+    assert (server.optimizer, server.lr, server.options) == ("Adam", 0.01, {"betas": [0.9, 0.99]})
     assert recipe.methods["fstq"].uplink_budget == "5s@2Mbps"
     assert recipe.methods["fedavg"].codec_options == {"bits": 8}
 

@@ -55,7 +55,8 @@ class WeightedMean:
 def check_server(server: Mapping[str, Any]) -> None:
     """Raise `ConfigError` unless `server` names an optimizer that takes the options and steps on a vector."""
     try:
-        server_step(torch.zeros(2), torch.ones(2), server, None)
+        for progress in (0.0, 1.0):
+            server_step(torch.zeros(2), torch.ones(2), server, None, progress)
     except (TypeError, RuntimeError) as error:  # LBFGS wants a closure, SparseAdam sparse gradients
         raise ConfigError(
             f"{server.get('optimizer')} cannot take a step on the mean update: {error}. "
@@ -64,21 +65,23 @@ def check_server(server: Mapping[str, Any]) -> None:
 
 
 def server_step(
-    adapter: Tensor, mean_update: Tensor, server: Mapping[str, Any], state: bytes | None
+    adapter: Tensor, mean_update: Tensor, server: Mapping[str, Any], state: bytes | None, progress: float = 0.0
 ) -> tuple[Tensor, bytes]:
     """One step of the server optimizer.
 
     Args:
         adapter: Θ_t, (num_params,) float32; not changed.
         mean_update: Σ_k w_k Δ_k, (num_params,) float32.
-        server: `{"optimizer": "SGD", "lr": 1.0, ...}`.
+        server: `{"optimizer": "SGD", "lr": 1.0, ...}`; with `final_lr` the rate goes from `lr` in the first round to that
+            in the last, in equal steps.
         state: what the previous round's call returned, None in the first round.
+        progress: 0 in the first round, 1 in the last.
 
     Returns:
         The change Θ_{t+1} - Θ_t, (num_params,) float32, and the optimizer's state as a safetensors file.
     """
     parameter = torch.nn.Parameter(adapter.clone())
-    optimizer = _build(server, parameter)
+    optimizer = _build(server, parameter, progress)
     if state:
         try:
             restored = load(state)
@@ -92,7 +95,7 @@ def server_step(
     return parameter.detach() - adapter, save(tensors)
 
 
-def _build(server: Mapping[str, Any], parameter: Tensor) -> torch.optim.Optimizer:
+def _build(server: Mapping[str, Any], parameter: Tensor, progress: float) -> torch.optim.Optimizer:
     options = dict(server)
     name = options.pop("optimizer", "SGD")
     known = {
@@ -108,7 +111,10 @@ def _build(server: Mapping[str, Any], parameter: Tensor) -> torch.optim.Optimize
             f"Known: {', '.join(sorted(known))}."
         )
     options.setdefault("lr", 1.0)
+    final = options.pop("final_lr", None)
     try:
+        if final is not None:
+            options["lr"] += progress * (final - options["lr"])
         return known[name]([parameter], **options)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"{name} refuses the server options {options}: {error}") from error

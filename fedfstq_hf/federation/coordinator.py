@@ -288,6 +288,7 @@ class Coordinator:
                 collected.mean.result(),
                 self.spec.server,
                 self._server_state(self.record.round),
+                self.record.round / max(1, self.spec.rounds - 1),
             )
             change = self.travelling.put(part)
         else:  # an end without any update

@@ -129,17 +129,21 @@ class ServerSettings:
 
     SGD at lr 1 is FedAvg, SGD with momentum FedAvgM; FedAdam is its paper's, Adam torch's.
 
-    In YAML one flat mapping, `{optimizer: SGD, lr: 1.0, momentum: 0.9}`: what is not `optimizer` or `lr` is passed on.
+    In YAML one flat mapping, `{optimizer: SGD, lr: 1.0, momentum: 0.9}`: all but `optimizer`, `lr` and `final_lr` is
+    passed on.
     """
 
     optimizer: str = "SGD"
     """`FedAdam`, or a class name in `torch.optim`."""
     lr: float = 1.0
+    final_lr: float | None = None
+    """The rate of the last round, which is reached in equal steps; None keeps `lr`. Early on a long step makes up for
+    what messages leave out, later it would make more of their noise."""
     options: dict[str, Any] = field(default_factory=dict)
     """Further keyword arguments of that class."""
 
     def __post_init__(self) -> None:
-        _positive(self, "lr")
+        _positive(self, "lr", *(["final_lr"] if self.final_lr is not None else []))
         if not self.optimizer.isidentifier():
             raise ConfigError(f"optimizer must be a class of torch.optim such as SGD or Adam, got {self.optimizer!r}")
 
@@ -150,16 +154,13 @@ class ServerSettings:
             return value
         if not isinstance(value, Mapping):
             raise ConfigError(f"{where} must be a mapping such as {{optimizer: SGD, lr: 1.0}}, got {value!r}")
-        known = {key: value[key] for key in ("optimizer", "lr") if key in value}
+        known = {key: value[key] for key in ("optimizer", "lr", "final_lr") if key in value}
         return build(cls, {**known, "options": {key: value[key] for key in value if key not in known}}, where)
 
     def to_yaml(self) -> dict[str, Any]:
         """The flat form."""
-        return {"optimizer": self.optimizer, "lr": self.lr, **plain(self.options)}
-
-    def keywords(self) -> dict[str, Any]:
-        """Keyword arguments of the optimizer class, `lr` among them."""
-        return {"lr": self.lr, **self.options}
+        final = {} if self.final_lr is None else {"final_lr": self.final_lr}
+        return {"optimizer": self.optimizer, "lr": self.lr, **final, **plain(self.options)}
 
 
 @dataclass(frozen=True)

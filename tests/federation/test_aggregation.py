@@ -101,6 +101,15 @@ def test_impossible_servers_are_refused_before_round_zero(server, match):
         check_server(server)
 
 
+def test_the_rate_goes_from_first_to_final_in_equal_steps():
+    adapter, mean = torch.zeros(2), torch.tensor([1.0, -2.0])
+    server = {"optimizer": "SGD", "lr": 2.0, "final_lr": 0.5}
+    factors = [float(server_step(adapter, mean, server, None, step / 3)[0][0]) for step in range(4)]
+    assert factors == pytest.approx([2.0, 1.5, 1.0, 0.5])
+    with pytest.raises(ConfigError, match="SGD refuses the server options"):
+        check_server({"optimizer": "SGD", "lr": 1.0, "final_lr": -1.0})
+
+
 def test_a_damaged_state_is_named():
     with pytest.raises(MailboxError, match="server optimizer's state in the mailbox cannot be read"):
         server_step(torch.zeros(2), torch.ones(2), {"optimizer": "Adam"}, b"garbage")
