@@ -72,8 +72,8 @@ def server_step(
     Args:
         adapter: Θ_t, (num_params,) float32; not changed.
         mean_update: Σ_k w_k Δ_k, (num_params,) float32.
-        server: `{"optimizer": "SGD", "lr": 1.0, ...}`; with `final_lr` the rate goes from `lr` in the first round to that
-            in the last, in equal steps.
+        server: `{"optimizer": "SGD", "lr": 1.0, ...}`; with `final_lr` the rate goes from `lr` in the first round to
+            that in the last, in equal steps.
         state: what the previous round's call returned, None in the first round.
         progress: 0 in the first round, 1 in the last.
 
