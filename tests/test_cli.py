@@ -269,6 +269,8 @@ def test_overrides_are_read():
         "d_e": "-3",
         "f": "",
     }
+    assert parse_overrides(["--methods.rank-2.learning-rate", "1"]) == {"methods.rank-2.learning_rate": "1"}
+    assert parse_overrides(["--methods", "rank-2"]) == {"methods": "rank-2"}
     assert parse_overrides([]) == {}
 
 

@@ -29,8 +29,15 @@ def parse_overrides(arguments: list[str]) -> dict[str, str]:
             if not rest or rest[0].startswith("--"):
                 raise ConfigError(f"--{name} needs a value: type --{name} VALUE.")
             value = rest.pop(0)
-        overrides[name.replace("-", "_")] = value
+        overrides[_key(name)] = value
     return overrides
+
+
+def _key(name: str) -> str:
+    """Keys have no dashes, and people type them all the same; names of methods may have them."""
+    parts = name.split(".")
+    own = 1 if parts[0] == "methods" and len(parts) > 1 else None
+    return ".".join(part if place == own else part.replace("-", "_") for place, part in enumerate(parts))
 
 
 def quieten() -> None:
