@@ -1,5 +1,7 @@
 """Turns: which tensors whose message covers, the mean over those that cover, and residuals that do not come twice."""
 
+import hashlib
+
 import pytest
 import torch
 
@@ -31,6 +33,17 @@ def test_it_follows_from_seed_round_and_client_and_from_nothing_else():
     assert names(turn()) == names(turn())
     for others in ([{"client": f"c{i}"} for i in range(5)], [{"round": i} for i in range(5)], [{"seed": 8}]):
         assert any(names(turn(**other)) != names(turn()) for other in others)
+
+
+def test_it_is_what_the_specification_says():
+    def u(text):
+        return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
+
+    count = len(SCHEMA.tensors)
+    order = sorted(range(count), key=lambda i: u(f"tensor 7 4 {i}"))
+    start = int(u("client 7 4 anna") * count)
+    expected = {SCHEMA.tensors[order[(start + i) % count]].name for i in range(3)}
+    assert names(turn()) == expected
 
 
 def test_over_rounds_and_clients_every_tensor_has_its_turn_about_equally_often():
