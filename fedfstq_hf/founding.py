@@ -101,6 +101,7 @@ def make_spec(
     seed: int,
     min_clients: int,
     num_clients: int | None = None,
+    mean_examples: int | None = None,
     **rules: Any,
 ) -> FederationSpec:
     """The spec of a federation that runs `method` of a recipe.
@@ -108,9 +109,15 @@ def make_spec(
     Args:
         founding: of `recipe.for_method(method)`.
         num_clients: all clients of the federation; the recipe's number where None.
+        mean_examples: of its clients, for a method whose budgets follow the number of examples.
         rules: fields of the spec that no recipe sets.
     """
     settings: MethodSettings = recipe.methods[method]
+    if settings.budget_by_examples and mean_examples is None:
+        raise ConfigError(
+            f"Method {method!r} has budget_by_examples: say how many training examples a client has on average, "
+            "such as --mean-examples 200."
+        )
     training = recipe.for_method(method).training
     return FederationSpec(
         name=recipe.name,
@@ -124,6 +131,7 @@ def make_spec(
         codec=settings.codec,
         codec_options=settings.codec_options,
         uplink_budget=settings.uplink_budget,
+        mean_examples=mean_examples if settings.budget_by_examples else None,
         error_feedback=settings.feedback_decay,
         server=settings.server.to_yaml(),
         objective=settings.objective,

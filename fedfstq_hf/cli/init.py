@@ -35,6 +35,10 @@ def init(
     round_seconds: Annotated[
         float | None, typer.Option(help="Close a round after this time even with fewer updates.")
     ] = None,
+    mean_examples: Annotated[
+        int | None,
+        typer.Option(help="Training examples of a client on average, for methods with budget_by_examples."),
+    ] = None,
     max_staleness: Annotated[
         int, typer.Option(help="Rounds by which an update may be late and still be used, at a discount.")
     ] = 0,
@@ -88,6 +92,7 @@ def init(
         seed=loaded.seeds[0],
         min_clients=count,
         num_clients=len(names) if names else None,
+        mean_examples=mean_examples,
         clients_per_round=clients_per_round,
         round_seconds=round_seconds,
         max_staleness=max_staleness,

@@ -31,6 +31,7 @@ _BUILTIN = {
     "paper": ".baselines.paper",
     "qsgd": ".baselines.qsgd",
     "random": ".baselines.random_support",
+    "sampled": ".sampled",
     "signsgd": ".baselines.signsgd",
     "sparse32": ".sparse32",
     "sparseloco": ".baselines.sparseloco",

@@ -11,6 +11,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -147,7 +148,8 @@ class ClientSession:
             delta: Θ_local - Θ_t, the whole of it, float32.
             fisher: diagonal adapter Fisher in the same order, or None.
             num_examples: N_k, the client's weight in the mean.
-            max_bytes: the whole message's budget in bytes, None for no limit.
+            max_bytes: the whole message's budget in bytes, None for no limit; in a federation whose budgets follow the
+                number of examples, that of a client with the mean number.
             carried: replaces `carried` once stored.
             variate: this client's next control variate, (num_params,) float32, in a federation that has them.
 
@@ -250,7 +252,11 @@ class ClientSession:
             overhead = message.overhead(header, max_bytes, signed=self._sign is not None)
             overhead += keys.SEAL_OVERHEAD if self.spec.sealing_key is not None else 0
             overhead += PAIR_OVERHEAD if self._has_variate else 0
-        room = None if max_bytes is None else (max_bytes - overhead) // (2 if self._has_variate else 1)
+        room = None
+        if max_bytes is not None:
+            room = (max_bytes - overhead) // (2 if self._has_variate else 1)
+            if room > 0:  # a negative one is refused with what is missing
+                room = math.floor(room * self.spec.budget_share(num_examples))
 
         turn = self.spec.turn(self.schema, self.client_id, round)
 

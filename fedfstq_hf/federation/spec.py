@@ -51,6 +51,8 @@ class FederationSpec:
         round_seconds: a round closes after this time even with fewer updates (at least one); None waits for ever.
         codec, codec_options: how updates travel.
         uplink_budget: default budget of a message (`"96kB"`, `"0.3bpp"`, `"5s@2Mbps"`), None for no limit.
+        mean_examples: where set, budgets are those of a client with so many examples, and another's are in proportion
+            to its own number, at most `weight_cap` times as large: in the mean, what is said for many weighs more.
         error_feedback: decay of the residual that a client carries to its next update; 0 switches it off.
         max_message_bytes: larger messages are refused unread.
         server: `{"optimizer": any torch.optim class, "lr": ..., ...}` on the pseudo-gradient; SGD with lr 1 is FedAvg.
@@ -96,6 +98,7 @@ class FederationSpec:
     codec: str = "fstq"
     codec_options: Mapping[str, Any] = field(default_factory=dict)
     uplink_budget: str | int | None = None
+    mean_examples: int | None = None
     error_feedback: float = 1.0
     server: Mapping[str, Any] = field(default_factory=lambda: {"optimizer": "SGD", "lr": 1.0})
     training: Mapping[str, Any] = field(default_factory=dict)
@@ -167,6 +170,10 @@ class FederationSpec:
             raise ConfigError(
                 f"scaffold_clients is the number of the federation's clients, or null; not {self.scaffold_clients!r}."
             )
+        if self.mean_examples is not None and (type(self.mean_examples) is not int or self.mean_examples < 1):
+            raise ConfigError(
+                f"mean_examples is the mean number of a client's examples, or null; not {self.mean_examples!r}."
+            )
         if self.optimizer_state not in ("fresh", "kept"):
             raise ConfigError(f"optimizer_state must be 'fresh' or 'kept', not {self.optimizer_state!r}.")
         if unknown := sorted(set(self.training) - set(SHARED_TRAINING_ARGUMENTS)):
@@ -178,6 +185,12 @@ class FederationSpec:
     def travelling(self, schema: Schema) -> Travelling:
         """What of an adapter with that schema travels."""
         return Travelling.of(schema, freeze_a=self.freeze_a)
+
+    def budget_share(self, num_examples: int) -> float:
+        """Size of the messages of a client with so many examples, relative to the budget."""
+        if self.mean_examples is None:
+            return 1.0
+        return min(num_examples / self.mean_examples, self.weight_cap or math.inf)
 
     def turn(self, schema: Schema, client_id: str, round: int) -> Turn:
         """What a client's message of a round is about, of what travels (`schema`)."""

@@ -172,6 +172,9 @@ class MethodSettings:
     uplink_budget: int | str | None = None
     """Most a message may weigh: bytes (`96kB`), bits per parameter (`0.3bpp`) or time on a link (`5s@2Mbps`); `auto`
     and `auto:LOW..HIGH` grow as progress slows, `ramp:LOW..HIGH` from round to round."""
+    budget_by_examples: bool = False
+    """Whether that budget is of a client with the mean number of examples, and others get theirs in proportion to their
+    own number, as they weigh in the mean. The sum of all clients' budgets stays the same."""
     error_feedback: bool | float = True
     """Whether a client keeps what its message left out and adds it to its next update; a number is the decay."""
     server: ServerSettings = field(default_factory=ServerSettings)
@@ -222,6 +225,10 @@ class MethodSettings:
         check_switches(self, scaffold=self.scaffold)
         check_freeze_a(self.freeze_a, scaffold=self.scaffold, learned_binarisation=self.learned_binarisation)
         check_coverage(self.coverage, scaffold=self.scaffold)
+        if self.budget_by_examples and self.uplink_budget is None:
+            raise ConfigError(
+                "budget_by_examples divides uplink_budget among the clients; set that too, such as 0.1bpp"
+            )
         if isinstance(self.uplink_budget, int) and self.uplink_budget < 1:
             raise ConfigError(f"uplink_budget must be at least 1 byte, got {self.uplink_budget}")
 

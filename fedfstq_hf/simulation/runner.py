@@ -12,7 +12,7 @@ import contextlib
 import json
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -145,7 +145,9 @@ class Simulation:
             for method in methods:
                 recipe = self.recipe.for_method(method)
                 folder = self._run_folder(method, seed)
-                spec = make_spec(recipe, method, founding, seed=seed, min_clients=1)
+                spec = make_spec(
+                    recipe, method, founding, seed=seed, min_clients=1, mean_examples=_mean_examples(datasets)
+                )
                 mailbox = FolderMailbox(folder / "mailbox", durable=False)
                 if not (mailbox.path / "rounds" / "000000").exists():
                     found_federation(mailbox, spec, founding.adapter, founding.adapter_config)
@@ -285,6 +287,11 @@ def same_settings(found: Mapping[str, Any], recipe: Recipe) -> bool:
     except ConfigError:
         return False
     return all(known[key] == value for key, value in recipe.to_dict().items() if key not in _WORDS)
+
+
+def _mean_examples(datasets: Sequence[Sequence[Any]]) -> int:
+    """Of a client, at least 1."""
+    return max(1, round(sum(map(len, datasets)) / len(datasets)))
 
 
 def _measure(founding: Founding, evaluator: Evaluator, adapter: Tensor) -> dict[str, float]:

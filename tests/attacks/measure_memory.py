@@ -33,6 +33,7 @@ DENSEST = {
     "paper": {"shares": (0.4, 0.3, 0.3)},
     "qsgd": {"bits": 8, "bucket": 8},
     "random": {"density": 1.0},
+    "sampled": {"bits": 1.0},
     "sparseloco": {"top_k": 1024},
     "topk": {"density": 0.25},
     "uniform-fisher": {"bits": 8.0, "parts": "coordinates"},

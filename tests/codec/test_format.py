@@ -297,3 +297,28 @@ def test_the_docs_have_every_codec(page, name):
 
 def test_the_schema_of_the_golden_files():
     assert Schema.from_state_dict(SCHEMA.unflatten(torch.zeros(SCHEMA.num_params))) == SCHEMA
+
+
+@pytest.mark.parametrize("stem", ["sampled", "sampled-all"])
+def test_sampled_by_the_page(stem):
+    reader = reference.ReferenceReader(payload_of(stem))
+    seed = 0
+    for _ in range(4):
+        seed = seed * 256 + reader.get(reference.uniform(256))
+    below = reader.get(reference.uniform(65536)) + 1
+    model = reference.Adaptive(1025)
+    symbols = [model.get(reader) for _ in SHAPES]
+    sample = []
+    start = 0
+    for shape, symbol in zip(SHAPES, symbols, strict=True):
+        for i in range(start, start + math.prod(shape)):
+            h = i ^ seed
+            h = (h ^ h >> 16) * 0x85EBCA6B % 2**32
+            h = (h ^ h >> 13) * 0xC2B2AE35 % 2**32
+            if symbol and (h ^ h >> 16) >> 16 < below:
+                sample.append((i, grid(symbol - 1, 8)))
+        start += math.prod(shape)
+    dense = [0.0] * SCHEMA.num_params
+    for (i, magnitude), sign in zip(sample, reader.tail(len(sample)), strict=True):
+        dense[i] = -magnitude if sign else magnitude
+    assert dense == dense_of(stem)

@@ -21,6 +21,7 @@ FIXED = [
 ]
 FITTING = [
     ("random", {}),
+    ("sampled", {}),
     ("sparseloco", {}),
     ("sparseloco", {"packed": False}),
     ("sparseloco", {"entropy_coded": True}),
@@ -31,7 +32,7 @@ FITTING = [
     ("uniform-fisher", {}),
 ]
 ALL = FIXED + FITTING
-STOCHASTIC = ["fedbat", "fedpaq", "qsgd", "random"]
+STOCHASTIC = ["fedbat", "fedpaq", "qsgd", "random", "sampled"]
 
 
 def same(one, two):
@@ -148,6 +149,9 @@ def test_stochastic_rounding_is_unbiased(name):
         ("qsgd", {"norm": "l1"}),
         ("qsgd", {"seed": None}),
         ("random", {"density": 0}),
+        ("sampled", {"bits": 0}),
+        ("sampled", {"bits": 1.5}),
+        ("sampled", {"seed": True}),
         ("random", {"seed": True}),
         ("sparseloco", {"top_k": 0}),
         ("sparseloco", {"top_k": 1025}),

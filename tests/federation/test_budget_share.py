@@ -1,0 +1,52 @@
+"""Budgets in proportion to the number of examples: who weighs more in the mean may say more."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+
+from fedfstq_hf.codec import Schema, message
+from fedfstq_hf.errors import BudgetError, ConfigError
+from fedfstq_hf.federation.session import ClientSession
+from fedfstq_hf.federation.spec import FederationSpec
+from tests.federation.light import make_spec
+
+SCHEMA = Schema.from_state_dict({f"layer.{i}": torch.zeros(16, 512) for i in range(4)})
+DELTA = torch.randn(SCHEMA.num_params, generator=torch.Generator().manual_seed(0))
+
+
+def sizes(num_examples, max_bytes=900, **spec):
+    """Bytes of the whole message and of its payload."""
+    session = ClientSession("anna", make_spec(codec="sampled", schema=SCHEMA.fingerprint, **spec), SCHEMA)
+    data = session.finish(0, "0" * 64, DELTA, fisher=None, num_examples=num_examples, max_bytes=max_bytes).message
+    return len(data), len(message.unpack(data)[1])
+
+
+def test_shares_follow_the_number_of_examples_up_to_the_cap_on_weights():
+    spec = make_spec(mean_examples=40)
+    assert [spec.budget_share(n) for n in (10, 40, 100, 4000)] == [0.25, 1.0, 2.5, 10.0]
+    assert dataclasses.replace(spec, weight_cap=None).budget_share(4000) == 100.0
+    assert make_spec().budget_share(4000) == 1.0
+
+
+def test_the_payload_grows_with_the_examples_and_the_header_stays():
+    (whole, payload), (smaller, part) = sizes(40, mean_examples=40), sizes(10, mean_examples=40)
+    assert whole <= 900
+    assert part == pytest.approx(payload / 4, abs=8)
+    assert whole - payload == pytest.approx(smaller - part, abs=8)
+    assert sizes(10) == pytest.approx(sizes(40), abs=8)
+
+
+def test_a_budget_below_the_header_is_refused_as_ever():
+    with pytest.raises(BudgetError, match="An uplink budget of 20 bytes"):
+        sizes(80, max_bytes=20, mean_examples=40)
+
+
+def test_the_spec_keeps_it_and_refuses_what_is_no_number_of_examples():
+    spec = make_spec(mean_examples=40)
+    assert FederationSpec.from_json(spec.to_json()) == spec
+    assert json.loads(spec.to_json())["mean_examples"] == 40
+    for wrong in (0, -1, 2.5, True, "many"):
+        with pytest.raises(ConfigError, match="mean_examples is the mean number"):
+            make_spec(mean_examples=wrong)
