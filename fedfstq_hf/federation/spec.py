@@ -51,8 +51,8 @@ class FederationSpec:
         round_seconds: a round closes after this time even with fewer updates (at least one); None waits for ever.
         codec, codec_options: how updates travel.
         uplink_budget: default budget of a message (`"96kB"`, `"0.3bpp"`, `"5s@2Mbps"`), None for no limit.
-        mean_examples: where set, budgets are those of a client with so many examples, and another's are in proportion
-            to its own number, at most `weight_cap` times as large: in the mean, what is said for many weighs more.
+        mean_examples: where set, budgets are those of a client with so many examples, and another's grow with the
+            square root of its own number (`budget_share`).
         error_feedback: decay of the residual that a client carries to its next update; 0 switches it off.
         max_message_bytes: larger messages are refused unread.
         server: `{"optimizer": any torch.optim class, "lr": ..., ...}` on the pseudo-gradient; SGD with lr 1 is FedAvg.
@@ -187,10 +187,16 @@ class FederationSpec:
         return Travelling.of(schema, freeze_a=self.freeze_a)
 
     def budget_share(self, num_examples: int) -> float:
-        """Size of the messages of a client with so many examples, relative to the budget."""
+        """Size of the payload of a client with so many examples, relative to what the budget leaves for it.
+
+        The noise of a message enters the round's mean with its weight squared, so a client that weighs more should say
+        more: in proportion to its weight, for the least noise of one round. But a round's weights are relative to who
+        else is in it, and a large client may have a slow link. The square root of its number of examples comes close to
+        the least noise on average, has less in the worst round, and a largest message of half the size.
+        """
         if self.mean_examples is None:
             return 1.0
-        return min(num_examples / self.mean_examples, self.weight_cap or math.inf)
+        return math.sqrt(min(num_examples / self.mean_examples, self.weight_cap or math.inf))
 
     def turn(self, schema: Schema, client_id: str, round: int) -> Turn:
         """What a client's message of a round is about, of what travels (`schema`)."""

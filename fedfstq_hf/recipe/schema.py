@@ -173,8 +173,8 @@ class MethodSettings:
     """Most a message may weigh: bytes (`96kB`), bits per parameter (`0.3bpp`) or time on a link (`5s@2Mbps`); `auto`
     and `auto:LOW..HIGH` grow as progress slows, `ramp:LOW..HIGH` from round to round."""
     budget_by_examples: bool = False
-    """Whether that budget is of a client with the mean number of examples, and others get theirs in proportion to their
-    own number, as they weigh in the mean. The sum of all clients' budgets stays the same."""
+    """Whether that budget is of a client with the mean number of examples, and others' grow with the square root of
+    their own: who weighs more in the mean may say more. All clients' budgets together get no larger."""
     error_feedback: bool | float = True
     """Whether a client keeps what its message left out and adds it to its next update; a number is the decay."""
     server: ServerSettings = field(default_factory=ServerSettings)

@@ -1,4 +1,4 @@
-"""Budgets in proportion to the number of examples: who weighs more in the mean may say more."""
+"""Budgets by the number of examples: who weighs more in the mean may say more."""
 
 import dataclasses
 import json
@@ -25,15 +25,15 @@ def sizes(num_examples, max_bytes=900, **spec):
 
 def test_shares_follow_the_number_of_examples_up_to_the_cap_on_weights():
     spec = make_spec(mean_examples=40)
-    assert [spec.budget_share(n) for n in (10, 40, 100, 4000)] == [0.25, 1.0, 2.5, 10.0]
-    assert dataclasses.replace(spec, weight_cap=None).budget_share(4000) == 100.0
+    assert [spec.budget_share(n) for n in (10, 40, 90, 4000)] == [0.5, 1.0, 1.5, 10.0**0.5]
+    assert dataclasses.replace(spec, weight_cap=None).budget_share(4000) == 10.0
     assert make_spec().budget_share(4000) == 1.0
 
 
 def test_the_payload_grows_with_the_examples_and_the_header_stays():
     (whole, payload), (smaller, part) = sizes(40, mean_examples=40), sizes(10, mean_examples=40)
     assert whole <= 900
-    assert part == pytest.approx(payload / 4, abs=8)
+    assert part == pytest.approx(payload / 2, abs=8)
     assert whole - payload == pytest.approx(smaller - part, abs=8)
     assert sizes(10) == pytest.approx(sizes(40), abs=8)
 
