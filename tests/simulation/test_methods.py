@@ -8,6 +8,8 @@ import yaml
 from test_runner import adapters, rows
 from tiny_workload import OWNERS, write_client_file
 
+from fedfstq_hf.errors import ConfigError
+from fedfstq_hf.founding import found, make_spec
 from fedfstq_hf.recipe import load_recipe
 from fedfstq_hf.simulation.runner import Simulation
 
@@ -17,6 +19,7 @@ METHODS = {
     "fedbat": {"codec": "fedbat", "learned_binarisation": True, "error_feedback": False},
     "fed-tome": {"codec": "fp16", "token_merge_ratio": 0.5, "token_merge_layer": 0},
     "turns": {"codec": "fp16", "coverage": 0.3, "error_feedback": False},
+    "by-examples": {"codec": "sampled", "uplink_budget": 900, "budget_by_examples": True, "error_feedback": False},
     "fedadam": {"codec": "fp32", "server": {"optimizer": "FedAdam", "lr": 0.01}},
 }
 
@@ -63,10 +66,18 @@ def test_two_workers_give_the_same(recipe, simulated, tmp_path):
     assert adapters(tmp_path / "out") == adapters(simulated)
 
 
-@pytest.mark.parametrize("method", ["scaffold", "fedbat", "turns"])
+def test_a_mean_number_of_examples_stands_in_the_spec_or_is_asked_for(recipe, simulated):
+    spec = json.loads((simulated / "runs/by-examples/seed-3/mailbox/rounds/000000/spec.json").read_text())
+    assert spec["mean_examples"] == 7
+    loaded = load_recipe(recipe)
+    with pytest.raises(ConfigError, match="--mean-examples 200"):
+        make_spec(loaded, "by-examples", found(loaded, 3), seed=3, min_clients=1)
+
+
+@pytest.mark.parametrize("method", ["scaffold", "fedbat", "turns", "by-examples"])
 def test_real_processes_give_the_same(method, recipe, simulated, tiny_recipe, launcher, tmp_path):
     box = tmp_path / "box"
-    launcher.run("init", box, "--recipe", recipe, "--method", method)
+    launcher.run("init", box, "--recipe", recipe, "--method", method, "--mean-examples", "7")
     files = [write_client_file(tiny_recipe.parent, box, owner, tmp_path / "clients") for owner in OWNERS]
     commands = [
         launcher.start("serve", box, "--poll-seconds", "0.05"),
