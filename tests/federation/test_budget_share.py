@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+import numpy as np
 import pytest
 import torch
 
@@ -50,3 +51,24 @@ def test_the_spec_keeps_it_and_refuses_what_is_no_number_of_examples():
     for wrong in (0, -1, 2.5, True, "many"):
         with pytest.raises(ConfigError, match="mean_examples is the mean number"):
             make_spec(mean_examples=wrong)
+
+
+def test_the_root_has_less_noise_than_equal_budgets_and_better_worst_cases_than_proportion():
+    # clients of unequal size, 10 of 100 in a round: sum of weight^2 / size of message, at the same bytes
+    rng = np.random.default_rng(0)
+    examples = np.ceil(np.exp(rng.normal(3, 1.2, 100)))
+    spec = make_spec(mean_examples=round(examples.mean()), weight_cap=None)
+    rules = {
+        "equal": np.ones(100),
+        "root": np.array([spec.budget_share(int(n)) for n in examples]),
+        "proportion": examples / examples.mean(),
+    }
+    rounds = [rng.permutation(100)[:10] for _ in range(200)]
+    mean, worst, largest = {}, {}, {}
+    for name, shares in rules.items():
+        sizes = shares / shares.mean()
+        noise = [(examples[r] ** 2 / examples[r].sum() ** 2 / sizes[r]).sum() for r in rounds]
+        mean[name], worst[name], largest[name] = np.mean(noise), np.max(noise), sizes.max()
+    assert mean["root"] < 0.7 * mean["equal"]
+    assert worst["root"] < worst["proportion"]
+    assert largest["root"] < 0.6 * largest["proportion"]
