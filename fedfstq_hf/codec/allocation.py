@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ..errors import BudgetError
+from .budget import check_empty_fits
 from .update import SparseUpdate
 
 Int64 = npt.NDArray[np.int64]
@@ -104,11 +104,7 @@ def fill(
     Raises BudgetError if not even an empty update fits.
     """
     best, best_count = draft(0), 0
-    if len(best.payload) > max_bytes:
-        raise BudgetError(
-            f"an empty update takes {len(best.payload)} bytes of payload, the budget leaves {max_bytes} after the "
-            f"container; raise the uplink budget by at least {len(best.payload) - max_bytes} bytes"
-        )
+    check_empty_fits(len(best.payload), max_bytes)
     count, too_many = largest_fitting(estimate, high, 8.0 * max_bytes, _TOLERANCE, guess), high + 1
     for _ in range(_EXACT_TRIES):
         if count <= best_count:

@@ -31,6 +31,15 @@ def parse_budget(budget: str | int, num_params: int) -> int:
     return size
 
 
+def check_empty_fits(size: int, max_bytes: int) -> None:
+    """Raise BudgetError if an empty update, of `size` payload bytes, exceeds the budget: then nothing fits."""
+    if size > max_bytes:
+        raise BudgetError(
+            f"an empty update takes {size} bytes of payload, the budget leaves {max_bytes} after the container; raise "
+            f"the uplink budget by at least {size - max_bytes} bytes"
+        )
+
+
 def _parse(text: str, num_params: int) -> int:
     if match := _BYTES.fullmatch(text):
         return int(Decimal(match[1]) * _BYTE_UNITS[match[2]])

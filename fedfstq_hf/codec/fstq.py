@@ -23,8 +23,9 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from ..errors import BudgetError, ConfigError
+from ..errors import ConfigError
 from . import fstq_stream
+from .budget import check_empty_fits
 from .coordinates import LEVELS
 from .fstq_encoder import Encoder, Levels, Parts
 from .registry import CodecContext, Encoded, register
@@ -75,11 +76,7 @@ class FstqCodec:
         schema = Schema.from_state_dict(delta)
         if max_bytes is None:
             max_bytes = max(_LEAST_BYTES, math.ceil(self.bits * schema.num_params / 8))
-        if max_bytes < 0:
-            raise BudgetError(
-                f"an empty update takes 0 bytes of payload, the budget leaves {max_bytes} after the container; raise "
-                f"the uplink budget by at least {-max_bytes} bytes"
-            )
+        check_empty_fits(0, max_bytes)
         with one_thread() as threads:
             source = Source(schema, delta, fisher, self.fisher_power)
             best = Encoder(source, max_bytes, self.parts, self.levels, threads).run()

@@ -27,7 +27,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ..errors import BudgetError, ConfigError, MessageError
+from ..errors import ConfigError, MessageError
+from .budget import check_empty_fits
 from .dense import read_delta
 from .entropy import Adaptive, Reader, Writer, uniform
 from .places import Places, runs
@@ -69,11 +70,8 @@ class SampledCodec:
         context: CodecContext | None = None,
     ) -> Encoded:
         """Code as large a sample as fits; `fisher` is not used. Raises BudgetError if `max_bytes` is negative."""
-        if max_bytes is not None and max_bytes < 0:
-            raise BudgetError(
-                f"an empty update takes 0 bytes of payload, the budget leaves {max_bytes} after the container; raise "
-                f"the uplink budget by at least {-max_bytes} bytes"
-            )
+        if max_bytes is not None:
+            check_empty_fits(0, max_bytes)
         schema, vector = read_delta(delta)
         source = _Source.of(schema, vector.numpy(), self.seed, context.round if context else 0)
         nothing = Encoded(b"", SparseUpdate(schema.num_params, _no_indices(), torch.zeros(0)))
