@@ -70,7 +70,11 @@ def comparer(
 
     def compare(round: int, base: Tensor, results: Sequence[LocalResult]) -> None:
         before, reference = loss_at(base), mean_of_messages("fp32", results, base, founding)
-        print(f"round {round}, loss before {before:.4f}; change at server step {', '.join(map(str, options.steps))}")
+        alike = [float(torch.cosine_similarity(result.adapter - base, reference, dim=0)) for result in results]
+        print(
+            f"round {round}, loss before {before:.4f}; cosine of a client's update and their mean "
+            f"{sum(alike) / len(alike):.2f}; change at server step {', '.join(map(str, options.steps))}"
+        )
         for spec in options.codecs:
             mean = mean_of_messages(spec, results, base, founding)
             changes = [round_(loss_at(base + step * mean) - before) for step in options.steps]
