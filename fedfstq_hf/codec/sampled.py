@@ -1,10 +1,14 @@
-"""Codec `sampled`: the signs of a random sample of coordinates, scaled so that their mean over clients is unbiased.
+"""Codec `sampled`: signs of a random sample of coordinates, as codewords whose mean over clients is unbiased.
 
 What a client sends of a coordinate that is not in its sample is nothing; which ones are follows from a seed in the
 message, so they cost no index. The clients of a round draw apart: in their mean every coordinate has a say, and what
 one message misses is noise without direction, which training tolerates far better than a part that is never sent.
-(Random masks: Konecny et al. 2016, https://arxiv.org/abs/1610.05492, section 2; the magnitude |x|_2^2 / |x|_1, with
-which signs keep the length of what they stand for: Vargaftik et al. 2021, https://arxiv.org/abs/2105.08339.)
+(Random masks: Konecny et al. 2016, https://arxiv.org/abs/1610.05492, section 2; the scale, with which a rounded vector
+keeps the length of what it stands for: Vargaftik et al. 2021, https://arxiv.org/abs/2105.08339.)
+
+A bit for a sign is dear where there are few: 1 + m bits name the codeword nearest to 2^m coordinates (codewords.py),
+which leaves 0.6 to 0.7 of the error that the signs of 1 + m of them leave. Blocks are spread over the whole adapter, in
+units of each tensor's size and with random flips, so that any update looks like noise to them.
 
 Payload: one ANS stream (entropy.py), read in this order; an empty update is an empty payload.
 
@@ -12,8 +16,12 @@ Payload: one ANS stream (entropy.py), read in this order; an empty update is an 
 |---|---|---|
 | 4 | uniform, 256 | seed, the highest byte first |
 | 1 | uniform, 65536 | T - 1: coordinate i is in the sample if `ticket(seed, i)` < T |
+| 1 | uniform, 11 | m: blocks are of d = 2^m coordinates |
 | non-empty tensors | adaptive, 1025 | 0: nothing of it is sent; else 1 + magnitude, a grid point (8 steps per octave) |
-| sampled, of tensors that are sent | 1 bit each | sign (1 = negative), in coordinate order: the stream's tail |
+| blocks | 1 bit each | sign of the codeword (1 = negative): the stream's tail, as is what follows |
+| m times the blocks | 1 bit each | number of the codeword: the lowest bit of each block's, then the next |
+
+Of k coordinates in the sample, ceil(k / d) = b blocks are made: the j-th is at place j // b of block j % b.
 """
 
 from __future__ import annotations
@@ -29,6 +37,7 @@ from torch import Tensor
 
 from ..errors import ConfigError, MessageError
 from .budget import check_empty_fits
+from .codewords import LARGEST, Bool, Float32, UInt16, best_exponent, nearest_codewords, signs
 from .dense import read_delta
 from .entropy import Adaptive, Reader, Writer, uniform
 from .places import Places, runs
@@ -37,29 +46,39 @@ from .registry import CodecContext, Encoded, register
 from .schema import Schema
 from .update import SparseUpdate
 
-Float32 = npt.NDArray[np.float32]
 Float64 = npt.NDArray[np.float64]
+Int64 = npt.NDArray[np.int64]
 _TICKETS = 1 << 16
 _STEPS = 8
 _SYMBOLS = OCTAVES * _STEPS + 1
+_OVERHEAD = 52  # bits of seed, T, m and the tail's end
 _FIRST_BITS = 8  # of one magnitude, before it is known
 _TRIES = 6
+_BLOCKS_ADDED = 16  # to each tensor, so that chance makes its scale a tenth too large or small at most, as a rule
 
 
 @register("sampled")
 class SampledCodec:
-    """Signs of a random sample. bits: per parameter, where no `max_bytes` is given. seed: with the round and update."""
+    """Codewords of signs of a random sample.
+
+    bits: per parameter, where no `max_bytes` is given. block: coordinates of a codeword, a power of two up to 1024;
+    by default what leaves the least error at the budget. seed: with the round and update.
+    """
 
     name = "sampled"
 
-    def __init__(self, bits: float = 0.1, seed: int = 0) -> None:
+    def __init__(self, bits: float = 0.1, block: int | None = None, seed: int = 0) -> None:
         if isinstance(bits, bool) or not isinstance(bits, (int, float)) or not 0.0 < bits <= 1.0:
             raise ConfigError(
                 f"sampled bits is {bits!r}; expected bits per parameter above 0 and at most 1, such as 0.1"
             )
+        if block is not None and (type(block) is not int or block not in (1 << m for m in range(len(LARGEST)))):
+            raise ConfigError(
+                f"sampled block is {block!r}; expected a power of two from 1 to {1 << (len(LARGEST) - 1)}, such as 64"
+            )
         if type(seed) is not int:
             raise ConfigError(f"sampled seed is {seed!r}; expected an integer")
-        self.bits, self.seed = bits, seed
+        self.bits, self.block, self.seed = bits, block, seed
 
     def encode(
         self,
@@ -74,69 +93,87 @@ class SampledCodec:
             check_empty_fits(0, max_bytes)
         schema, vector = read_delta(delta)
         source = _Source.of(schema, vector.numpy(), self.seed, context.round if context else 0)
-        nothing = Encoded(b"", SparseUpdate(schema.num_params, _no_indices(), torch.zeros(0)))
-        if not source.length.any():
-            return nothing
+        if not source.size.any():
+            return Encoded(b"", _nothing(schema))
+        spent = _OVERHEAD + _FIRST_BITS * int((source.size > 0).sum())
+        room = round(self.bits * schema.num_params) if max_bytes is None else 8 * max_bytes - spent
+        exponent = best_exponent(room, int(source.tickets[-1])) if self.block is None else self.block.bit_length() - 1
         if max_bytes is None:
-            return _written(source, max(1, round(self.bits * _TICKETS)))
-        return _filled(source, 8 * max_bytes) or nothing
+            return _written(source, max(1, source.below(room, exponent)), exponent)
+        return _filled(source, 8 * max_bytes, spent, exponent) or Encoded(b"", _nothing(schema))
 
     def decode(self, payload: bytes, schema: Schema, context: CodecContext | None = None) -> SparseUpdate:
         """Sparse update, dense for large samples. Raises MessageError on any malformed payload."""
         if not payload:
-            return SparseUpdate(schema.num_params, _no_indices(), torch.zeros(0))
+            return _nothing(schema)
         reader = Reader(payload)
         seed = int.from_bytes(bytes(reader.get(4, uniform(256)).tolist()), "big")
         below = 1 + int(reader.get(1, uniform(_TICKETS))[0])
+        exponent = int(reader.get(1, uniform(len(LARGEST)))[0])
         full = [i for i, spec in enumerate(schema.tensors) if spec.size]
         symbols = np.zeros(len(schema.tensors), dtype=np.int64)
         symbols[full] = reader.get_adaptive(len(full), Adaptive(_SYMBOLS))
         if not symbols.any():
             raise MessageError("sampled payload sends nothing of any tensor; an empty update is an empty payload")
         places = _places(schema, seed, below, symbols > 0)
-        magnitude = _magnitudes(symbols)
-        signs, values = reader.finish(tail=places.count), places.room()
-        for part in places.parts:
-            negative = signs.take(part.last - part.first)
-            values[part.first : part.last] = np.where(negative, -magnitude[part.tensor], magnitude[part.tensor])
-        return places.update(values)
+        blocks = -(-places.count >> exponent)
+        bits = reader.finish(tail=blocks * (1 + exponent))
+        negative, number = bits.take(blocks), np.zeros(blocks, dtype=np.uint16)
+        for plane in range(exponent):
+            number |= bits.take(blocks).astype(np.uint16) << np.uint16(plane)
+        return _reconstructed(places, seed, symbols, negative, number)
 
 
 @dataclass(frozen=True)
 class _Source:
     """An update to sample from.
 
-    length: |x|_2^2 / |x|_1 of each tensor, 0 for one of zeros (tensors,). tickets: how many coordinates of the
+    size: root mean square of each tensor, 0 for one that is not sent (tensors,). tickets: how many coordinates of the
     tensors that are sent have a ticket below 1, 2, .. 65536.
     """
 
     schema: Schema
     values: Float32
     seed: int
-    length: Float64
-    tickets: npt.NDArray[np.int64]
+    size: Float64
+    tickets: Int64
 
     @classmethod
     def of(cls, schema: Schema, values: Float32, seed: int, round: int) -> _Source:
         text = f"fedfstq sample {seed} {round}\n".encode()
         drawn = int.from_bytes(hashlib.sha256(text + values.tobytes()).digest()[:4], "big")
-        length = np.zeros(len(schema.tensors))
+        size = np.zeros(len(schema.tensors))
         histogram = np.zeros(_TICKETS, dtype=np.int64)
         for i, spec in enumerate(schema.tensors):
-            squares = total = 0.0
+            squares = 0.0
             for start, end in runs(spec.offset, spec.offset + spec.size):
-                part = np.abs(values[start:end].astype(np.float64))
-                squares, total = squares + float(part @ part), total + float(part.sum())
+                part = values[start:end].astype(np.float64)
+                squares += float(part @ part)
             # below the grid's first point a tensor would be sent larger than it is
-            if total > 0 and squares / total > grid(_STEPS)[0]:
-                length[i] = squares / total
+            if spec.size and (squares / spec.size) ** 0.5 > grid(_STEPS)[0]:
+                size[i] = (squares / spec.size) ** 0.5
                 for start, end in runs(spec.offset, spec.offset + spec.size):
-                    histogram += np.bincount(ticket(drawn, start, end), minlength=_TICKETS)
-        return cls(schema, values, drawn, length, np.cumsum(histogram))
+                    histogram += np.bincount(ticket(hashed(drawn, start, end)), minlength=_TICKETS)
+        return cls(schema, values, drawn, size, np.cumsum(histogram))
+
+    def below(self, bits: int, exponent: int) -> int:
+        """The largest T whose codewords take at most so many bits; 0 where none does."""
+        coordinates = max(0, bits) // (1 + exponent) << exponent
+        return int(np.searchsorted(self.tickets, coordinates, side="right"))
+
+    def standard(self, places: Places) -> Float32:
+        """The sample in units of its tensors' sizes, each sign flipped or not as the seed has it, (count,)."""
+        sample = np.empty(places.count, dtype=np.float32)
+        for part in places.parts:
+            chosen = places.mask(part)
+            values = self.values[part.start : part.end][chosen] / np.float32(self.size[part.tensor])
+            flipped = flips(hashed(self.seed, part.start, part.end)[chosen])
+            sample[part.first : part.last] = np.where(flipped, -values, values)
+        return sample
 
 
-def ticket(seed: int, start: int, end: int) -> npt.NDArray[np.int64]:
-    """A number in 0 .. 65535 for each of the coordinates `start .. end`: the upper half of a 32-bit hash.
+def hashed(seed: int, start: int, end: int) -> npt.NDArray[np.uint32]:
+    """32 bits for each of the coordinates `start .. end`.
 
     The finaliser of MurmurHash3 of coordinate xor seed: whole numbers only, the same on every machine.
     """
@@ -146,18 +183,30 @@ def ticket(seed: int, start: int, end: int) -> npt.NDArray[np.int64]:
     h ^= h >> np.uint32(13)
     h *= np.uint32(0xC2B2AE35)
     h ^= h >> np.uint32(16)
+    return h
+
+
+def ticket(h: npt.NDArray[np.uint32]) -> Int64:
+    """The upper half of a hash: a number in 0 .. 65535."""
     return (h >> np.uint32(16)).astype(np.int64)
 
 
-def _filled(source: _Source, bits: int) -> Encoded | None:
-    """The largest sample whose payload takes at most so many bits; None where not one coordinate fits."""
-    spent = 49 + _FIRST_BITS * int((source.length > 0).sum())
+def flips(h: npt.NDArray[np.uint32]) -> Bool:
+    """The lowest bit of a hash: whether the coordinate's sign is flipped."""
+    return (h & np.uint32(1)).astype(np.bool_)
+
+
+def _filled(source: _Source, bits: int, spent: int, exponent: int) -> Encoded | None:
+    """The largest sample whose payload takes at most so many bits; None where not one coordinate fits.
+
+    spent: guess of the bits that all but the codewords take.
+    """
     best, fewer = None, _TICKETS + 1
     for _ in range(_TRIES):
-        below = min(int(np.searchsorted(source.tickets, bits - spent, side="right")), fewer - 1)
+        below = min(source.below(bits - spent, exponent), fewer - 1)
         if below < 1 or source.tickets[below - 1] < 1:
             break
-        current = _written(source, below)
+        current = _written(source, below, exponent)
         size = 8 * len(current.payload)
         if size <= bits:
             if best is not None and len(best.payload) >= len(current.payload):
@@ -165,41 +214,65 @@ def _filled(source: _Source, bits: int) -> Encoded | None:
             best = current
         else:
             fewer = below
-        # what all but the signs take; up to 7 bits of the last byte may be free
-        spent = size - int(source.tickets[below - 1])
+        # what all but the codewords take; up to 7 bits of the last byte may be free
+        spent = size - -(-int(source.tickets[below - 1]) >> exponent) * (1 + exponent)
     return best
 
 
-def _written(source: _Source, below: int) -> Encoded:
-    schema, share = source.schema, below / _TICKETS
-    symbols = np.where(source.length > 0, 1 + nearest(source.length / share, _STEPS), 0)
+def _written(source: _Source, below: int, exponent: int) -> Encoded:
+    places = _places(source.schema, source.seed, below, source.size > 0)
+    sample = source.standard(places)
+    negative, number = nearest_codewords(sample, exponent)
+    magnitude = source.size * _factors(places, sample, negative, number) / (below / _TICKETS)
+    symbols = np.where(source.size > 0, 1 + nearest(magnitude, _STEPS), 0)
     writer = Writer()
     writer.put(list(source.seed.to_bytes(4, "big")), uniform(256))
     writer.put([below - 1], uniform(_TICKETS))
-    writer.put_adaptive([int(symbols[i]) for i, spec in enumerate(schema.tensors) if spec.size], Adaptive(_SYMBOLS))
-    places, magnitude = _places(schema, source.seed, below, symbols > 0), _magnitudes(symbols)
-    values, negative = places.room(), np.empty(places.count, dtype=np.bool_)
+    writer.put([exponent], uniform(len(LARGEST)))
+    writer.put_adaptive(
+        [int(symbols[i]) for i, spec in enumerate(source.schema.tensors) if spec.size], Adaptive(_SYMBOLS)
+    )
+    planes = [number >> np.uint16(plane) & np.uint16(1) for plane in range(exponent)]
+    tail = np.concatenate([negative, *(plane.astype(np.bool_) for plane in planes)])
+    return Encoded(writer.finish(tail=tail), _reconstructed(places, source.seed, symbols, negative, number))
+
+
+def _factors(places: Places, sample: Float32, negative: Bool, number: UInt16) -> Float64:
+    """What each tensor's codewords have to be multiplied by to be as long as its sample in its direction, (tensors,).
+
+    Where a tensor has few coordinates, chance has a large part in that: as many as make up for it are added, of what
+    the whole sample is like.
+    """
+    squares, along = np.zeros(len(places.used)), np.zeros(len(places.used))
     for part in places.parts:
-        minus = source.values[part.start : part.end][places.mask(part)] < 0
-        negative[part.first : part.last] = minus
+        piece = sample[part.first : part.last].astype(np.float64)
+        squares[part.tensor] += piece @ piece
+        along[part.tensor] += np.where(signs(negative, number, part.first, part.last), -piece, piece).sum()
+    added = _BLOCKS_ADDED / max(1, len(negative))  # as a share of the sample
+    factors: Float64 = (squares + added * squares.sum()) / np.maximum(along + added * along.sum(), 1e-300)
+    return factors
+
+
+def _reconstructed(places: Places, seed: int, symbols: Int64, negative: Bool, number: UInt16) -> SparseUpdate:
+    """The update that codewords stand for: of each coordinate plus or minus its tensor's magnitude."""
+    magnitude = np.where(symbols > 0, grid(_STEPS)[np.maximum(symbols - 1, 0)], np.float32(0)).astype(np.float32)
+    values = places.room()
+    for part in places.parts:
+        minus = flips(hashed(seed, part.start, part.end)[places.mask(part)])
+        minus ^= signs(negative, number, part.first, part.last)
         values[part.first : part.last] = np.where(minus, -magnitude[part.tensor], magnitude[part.tensor])
-    return Encoded(writer.finish(tail=negative), places.update(values))
+    return places.update(values)
 
 
-def _places(schema: Schema, seed: int, below: int, sent: npt.NDArray[np.bool_]) -> Places:
+def _places(schema: Schema, seed: int, below: int, sent: Bool) -> Places:
     """The sample, of the tensors that are sent (tensors,)."""
     mask = np.zeros(schema.num_params, dtype=np.bool_)
     for spec, takes_part in zip(schema.tensors, sent.tolist(), strict=True):
         if takes_part:
             for start, end in runs(spec.offset, spec.offset + spec.size):
-                mask[start:end] = ticket(seed, start, end) < below
+                mask[start:end] = ticket(hashed(seed, start, end)) < below
     return Places(mask, np.array([spec.offset for spec in schema.tensors] + [schema.num_params]))
 
 
-def _magnitudes(symbols: npt.NDArray[np.int64]) -> Float32:
-    """Of each tensor (tensors,); 0 where nothing is sent."""
-    return np.where(symbols > 0, grid(_STEPS)[np.maximum(symbols - 1, 0)], np.float32(0)).astype(np.float32)
-
-
-def _no_indices() -> Tensor:
-    return torch.zeros(0, dtype=torch.int64, device="cpu")
+def _nothing(schema: Schema) -> SparseUpdate:
+    return SparseUpdate(schema.num_params, torch.zeros(0, dtype=torch.int64, device="cpu"), torch.zeros(0))

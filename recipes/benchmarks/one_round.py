@@ -38,9 +38,11 @@ STEPS = (0.7, 1.0, 1.4, 2.0)
 
 
 def mean_of_messages(spec: str, results: Sequence[LocalResult], base: Tensor, founding: Founding) -> Tensor:
-    """Weighted mean of what a codec, `NAME` or `NAME@BUDGET`, makes of a round's updates; (num_params,)."""
+    """Weighted mean of what a codec, `NAME[:OPTION=VALUE...][@BUDGET]`, makes of a round's updates; (num_params,)."""
     name, _, budget = spec.partition("@")
-    codec, schema = get_codec(name), founding.view.schema
+    name, *settings = name.split(":")
+    options = {key: json.loads(value) for key, _, value in (setting.partition("=") for setting in settings)}
+    codec, schema = get_codec(name, **options), founding.view.schema
     max_bytes = parse_budget(budget, schema.num_params) if budget else None
     mean, total = torch.zeros(schema.num_params, dtype=torch.float64), 0
     for result in results:
@@ -88,7 +90,7 @@ def comparer(
             }
             found.append(row)
             print(
-                f"  {spec:16} {'  '.join(f'{x:+.4f}' for x in changes)}   cosine {row['cosine']:.2f}  "
+                f"  {spec:26} {'  '.join(f'{x:+.4f}' for x in changes)}   cosine {row['cosine']:.2f}  "
                 f"length {row['length']:.2f}",
                 flush=True,
             )
@@ -118,7 +120,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", nargs="?", default="evaluation/tuning")
     parser.add_argument("--rounds", default="2,5", help="rounds to compare at, counted from 1")
-    parser.add_argument("--codecs", default=",".join(CODECS), help="NAME or NAME@BUDGET, separated by commas")
+    parser.add_argument(
+        "--codecs", default=",".join(CODECS), help="NAME[:OPTION=VALUE...][@BUDGET], separated by commas"
+    )
     parser.add_argument("--steps", default=",".join(map(str, STEPS)), help="server steps")
     parser.add_argument("--json", type=Path, help="write the figures there")
     options, rest = parser.parse_known_args()

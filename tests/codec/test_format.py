@@ -299,13 +299,14 @@ def test_the_schema_of_the_golden_files():
     assert Schema.from_state_dict(SCHEMA.unflatten(torch.zeros(SCHEMA.num_params))) == SCHEMA
 
 
-@pytest.mark.parametrize("stem", ["sampled", "sampled-all"])
+@pytest.mark.parametrize("stem", ["sampled", "sampled-all", "sampled-signs"])
 def test_sampled_by_the_page(stem):
     reader = reference.ReferenceReader(payload_of(stem))
     seed = 0
     for _ in range(4):
         seed = seed * 256 + reader.get(reference.uniform(256))
     below = reader.get(reference.uniform(65536)) + 1
+    m = reader.get(reference.uniform(11))
     model = reference.Adaptive(1025)
     symbols = [model.get(reader) for _ in SHAPES]
     sample = []
@@ -315,10 +316,16 @@ def test_sampled_by_the_page(stem):
             h = i ^ seed
             h = (h ^ h >> 16) * 0x85EBCA6B % 2**32
             h = (h ^ h >> 13) * 0xC2B2AE35 % 2**32
-            if symbol and (h ^ h >> 16) >> 16 < below:
-                sample.append((i, grid(symbol - 1, 8)))
+            h = h ^ h >> 16
+            if symbol and h >> 16 < below:
+                sample.append((i, grid(symbol - 1, 8), h % 2))
         start += math.prod(shape)
+    blocks = -(-len(sample) // 2**m)
+    bits = list(reader.tail(blocks * (1 + m)))
     dense = [0.0] * SCHEMA.num_params
-    for (i, magnitude), sign in zip(sample, reader.tail(len(sample)), strict=True):
-        dense[i] = -magnitude if sign else magnitude
+    for j, (i, magnitude, flip) in enumerate(sample):
+        place, block = divmod(j, blocks)
+        number = sum(bits[(1 + plane) * blocks + block] << plane for plane in range(m))
+        minus = (bits[block] + bin(number & place).count("1") + flip) % 2
+        dense[i] = -magnitude if minus else magnitude
     assert dense == dense_of(stem)

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from fedfstq_hf.codec import CodecContext, Schema, get_codec
-from fedfstq_hf.codec.sampled import ticket
+from fedfstq_hf.codec.sampled import flips, hashed, ticket
 from tests.codec.conftest import make_update
 
 SHAPES = {"0.lora_A": (8, 512), "0.lora_B": (512, 8), "1.lora_A": (8, 512), "1.lora_B": (512, 8)}
@@ -13,49 +13,91 @@ DELTA = make_update(SHAPES)[0]
 VECTOR = Schema.from_state_dict(DELTA).flatten(DELTA)
 
 
-def sent(bits=0.1, delta=DELTA, seed=0, **more):
-    return get_codec("sampled", bits=bits, seed=seed).encode(delta, **more).reconstruction.to_dense()
+def sent(bits=0.1, delta=DELTA, block=None, seed=0, **more):
+    return get_codec("sampled", bits=bits, block=block, seed=seed).encode(delta, **more).reconstruction.to_dense()
 
 
-def test_tickets_are_what_the_specification_says():
+def test_tickets_and_flips_are_what_the_specification_says():
     def by_hand(seed, i):
         h = i ^ seed
         h = (h ^ h >> 16) * 0x85EBCA6B & 0xFFFFFFFF
         h = (h ^ h >> 13) * 0xC2B2AE35 & 0xFFFFFFFF
-        return (h ^ h >> 16) >> 16
+        return h ^ h >> 16
 
     for seed in (0, 1, 0xDEADBEEF, 0xFFFFFFFF):
-        assert ticket(seed, 70_000, 70_040).tolist() == [by_hand(seed, i) for i in range(70_000, 70_040)]
+        h = hashed(seed, 70_000, 70_040)
+        assert ticket(h).tolist() == [by_hand(seed, i) >> 16 for i in range(70_000, 70_040)]
+        assert flips(h).tolist() == [by_hand(seed, i) & 1 for i in range(70_000, 70_040)]
 
 
-def test_tickets_are_spread_evenly_and_differ_by_seed():
-    counts = np.bincount(ticket(3, 0, 1 << 20) >> 12, minlength=16)
+def test_tickets_and_flips_are_spread_evenly_and_differ_by_seed():
+    one, other = hashed(3, 0, 1 << 20), hashed(4, 0, 1 << 20)
+    counts = np.bincount(ticket(one) >> 12, minlength=16)
     assert abs(counts / 65536 - 1).max() < 0.02
-    both = (ticket(3, 0, 1 << 20) < 6554) & (ticket(4, 0, 1 << 20) < 6554)
-    assert both.mean() == pytest.approx(0.01, rel=0.1)
+    low = ticket(one) < 6554
+    assert (low & (ticket(other) < 6554)).mean() == pytest.approx(0.01, rel=0.1)
+    assert flips(one)[low].mean() == pytest.approx(0.5, abs=0.01)
+    assert (flips(one) ^ flips(other)).mean() == pytest.approx(0.5, abs=0.01)
 
 
-def test_the_sample_is_of_the_share_asked_for_and_holds_signs():
-    dense = sent(0.25)
+def test_single_signs_are_the_update_s_own():
+    dense = sent(0.25, block=1)
     chosen = dense != 0
     assert chosen.double().mean() == pytest.approx(0.25, abs=0.02)
     assert torch.equal(dense[chosen].sign(), VECTOR[chosen].sign())
+
+
+@pytest.mark.parametrize("block", [1, 4, 64])
+def test_a_tensor_has_one_magnitude(block):
+    dense = sent(0.1, block=block)
     for spec in Schema.from_state_dict(DELTA).tensors:
         assert len(set(dense[spec.offset :][: spec.size].abs().tolist()) - {0.0}) == 1
 
 
-def test_all_signs_have_the_length_of_the_update_in_its_direction():
-    # |x|_2^2 / |x|_1 per tensor, within the half step of the grid of magnitudes
-    assert float(sent(1.0) @ VECTOR / (VECTOR @ VECTOR)) == pytest.approx(1.0, abs=0.05)
+@pytest.mark.parametrize(("bits", "block"), [(1.0, 1), (0.75, 4), (0.3125, 16), (7 / 64, 64)])
+def test_codewords_of_all_coordinates_have_the_length_of_the_update_in_its_direction(bits, block):
+    dense = sent(bits, block=block)
+    assert (dense != 0).double().mean() > 0.99
+    # within the half step of the grid of magnitudes
+    assert float(dense @ VECTOR / (VECTOR @ VECTOR)) == pytest.approx(1.0, abs=0.05)
 
 
-def test_the_mean_over_clients_comes_close_to_what_all_signs_say():
+@pytest.mark.parametrize(("block", "error"), [(None, 9.4), (1, 14.7)])
+def test_the_error_is_that_of_its_codewords(block, error):
+    normal = {name: torch.randn(shape, generator=torch.Generator().manual_seed(1)) for name, shape in SHAPES.items()}
+    vector = Schema.from_state_dict(normal).flatten(normal)
+    found = [float((sent(0.1, normal, block, seed) - vector).square().sum()) for seed in range(10)]
+    assert sum(found) / len(found) / float(vector.square().sum()) == pytest.approx(error, rel=0.03)
+
+
+def test_the_mean_over_clients_comes_close_to_the_update_in_every_tensor():
     clients = 400
-    mean = torch.stack([sent(0.1, seed=seed) for seed in range(clients)]).mean(0)
-    every = sent(1.0)
-    assert torch.linalg.vector_norm(mean - every) / torch.linalg.vector_norm(every) == pytest.approx(
-        (9 / clients) ** 0.5, rel=0.1
-    )
+    some_zeros = {name: tensor.clone() for name, tensor in DELTA.items()}
+    some_zeros["0.lora_A"][1:] = 0  # all of a tensor's length in one row
+    vector = Schema.from_state_dict(some_zeros).flatten(some_zeros)
+    each = torch.stack([sent(0.1, some_zeros, seed=seed) for seed in range(clients)])
+    alone = float((each[0] - vector).norm() / vector.norm())
+    for spec in Schema.from_state_dict(some_zeros).tensors:
+        mean, exact = (x[spec.offset :][: spec.size] for x in (each.mean(0), vector))
+        # 0.lora_A is a tenth shorter than it should be: by what it borrows from the others
+        assert float(mean @ exact / (exact @ exact)) == pytest.approx(1.0, abs=0.1)
+        assert float((mean - exact).norm() / exact.norm()) == pytest.approx(alone / clients**0.5, rel=0.3)
+
+
+def test_single_signs_come_close_to_what_all_signs_say():
+    clients = 400
+    mean = torch.stack([sent(0.1, block=1, seed=seed) for seed in range(clients)]).mean(0)
+    every = sent(1.0, block=1)
+    assert float((mean - every).norm() / every.norm()) == pytest.approx((9 / clients) ** 0.5, rel=0.1)
+
+
+@pytest.mark.parametrize("block", [None, 1, 4, 256])
+def test_what_is_read_is_what_was_written(block):
+    for size in range(20, 1500, 37):
+        encoded = get_codec("sampled", block=block).encode(DELTA, max_bytes=size)
+        assert len(encoded.payload) <= size
+        decoded = get_codec("sampled").decode(encoded.payload, Schema.from_state_dict(DELTA))
+        assert torch.equal(decoded.to_dense(), encoded.reconstruction.to_dense())
 
 
 def test_an_update_of_zeros_is_an_empty_message_and_a_tensor_of_zeros_takes_no_signs():
@@ -65,6 +107,9 @@ def test_an_update_of_zeros_is_an_empty_message_and_a_tensor_of_zeros_takes_no_s
     payload = get_codec("sampled").encode(one, max_bytes=100).payload
     dense = get_codec("sampled").decode(payload, Schema.from_state_dict(one)).to_dense()
     assert not dense[: 3 * 4096].any()
+    assert int((dense != 0).sum()) > 3800
+    payload = get_codec("sampled", block=1).encode(one, max_bytes=100).payload
+    dense = get_codec("sampled").decode(payload, Schema.from_state_dict(one)).to_dense()
     assert 650 < int((dense != 0).sum()) < 800  # 100 bytes, 90 of them signs
 
 

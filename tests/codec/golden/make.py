@@ -25,6 +25,7 @@ FORMS = {
     "paper-all": ("paper", {"shares": [0.5, 0.3, 0.2]}),
     "qsgd-2": ("qsgd", {"bits": 2, "bucket": 64, "norm": "l2"}),
     "sampled-all": ("sampled", {"bits": 1.0}),
+    "sampled-signs": ("sampled", {"bits": 0.3, "block": 1}),
     "sparseloco-coded": ("sparseloco", {"entropy_coded": True}),
     "sparseloco-stored": ("sparseloco", {"packed": False}),
     "topk-16": ("topk", {"value_bits": 16}),
