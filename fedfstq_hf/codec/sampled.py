@@ -54,6 +54,7 @@ _SYMBOLS = OCTAVES * _STEPS + 1
 _OVERHEAD = 52  # bits of seed, T, m and the tail's end
 _FIRST_BITS = 8  # of one magnitude, before it is known
 _TRIES = 6
+_SLACK = 0.002  # share of a budget that is not worth another try
 _BLOCKS_ADDED = 16  # to each tensor, so that chance makes its scale a tenth too large or small at most, as a rule
 
 
@@ -201,21 +202,21 @@ def _filled(source: _Source, bits: int, spent: int, exponent: int) -> Encoded | 
 
     spent: guess of the bits that all but the codewords take.
     """
-    best, fewer = None, _TICKETS + 1
+    best, fewer, written = None, _TICKETS + 1, 0
     for _ in range(_TRIES):
         below = min(source.below(bits - spent, exponent), fewer - 1)
-        if below < 1 or source.tickets[below - 1] < 1:
+        if below < 1 or source.tickets[below - 1] <= (written if best else 0):
             break
-        current = _written(source, below, exponent)
+        current, written = _written(source, below, exponent), int(source.tickets[below - 1])
         size = 8 * len(current.payload)
         if size <= bits:
-            if best is not None and len(best.payload) >= len(current.payload):
-                break
             best = current
+            if bits - size < _SLACK * bits:
+                break
         else:
             fewer = below
         # what all but the codewords take; up to 7 bits of the last byte may be free
-        spent = size - -(-int(source.tickets[below - 1]) >> exponent) * (1 + exponent)
+        spent = size - -(-written >> exponent) * (1 + exponent)
     return best
 
 

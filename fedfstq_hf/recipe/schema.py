@@ -175,6 +175,9 @@ class MethodSettings:
     budget_by_examples: bool = False
     """Whether that budget is of a client with the mean number of examples, and others' grow with the square root of
     their own: who weighs more in the mean may say more. All clients' budgets together get no larger."""
+    budget_by_link: str | None = None
+    """One of the recipe's links: a client whose uplink is slower than its median says less in the same proportion, so
+    that nobody is waited for longer than the median client with a full budget."""
     error_feedback: bool | float = True
     """Whether a client keeps what its message left out and adds it to its next update; a number is the decay."""
     server: ServerSettings = field(default_factory=ServerSettings)
@@ -225,10 +228,9 @@ class MethodSettings:
         check_switches(self, scaffold=self.scaffold)
         check_freeze_a(self.freeze_a, scaffold=self.scaffold, learned_binarisation=self.learned_binarisation)
         check_coverage(self.coverage, scaffold=self.scaffold)
-        if self.budget_by_examples and self.uplink_budget is None:
-            raise ConfigError(
-                "budget_by_examples divides uplink_budget among the clients; set that too, such as 0.1bpp"
-            )
+        if (self.budget_by_examples or self.budget_by_link) and self.uplink_budget is None:
+            switch = "budget_by_examples" if self.budget_by_examples else "budget_by_link"
+            raise ConfigError(f"{switch} divides uplink_budget among the clients; set that too, such as 0.1bpp")
         if isinstance(self.uplink_budget, int) and self.uplink_budget < 1:
             raise ConfigError(f"uplink_budget must be at least 1 byte, got {self.uplink_budget}")
 

@@ -145,6 +145,7 @@ class Simulation:
             for method in methods:
                 recipe = self.recipe.for_method(method)
                 folder = self._run_folder(method, seed)
+                shares = _budget_shares(recipe.methods[method].budget_by_link, shared.links, len(datasets))
                 spec = make_spec(
                     recipe, method, founding, seed=seed, min_clients=1, mean_examples=_mean_examples(datasets)
                 )
@@ -161,7 +162,8 @@ class Simulation:
                     rows=[row for row in self._rows if (row["method"], row["seed"]) == (method, seed)],
                     emit=self._emit_to(bar, method, seed),
                     loss=(federation.packet_loss, federation.retransmissions, seed),
-                    train=None if self._workers == 1 else self._train_with(recipe, pool, mailbox, folder, seed),
+                    shares=shares,
+                    train=None if self._workers == 1 else self._train_with(recipe, pool, mailbox, folder, seed, shares),
                 )
                 try:
                     if self._workers > 1:
@@ -179,10 +181,16 @@ class Simulation:
                     participation.close()
 
     def _train_with(
-        self, recipe: Recipe, pool: WorkerPool, mailbox: FolderMailbox, folder: Path, seed: int
+        self,
+        recipe: Recipe,
+        pool: WorkerPool,
+        mailbox: FolderMailbox,
+        folder: Path,
+        seed: int,
+        shares: tuple[float, ...],
     ) -> TrainElsewhere:
         arguments = {**recipe.training.trainer_kwargs(), "seed": seed}
-        return partial(pool.train, Job(folder, mailbox.read(0, SPEC_FILE), arguments))
+        return partial(pool.train, Job(folder, mailbox.read(0, SPEC_FILE), arguments, shares))
 
     def _timed(self, measure: Callable[[Tensor], dict[str, float]]) -> Callable[[Tensor], Mapping[str, float]]:
         metric = self.recipe.evaluation.metric
@@ -287,6 +295,14 @@ def same_settings(found: Mapping[str, Any], recipe: Recipe) -> bool:
     except ConfigError:
         return False
     return all(known[key] == value for key, value in recipe.to_dict().items() if key not in _WORDS)
+
+
+def _budget_shares(link: str | None, links: Sequence[tuple[LinkProfile, LinkRates]], clients: int) -> tuple[float, ...]:
+    """Of the budget, for each client: its uplink rate over the link's median, at most 1."""
+    if link is None:
+        return (1.0,) * clients
+    profile, rates = next((profile, rates) for profile, rates in links if profile.name == link)
+    return tuple(min(1.0, float(rate) / (profile.uplink_mbps * 1e6)) for rate in rates.uplink)
 
 
 def _mean_examples(datasets: Sequence[Sequence[Any]]) -> int:

@@ -46,11 +46,19 @@ def client_name(index: int) -> str:
 
 @dataclass(frozen=True)
 class Job:
-    """One method and seed: the run's folder, its spec as JSON, and keyword arguments of its `TrainingArguments`."""
+    """One method and seed.
+
+    Attributes:
+        folder: of the run.
+        spec: as JSON.
+        arguments: of its `TrainingArguments`.
+        shares: of the budget that each client's payloads take.
+    """
 
     folder: Path
     spec: bytes
     arguments: dict[str, Any]
+    shares: tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -72,10 +80,10 @@ class Batch:
     adapter: Tensor
 
 
-def open_session(folder: Path, index: int, spec: FederationSpec, schema: Any) -> ClientSession:
-    """The session of client `index` of the run in `folder`."""
+def open_session(folder: Path, index: int, spec: FederationSpec, schema: Any, share: float) -> ClientSession:
+    """The session of client `index` of the run in `folder`, whose payloads take a `share` of the budget."""
     name = client_name(index)
-    return ClientSession(name, spec, schema, folder=folder / "clients" / name, durable=False)
+    return ClientSession(name, spec, schema, folder=folder / "clients" / name, durable=False, share=share)
 
 
 class WorkerPool:
@@ -205,7 +213,7 @@ class _WorkerParticipation:
             return None
         self.following = None
         self._index, self._started = task.index, time.perf_counter()
-        session = open_session(self.job.folder, task.index, self.spec, self._schema)
+        session = open_session(self.job.folder, task.index, self.spec, self._schema, self.job.shares[task.index])
         return Assignment(
             round=task.round,
             session=session,
