@@ -10,7 +10,7 @@ from fedfstq_hf.errors import ConfigError, DataError
 from fedfstq_hf.recipe.schema import Recipe
 from fedfstq_hf.reporting.summary import Row, curves, read_rows
 
-_RECIPE, _ROWS, _REPORT = "recipe.json", "metrics.jsonl", "report.md"
+_RECIPE, _ROWS, _REPORT, _LEDGER = "recipe.json", "metrics.jsonl", "report.md", "ledger.json"
 _EXPECTED = f"expected a folder that `fedfstq simulate` wrote, with {_RECIPE} and {_ROWS}"
 _KEYS = (
     "method",
@@ -127,15 +127,21 @@ def _check_row(row: Any, recipe: Recipe, where: str) -> None:
 
 
 def _find_command(folder: Path) -> str | None:
-    """The first code block of the run's own report, where that is a command that was typed."""
+    """The first code block of the run's own report, else what its ledger says, where a command was typed."""
     try:
-        text = (folder / _REPORT).read_text(encoding="utf-8")
+        blocks = (folder / _REPORT).read_text(encoding="utf-8").split("```")
+        command = blocks[1].strip() if len(blocks) > 2 else ""
     except (OSError, UnicodeDecodeError):
-        return None
-    blocks = text.split("```")
-    command = blocks[1].strip() if len(blocks) > 2 else ""
+        command = _ledger_command(folder / _LEDGER)
     typed = command.startswith(("fedfstq simulate ", "python recipes/"))
     return command if typed and "#" not in command else None
+
+
+def _ledger_command(path: Path) -> str:
+    try:
+        return str(json.loads(path.read_text(encoding="utf-8"))["command"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
 
 
 def _find_version(folder: Path) -> str | None:

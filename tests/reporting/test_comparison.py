@@ -287,6 +287,19 @@ def test_bad_input_is_named(tmp_path):
         read_runs([a])
 
 
+def test_the_line_that_made_a_run_comes_from_its_report_or_its_ledger(tmp_path):
+    run = write_run(tmp_path / "run", make_rows("fedavg", [4.0, 3.5]))
+    assert read_runs([run])[0].command is None
+    (run / "ledger.json").write_text('{"command": "python recipes/evaluation/run.py fed_med"}')
+    assert read_runs([run])[0].command == "python recipes/evaluation/run.py fed_med"
+    (run / "report.md").write_text("```\nfedfstq simulate fed_med\n```\n")
+    assert read_runs([run])[0].command == "fedfstq simulate fed_med"
+    (run / "report.md").unlink()
+    for broken in ("{", "[]", '{"minutes": 3}'):
+        (run / "ledger.json").write_text(broken)
+        assert read_runs([run])[0].command is None
+
+
 def test_the_command_and_what_it_leaves_alone(tmp_path, monkeypatch, capsys):
     run = write_run(tmp_path / "run", [*make_rows("fedavg", FEDAVG), *make_rows("fstq", FEDAVG)])
     (run / "report.md").write_text("# fed_med\n\ntext\n\n```\nfedfstq simulate fed_med --rounds 4\n```\n")
