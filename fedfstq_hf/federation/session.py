@@ -73,7 +73,7 @@ class ClientSession:
         folder: where the state lives, locked against a second process; None keeps it in memory.
         durable: fsync what is stored.
         sign: signs the digest of each message (see `federation.keys.signer`); None sends them unsigned.
-        share: of a budget that this client's payloads take, in (0, 1]; the header stays.
+        cap: most bytes of any of its messages, whatever its budget and examples say; None for no cap.
 
     Attributes:
         last_round: the round whose local training this client finished last; -1 before the first.
@@ -92,7 +92,7 @@ class ClientSession:
         folder: str | os.PathLike[str] | None = None,
         durable: bool = True,
         sign: Callable[[bytes], bytes] | None = None,
-        share: float = 1.0,
+        cap: int | None = None,
     ) -> None:
         if schema.fingerprint != spec.schema:
             raise AdapterMismatchError(
@@ -117,7 +117,7 @@ class ClientSession:
             "schema": self.schema.fingerprint,
         }
         self._sign = sign
-        self._share = share
+        self._cap = cap
         self._durable = durable
         self._folder = Path(folder) if folder is not None else None
         self._lock: IO[bytes] | None = None
@@ -259,7 +259,9 @@ class ClientSession:
         if max_bytes is not None:
             room = (max_bytes - overhead) // (2 if self._has_variate else 1)
             if room > 0:  # a negative one is refused with what is missing
-                room = math.floor(room * self.spec.budget_share(num_examples) * self._share)
+                room = math.floor(room * self.spec.budget_share(num_examples))
+                if self._cap is not None:
+                    room = max(0, min(room, (self._cap - overhead) // (2 if self._has_variate else 1)))
 
         turn = self.spec.turn(self.schema, self.client_id, round)
 

@@ -26,7 +26,7 @@ def validate(recipe: Recipe) -> list[str]:
         attempt(f"methods.{name}.codec", partial(_check_codec, method))
         attempt(f"methods.{name}.uplink_budget", partial(_check_budget, method))
         attempt(f"methods.{name}.server", partial(_check_server, method))
-        attempt(f"methods.{name}.budget_by_link", partial(_check_link, recipe, method))
+        attempt(f"methods.{name}.uplink_cap", partial(_check_cap, recipe, method))
         if method.lora:
             attempt(f"methods.{name}.lora", partial(_check_lora, recipe.for_method(name)))
     attempt("lora", partial(_check_lora, recipe))
@@ -43,11 +43,11 @@ def _check_codec(method: MethodSettings) -> None:
     get_codec(method.codec, **method.codec_options)
 
 
-def _check_link(recipe: Recipe, method: MethodSettings) -> None:
+def _check_cap(recipe: Recipe, method: MethodSettings) -> None:
     names = [link.name for link in recipe.links]
-    if method.budget_by_link is not None and method.budget_by_link not in names:
+    if method.time_cap is not None and method.time_cap.link not in names:
         raise ConfigError(
-            f"{method.budget_by_link!r} is none of the recipe's links: {', '.join(names) or 'it has none'}"
+            f"{method.time_cap.link!r} is none of the recipe's links: {', '.join(names) or 'it has none'}"
         )
 
 

@@ -4,6 +4,7 @@ Pure data: nothing here imports torch, so that listing and checking recipes is i
 """
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -164,6 +165,14 @@ class ServerSettings:
 
 
 @dataclass(frozen=True)
+class TimeCap:
+    """Most seconds that a message may take on the link of that name."""
+
+    seconds: float
+    link: str
+
+
+@dataclass(frozen=True)
 class MethodSettings:
     """One method of a comparison: a codec and the switches of client and server around it."""
 
@@ -175,9 +184,9 @@ class MethodSettings:
     budget_by_examples: bool = False
     """Whether that budget is of a client with the mean number of examples, and others' grow with the square root of
     their own: who weighs more in the mean may say more. All clients' budgets together get no larger."""
-    budget_by_link: str | None = None
-    """One of the recipe's links: a client whose uplink is slower than its median says less in the same proportion, so
-    that nobody is waited for longer than the median client with a full budget."""
+    uplink_cap: str | None = None
+    """Most time that a message may take on one of the recipe's links, such as `0.5s@straggler-tail`: a client whose
+    link carries less than its budget in that time says less. In simulations; a real client sets its own budget."""
     error_feedback: bool | float = True
     """Whether a client keeps what its message left out and adds it to its next update; a number is the decay."""
     server: ServerSettings = field(default_factory=ServerSettings)
@@ -228,11 +237,31 @@ class MethodSettings:
         check_switches(self, scaffold=self.scaffold)
         check_freeze_a(self.freeze_a, scaffold=self.scaffold, learned_binarisation=self.learned_binarisation)
         check_coverage(self.coverage, scaffold=self.scaffold)
-        if (self.budget_by_examples or self.budget_by_link) and self.uplink_budget is None:
-            switch = "budget_by_examples" if self.budget_by_examples else "budget_by_link"
-            raise ConfigError(f"{switch} divides uplink_budget among the clients; set that too, such as 0.1bpp")
+        if self.budget_by_examples and self.uplink_budget is None:
+            raise ConfigError(
+                "budget_by_examples divides uplink_budget among the clients; set that too, such as 0.1bpp"
+            )
+        if self.uplink_cap is not None and self.time_cap is not None and self.uplink_budget is None:
+            raise ConfigError("uplink_cap lowers uplink_budget where a link is slow; set that too, such as 0.1bpp")
         if isinstance(self.uplink_budget, int) and self.uplink_budget < 1:
             raise ConfigError(f"uplink_budget must be at least 1 byte, got {self.uplink_budget}")
+
+    @property
+    def time_cap(self) -> TimeCap | None:
+        """`uplink_cap`, read. Raises ConfigError where it cannot be."""
+        if self.uplink_cap is None:
+            return None
+        match = re.fullmatch(r"\s*([0-9.eE+-]+)\s*s\s*@\s*(\S+)\s*", str(self.uplink_cap))
+        try:
+            seconds = float(match[1]) if match else math.nan
+        except ValueError:
+            seconds = math.nan
+        if match is None or not 0 < seconds < math.inf:
+            raise ConfigError(
+                f"uplink_cap is {self.uplink_cap!r}; expected a time above 0 on one of the recipe's links, such as "
+                "0.5s@straggler-tail"
+            )
+        return TimeCap(seconds, match[2])
 
     @property
     def feedback_decay(self) -> float:

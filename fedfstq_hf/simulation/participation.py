@@ -48,7 +48,7 @@ class SimulatedParticipation:
         emit: takes each new row.
         train: trains clients elsewhere, (round, indices, adapter, its sha256) -> seconds by index, leaving their
             messages in their sessions; None hands them out one by one.
-        shares: of the budget that each client's payloads take.
+        caps: most bytes of each client's messages; None where there is no cap.
         loss: of a packet, `retransmissions` and seed of the uplink, as `packets.deliver` takes them.
     """
 
@@ -64,7 +64,7 @@ class SimulatedParticipation:
         rows: Sequence[Row],
         emit: Callable[[Row], None],
         train: TrainElsewhere | None = None,
-        shares: Sequence[float] | None = None,
+        caps: Sequence[int | None] | None = None,
         loss: tuple[float, int, int] = (0.0, 0, 0),
     ) -> None:
         self._folder = folder
@@ -75,7 +75,7 @@ class SimulatedParticipation:
         self._evaluate = evaluate
         self._emit = emit
         self._train = train
-        self._shares = shares if shares is not None else [1.0] * len(datasets)
+        self._caps = caps if caps is not None else [None] * len(datasets)
         self._loss = loss
         self._last_row: Row | None = rows[-1] if rows else None
         storage.make_folder(folder / "sent", durable=False)
@@ -165,7 +165,7 @@ class SimulatedParticipation:
 
     def _open(self, index: int) -> ClientSession:
         if index not in self._sessions:
-            session = open_session(self._folder, index, self.spec, self.coordinator.schema, self._shares[index])
+            session = open_session(self._folder, index, self.spec, self.coordinator.schema, self._caps[index])
             if session.pending is not None and session.pending.round < self.coordinator.record.round:
                 session.settle(self._record(session.pending.round + 1))
             self._sessions[index] = session

@@ -30,6 +30,7 @@ from fedfstq_hf.federation.local import FolderMailbox
 from fedfstq_hf.federation.mailbox import ADAPTER_CONFIG_FILE, ADAPTER_FILE, SPEC_FILE
 from fedfstq_hf.founding import Founding, found, make_spec, training_arguments
 from fedfstq_hf.recipe import Recipe, validate
+from fedfstq_hf.recipe.schema import MethodSettings
 from fedfstq_hf.reporting.report import write_report
 from fedfstq_hf.reporting.summary import COMPARED, TargetRule, read_rows, summarize, write_summary
 from fedfstq_hf.simulation.network import LinkProfile, LinkRates, draw_rates
@@ -145,7 +146,7 @@ class Simulation:
             for method in methods:
                 recipe = self.recipe.for_method(method)
                 folder = self._run_folder(method, seed)
-                shares = _budget_shares(recipe.methods[method].budget_by_link, shared.links, len(datasets))
+                caps = _caps(recipe.methods[method], shared.links, len(datasets))
                 spec = make_spec(
                     recipe, method, founding, seed=seed, min_clients=1, mean_examples=_mean_examples(datasets)
                 )
@@ -162,8 +163,8 @@ class Simulation:
                     rows=[row for row in self._rows if (row["method"], row["seed"]) == (method, seed)],
                     emit=self._emit_to(bar, method, seed),
                     loss=(federation.packet_loss, federation.retransmissions, seed),
-                    shares=shares,
-                    train=None if self._workers == 1 else self._train_with(recipe, pool, mailbox, folder, seed, shares),
+                    caps=caps,
+                    train=None if self._workers == 1 else self._train_with(recipe, pool, mailbox, folder, seed, caps),
                 )
                 try:
                     if self._workers > 1:
@@ -187,10 +188,10 @@ class Simulation:
         mailbox: FolderMailbox,
         folder: Path,
         seed: int,
-        shares: tuple[float, ...],
+        caps: tuple[int | None, ...],
     ) -> TrainElsewhere:
         arguments = {**recipe.training.trainer_kwargs(), "seed": seed}
-        return partial(pool.train, Job(folder, mailbox.read(0, SPEC_FILE), arguments, shares))
+        return partial(pool.train, Job(folder, mailbox.read(0, SPEC_FILE), arguments, caps))
 
     def _timed(self, measure: Callable[[Tensor], dict[str, float]]) -> Callable[[Tensor], Mapping[str, float]]:
         metric = self.recipe.evaluation.metric
@@ -297,12 +298,15 @@ def same_settings(found: Mapping[str, Any], recipe: Recipe) -> bool:
     return all(known[key] == value for key, value in recipe.to_dict().items() if key not in _WORDS)
 
 
-def _budget_shares(link: str | None, links: Sequence[tuple[LinkProfile, LinkRates]], clients: int) -> tuple[float, ...]:
-    """Of the budget, for each client: its uplink rate over the link's median, at most 1."""
-    if link is None:
-        return (1.0,) * clients
-    profile, rates = next((profile, rates) for profile, rates in links if profile.name == link)
-    return tuple(min(1.0, float(rate) / (profile.uplink_mbps * 1e6)) for rate in rates.uplink)
+def _caps(
+    settings: MethodSettings, links: Sequence[tuple[LinkProfile, LinkRates]], clients: int
+) -> tuple[int | None, ...]:
+    """Bytes that each client's link carries in the time that a message may take."""
+    cap = settings.time_cap
+    if cap is None:
+        return (None,) * clients
+    rates = next(rates for profile, rates in links if profile.name == cap.link)
+    return tuple(int(cap.seconds * rate / 8) for rate in rates.uplink.tolist())
 
 
 def _mean_examples(datasets: Sequence[Sequence[Any]]) -> int:

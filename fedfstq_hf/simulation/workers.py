@@ -52,13 +52,13 @@ class Job:
         folder: of the run.
         spec: as JSON.
         arguments: of its `TrainingArguments`.
-        shares: of the budget that each client's payloads take.
+        caps: most bytes of each client's messages; None where there is no cap.
     """
 
     folder: Path
     spec: bytes
     arguments: dict[str, Any]
-    shares: tuple[float, ...]
+    caps: tuple[int | None, ...]
 
 
 @dataclass(frozen=True)
@@ -80,10 +80,10 @@ class Batch:
     adapter: Tensor
 
 
-def open_session(folder: Path, index: int, spec: FederationSpec, schema: Any, share: float) -> ClientSession:
-    """The session of client `index` of the run in `folder`, whose payloads take a `share` of the budget."""
+def open_session(folder: Path, index: int, spec: FederationSpec, schema: Any, cap: int | None) -> ClientSession:
+    """The session of client `index` of the run in `folder`, whose messages have at most `cap` bytes."""
     name = client_name(index)
-    return ClientSession(name, spec, schema, folder=folder / "clients" / name, durable=False, share=share)
+    return ClientSession(name, spec, schema, folder=folder / "clients" / name, durable=False, cap=cap)
 
 
 class WorkerPool:
@@ -213,7 +213,7 @@ class _WorkerParticipation:
             return None
         self.following = None
         self._index, self._started = task.index, time.perf_counter()
-        session = open_session(self.job.folder, task.index, self.spec, self._schema, self.job.shares[task.index])
+        session = open_session(self.job.folder, task.index, self.spec, self._schema, self.job.caps[task.index])
         return Assignment(
             round=task.round,
             session=session,
