@@ -20,6 +20,12 @@ METHODS = {
     "fed-tome": {"codec": "fp16", "token_merge_ratio": 0.5, "token_merge_layer": 0},
     "turns": {"codec": "fp16", "coverage": 0.3, "error_feedback": False},
     "by-examples": {"codec": "sampled", "uplink_budget": 900, "budget_by_examples": True, "error_feedback": False},
+    "capped": {
+        "codec": "topk",
+        "uplink_budget": 900,
+        "uplink_cap": "0.00025s@straggler-tail",
+        "error_feedback": False,
+    },
     "fedadam": {"codec": "fp32", "server": {"optimizer": "FedAdam", "lr": 0.01}},
 }
 
