@@ -8,7 +8,8 @@ keeps the length of what it stands for: Vargaftik et al. 2021, https://arxiv.org
 
 A bit for a sign is dear where there are few: 1 + m bits name the codeword nearest to 2^m coordinates (codewords.py),
 which leaves 0.6 to 0.7 of the error that the signs of 1 + m of them leave. Blocks are spread over the whole adapter, in
-units of each tensor's size and with random flips, so that any update looks like noise to them.
+units of each tensor's size and with random flips, so that an update looks like noise to them; a coordinate that
+outweighs its block comes out smaller.
 
 Payload: one ANS stream (entropy.py), read in this order; an empty update is an empty payload.
 
