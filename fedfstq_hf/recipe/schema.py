@@ -241,7 +241,7 @@ class MethodSettings:
             raise ConfigError(
                 "budget_by_examples divides uplink_budget among the clients; set that too, such as 0.1bpp"
             )
-        if self.uplink_cap is not None and self.time_cap is not None and self.uplink_budget is None:
+        if self.time_cap is not None and self.uplink_budget is None:  # one that cannot be read is refused first
             raise ConfigError("uplink_cap lowers uplink_budget where a link is slow; set that too, such as 0.1bpp")
         if isinstance(self.uplink_budget, int) and self.uplink_budget < 1:
             raise ConfigError(f"uplink_budget must be at least 1 byte, got {self.uplink_budget}")
