@@ -5,7 +5,8 @@ from functools import partial
 from pathlib import Path
 
 from fedfstq_hf.errors import ConfigError, FedFSTQError
-from fedfstq_hf.recipe.schema import MethodSettings, Recipe
+from fedfstq_hf.recipe.method import MethodSettings
+from fedfstq_hf.recipe.schema import Recipe
 
 
 def validate(recipe: Recipe) -> list[str]:

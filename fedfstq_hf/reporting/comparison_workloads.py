@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from fedfstq_hf.errors import DataError
-from fedfstq_hf.recipe.schema import MethodSettings, Recipe
+from fedfstq_hf.recipe.method import MethodSettings
+from fedfstq_hf.recipe.schema import Recipe
 from fedfstq_hf.recipe.strict import plain
 from fedfstq_hf.reporting.comparison_runs import Run
 from fedfstq_hf.reporting.summary import Row

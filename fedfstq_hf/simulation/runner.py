@@ -30,7 +30,7 @@ from fedfstq_hf.federation.local import FolderMailbox
 from fedfstq_hf.federation.mailbox import ADAPTER_CONFIG_FILE, ADAPTER_FILE, SPEC_FILE
 from fedfstq_hf.founding import Founding, found, make_spec, training_arguments
 from fedfstq_hf.recipe import Recipe, validate
-from fedfstq_hf.recipe.schema import MethodSettings
+from fedfstq_hf.recipe.method import MethodSettings
 from fedfstq_hf.reporting.report import write_report
 from fedfstq_hf.reporting.summary import COMPARED, TargetRule, read_rows, summarize, write_summary
 from fedfstq_hf.simulation.network import LinkProfile, LinkRates, draw_rates
