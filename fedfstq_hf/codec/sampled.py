@@ -251,7 +251,9 @@ def _factors(places: Places, sample: Float32, negative: Bool, number: UInt16) ->
         squares[part.tensor] += piece @ piece
         along[part.tensor] += np.where(signs(negative, number, part.first, part.last), -piece, piece).sum()
     added = _BLOCKS_ADDED / max(1, len(negative))  # as a share of the sample
-    factors: Float64 = (squares + added * squares.sum()) / np.maximum(along + added * along.sum(), 1e-300)
+    # chance may turn a small tensor's own against it; all codewords together never are
+    own, whole = np.maximum(along, 0.0), along.sum()
+    factors: Float64 = (squares + added * squares.sum()) / (own + added * whole) if whole > 0 else np.zeros_like(own)
     return factors
 
 

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from torch import Tensor
 
 from fedfstq_hf.cli.options import parse_overrides, quieten
@@ -41,7 +42,7 @@ def mean_of_messages(spec: str, results: Sequence[LocalResult], base: Tensor, fo
     """Weighted mean of what a codec, `NAME[:OPTION=VALUE...][@BUDGET]`, makes of a round's updates; (num_params,)."""
     name, _, budget = spec.partition("@")
     name, *settings = name.split(":")
-    options = {key: json.loads(value) for key, _, value in (setting.partition("=") for setting in settings)}
+    options = {key: yaml.safe_load(value) for key, _, value in (setting.partition("=") for setting in settings)}
     codec, schema = get_codec(name, **options), founding.view.schema
     max_bytes = parse_budget(budget, schema.num_params) if budget else None
     mean, total = torch.zeros(schema.num_params, dtype=torch.float64), 0
