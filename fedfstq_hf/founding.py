@@ -134,6 +134,7 @@ def make_spec(
         mean_examples=mean_examples if settings.budget_by_examples else None,
         error_feedback=settings.feedback_decay,
         server=settings.server.to_yaml(),
+        weights=settings.weights,
         objective=settings.objective,
         token_keep_ratio=settings.token_keep_ratio,
         fisher=settings.fisher,

@@ -89,6 +89,22 @@ def check_coverage(coverage: object, *, scaffold: bool) -> None:
         raise ConfigError("coverage and scaffold cannot be combined: leave one of them out.")
 
 
+WEIGHTS = ("examples", "uniform", "bytes")
+"""What an update weighs in the mean: its examples (FedAvg), as much as every other, the size of its message."""
+
+
+def check_weights(weights: object, *, scaffold: bool) -> None:
+    """Refuse weights that are not among `WEIGHTS`, and together with control variates, which are a plain mean.
+
+    Raises:
+        ConfigError: saying what to type.
+    """
+    if weights not in WEIGHTS:
+        raise ConfigError(f"weights must be one of {', '.join(WEIGHTS)}, not {weights!r}.")
+    if scaffold and weights == "bytes":
+        raise ConfigError("With scaffold all clients weigh alike: leave out weights, or say uniform.")
+
+
 def _check_number(name: str, value: object, high: float, hint: str) -> None:
     valid = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     if not valid or not 0 <= value <= high:  # type: ignore[operator]

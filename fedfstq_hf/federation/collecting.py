@@ -130,15 +130,18 @@ class Collector:
         if not entries:
             return []
         spec = screening.spec
-        alike = spec.scaffold_clients is not None  # as in its paper: the control variate is the mean over clients
-        examples = [1.0 if alike else float(entry.num_examples) for entry in entries]
-        most = spec.weight_cap * statistics.median_low(examples) if spec.weight_cap is not None else max(examples)
+        # SCAFFOLD as in its paper: the control variate is the mean over clients
+        basis = "uniform" if spec.scaffold_clients is not None else spec.weights
+        raw = [{"examples": entry.num_examples, "bytes": entry.num_bytes, "uniform": 1}[basis] for entry in entries]
+        most = spec.weight_cap * statistics.median_low(raw) if spec.weight_cap is not None else max(raw)
         middle = statistics.median_low(entry.norm for entry in entries)
         longest = spec.clip * middle if spec.clip is not None and middle > 0 else None
         weighed = []
-        for entry, count in zip(entries, examples, strict=True):
+        for entry, value in zip(entries, raw, strict=True):
             own = screening.control.enrolment(entry.client_id).max_examples
-            weight = min(count, most, own if own is not None else count)
+            # who counts as fewer examples than it says weighs less in the same proportion, also by its bytes
+            trusted = 1.0 if own is None or basis == "uniform" else min(1.0, own / max(1, entry.num_examples))
+            weight = min(value * trusted, most)
             scale = 1.0 if longest is None or entry.norm <= longest else longest / entry.norm
             weight *= spec.staleness_discount**entry.staleness
             weighed.append(dataclasses.replace(entry, weight=weight, scale=scale))

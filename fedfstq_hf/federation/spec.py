@@ -18,7 +18,7 @@ from fedfstq_hf.federation.record import other_version
 from fedfstq_hf.federation.travelling import Travelling
 from fedfstq_hf.federation.turns import Turn, turn_of
 from fedfstq_hf.sensitivity.options import check_fisher, check_objective
-from fedfstq_hf.switches import check_coverage, check_freeze_a, check_switches
+from fedfstq_hf.switches import check_coverage, check_freeze_a, check_switches, check_weights
 
 FORMAT = 2
 
@@ -76,8 +76,9 @@ class FederationSpec:
         clients_per_round: how many of the enrolled clients are asked for an update in each round; None for all.
         max_staleness: a late update is still used up to that many rounds after its own; 0 refuses all late ones.
         staleness_discount: factor on the weight of an update per round of its staleness.
+        weights: what an update weighs in the mean, one of `WEIGHTS`.
         clip: an update whose norm exceeds that many times the round's median norm is scaled down to it; None for none.
-        weight_cap: an update counts at most that many times the round's median number of examples; None for no cap.
+        weight_cap: an update weighs at most that many times the round's median; None for no cap.
         signatures: True refuses updates without a valid signature of an enrolled key.
         sealing_key: public key that clients seal their messages to; None sends them readable.
         tag_every: the Hub repo is tagged at every that many rounds.
@@ -124,6 +125,7 @@ class FederationSpec:
     clients_per_round: int | None = None
     max_staleness: int = 0
     staleness_discount: float = 0.5
+    weights: str = "examples"
     clip: float | None = 10.0
     weight_cap: float | None = 10.0
     signatures: bool = False
@@ -157,6 +159,7 @@ class FederationSpec:
             limit = getattr(self, name)
             if limit is not None and not (1 <= limit < math.inf):
                 raise ConfigError(f"{name} is a multiple of the round's median: at least 1, or null; not {limit!r}.")
+        check_weights(self.weights, scaffold=self.scaffold_clients is not None)
         if self.sealing_key is not None:
             parse_public_key(self.sealing_key, "x25519")
         check_objective(self.objective, self.token_keep_ratio)

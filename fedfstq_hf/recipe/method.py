@@ -10,7 +10,7 @@ from fedfstq_hf.errors import ConfigError
 from fedfstq_hf.recipe.ranges import positive
 from fedfstq_hf.recipe.strict import build, plain
 from fedfstq_hf.sensitivity.options import check_fisher, check_objective
-from fedfstq_hf.switches import check_coverage, check_freeze_a, check_switches
+from fedfstq_hf.switches import check_coverage, check_freeze_a, check_switches, check_weights
 
 
 @dataclass(frozen=True)
@@ -79,6 +79,9 @@ class MethodSettings:
     error_feedback: bool | float = True
     """Whether a client keeps what its message left out and adds it to its next update; a number is the decay."""
     server: ServerSettings = field(default_factory=ServerSettings)
+    weights: Literal["examples", "uniform", "bytes"] = "examples"
+    """What an update weighs in the mean: its number of examples (FedAvg), as much as every other, or the bytes
+    of its message: where a message's noise falls as one over its size (`sampled`), the mean with the least noise."""
     objective: Literal["full", "hard", "soft", "unbiased"] = "full"
     """What target tokens weigh in the local loss: all alike, the most sensitive ones only (the paper's mask), by
     sensitivity, or a weighted sample whose gradient is that of all in expectation."""
@@ -126,6 +129,7 @@ class MethodSettings:
         check_switches(self, scaffold=self.scaffold)
         check_freeze_a(self.freeze_a, scaffold=self.scaffold, learned_binarisation=self.learned_binarisation)
         check_coverage(self.coverage, scaffold=self.scaffold)
+        check_weights(self.weights, scaffold=self.scaffold)
         if self.budget_by_examples and self.uplink_budget is None:
             raise ConfigError(
                 "budget_by_examples divides uplink_budget among the clients; set that too, such as 0.1bpp"

@@ -112,6 +112,33 @@ def test_a_client_can_be_capped_alone(tmp_path):
     assert weights(close(mailbox)[0]) == pytest.approx({"a": 0.2, "b": 0.8})
 
 
+def test_all_can_weigh_alike(tmp_path):
+    mailbox = found(tmp_path, weights="uniform")
+    post(mailbox, "a", ones(1), num_examples=1)
+    post(mailbox, "b", ones(1), num_examples=9)
+    assert weights(close(mailbox)[0]) == pytest.approx({"a": 0.5, "b": 0.5})
+
+
+def test_messages_can_weigh_as_much_as_they_say(tmp_path):
+    """By bytes: the recorded sizes, whatever the numbers of examples."""
+    mailbox = found(tmp_path, weights="bytes", codec="sampled", clip=None)
+    post(mailbox, "a", ones(1), num_examples=1, encoded_by="sampled")
+    post(mailbox, "b", ones(1), num_examples=9, encoded_by="sampled", max_bytes=8)
+    record, _ = close(mailbox)
+    sizes = {update.client_id: update.num_bytes for update in record.accepted}
+    assert sizes["a"] > sizes["b"]
+    assert weights(record) == pytest.approx({name: size / sum(sizes.values()) for name, size in sizes.items()})
+
+
+def test_a_client_that_is_capped_alone_also_weighs_less_by_bytes(tmp_path):
+    mailbox = found_enrolled(
+        tmp_path, {"a": Enrolment(max_examples=2), "b": Enrolment(max_examples=50)}, weights="bytes"
+    )
+    post(mailbox, "a", ones(1), num_examples=8)
+    post(mailbox, "b", ones(1), num_examples=8)
+    assert weights(close(mailbox)[0]) == pytest.approx({"a": 0.2, "b": 0.8}, abs=0.01)
+
+
 def test_a_stale_update_weighs_less(tmp_path):
     mailbox = found(tmp_path, rounds=5, max_staleness=2, staleness_discount=0.5, min_clients=2)
     late = {name: make_message(mailbox, name, ones(1), num_examples=8) for name in "cd"}
