@@ -27,6 +27,7 @@ def write_result(folders: Sequence[str | Path], path: Path) -> Path:
         "commits": sorted({fact["commit"] for fact in facts if fact.get("commit")}),
         "minutes": round(sum(fact.get("minutes", 0.0) for fact in facts), 1),
         "cores": sorted({fact["cores"] for fact in facts if fact.get("cores")}),
+        "devices": sorted({fact.get("device", "CPU") for fact in facts if fact}),
         "workloads": [_workload(compare(workload)) for workload in group_runs(read_runs(folders))],
     }
     path.parent.mkdir(parents=True, exist_ok=True)

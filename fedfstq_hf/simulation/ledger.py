@@ -20,6 +20,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from fedfstq_hf.errors import ConfigError
 from fedfstq_hf.federation import storage
 from fedfstq_hf.recipe import Recipe
@@ -125,6 +127,7 @@ def _close(entry: Entry, command: str, minutes: float, *, resumed: bool, workers
         "resumed": resumed,
         "workers": workers,
         "cores": os.cpu_count(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
     }
     storage.replace_file(entry.folder / LEDGER_FILE, (json.dumps(facts, indent=1) + "\n").encode())
     run = entry.folder / "runs" / entry.method / f"seed-{entry.seed}"
