@@ -17,6 +17,9 @@ def report(
     out: Annotated[
         Path, typer.Option(metavar="FILE.html", help="The page; the same tables as Markdown go beside it.")
     ] = Path("report.html"),
+    plots: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Write each plot there as well, as an SVG of its own.")
+    ] = None,
 ) -> None:
     """Put runs side by side: one HTML page with plots, and its tables as Markdown.
 
@@ -24,6 +27,7 @@ def report(
     """
     from fedfstq_hf.reporting.comparison import write_comparison
 
-    command = shlex.join(["fedfstq", "report", *map(str, runs), "--out", str(out)])
-    page, text = write_comparison(runs, out, command=command)
+    more = [] if plots is None else ["--plots", str(plots)]
+    command = shlex.join(["fedfstq", "report", *map(str, runs), "--out", str(out), *more])
+    page, text = write_comparison(runs, out, command=command, plots=plots)
     typer.echo(f"Wrote {page} and {text}.")

@@ -9,6 +9,7 @@ from fedfstq_hf.reporting.comparison_figures import Comparison
 from fedfstq_hf.reporting.comparison_notes import CAVEATS, notes, settings
 from fedfstq_hf.reporting.comparison_tables import figure_tables, link_table, run_table
 from fedfstq_hf.reporting.page_chart import draw, draw_swatch
+from fedfstq_hf.reporting.page_figures import chart_style
 from fedfstq_hf.reporting.page_plots import make_charts, styles
 
 GENERATOR = '<meta name="generator" content="fedfstq report">'
@@ -24,7 +25,13 @@ def render_page(comparisons: Sequence[Comparison], *, title: str, command: str) 
     style_of = styles(comparisons)
     sections = [_section(comparison, style_of, f"w{number}") for number, comparison in enumerate(comparisons, start=1)]
     page = environment.from_string(source).render(
-        title=title, command=command, version=__version__, generator=GENERATOR, sections=sections, caveats=CAVEATS
+        title=title,
+        command=command,
+        version=__version__,
+        generator=GENERATOR,
+        chart_style=chart_style(),
+        sections=sections,
+        caveats=CAVEATS,
     )
     return page + "\n"
 
