@@ -1,6 +1,10 @@
 """Metric rows as a simulation writes them, from plain lists of metrics."""
 
+import json
+from pathlib import Path
 from typing import Any
+
+from fedfstq_hf.recipe import load_recipe
 
 
 def make_rows(
@@ -26,3 +30,18 @@ def make_rows(
         }
         for number, metric in enumerate(metrics)
     ]
+
+
+def write_run(
+    folder: Path, rows: list[dict[str, Any]], *, methods: dict[str, Any] | None = None, **overrides: Any
+) -> Path:
+    """A run folder of recipe `fed_med`, of 4 rounds, with these rows."""
+    recipe = load_recipe("fed_med", {"rounds": 4, **overrides}).to_dict()
+    names = list(dict.fromkeys(row["method"] for row in rows)) or ["fedavg"]
+    plain = next(iter(recipe["methods"].values()))
+    recipe["methods"] = {name: recipe["methods"].get(name, plain) for name in names} | (methods or {})
+    recipe["seeds"] = sorted({row["seed"] for row in rows}) or [0]
+    folder.mkdir(parents=True)
+    (folder / "recipe.json").write_text(json.dumps(recipe))
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder

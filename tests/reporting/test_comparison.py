@@ -6,11 +6,11 @@ import shutil
 import statistics
 
 import pytest
-from metric_rows import make_rows
+from metric_rows import make_rows, write_run
 
 from fedfstq_hf.cli import main
 from fedfstq_hf.errors import ConfigError, DataError
-from fedfstq_hf.recipe import Recipe, load_recipe
+from fedfstq_hf.recipe import Recipe
 from fedfstq_hf.reporting.comparison import write_comparison
 from fedfstq_hf.reporting.comparison_breakdown import mean_energy, mean_parts
 from fedfstq_hf.reporting.comparison_ceiling import seconds_without_uplink
@@ -25,19 +25,6 @@ from fedfstq_hf.simulation.network import LinkProfile, draw_rates, round_cost
 # fedavg improves from 4.0 to 3.0: targets 3.5, 3.25, 3.1, held from rounds 1, 2, 3 on.
 FEDAVG = [4.0, 3.5, 3.2, 3.05, 3.0]
 SLOW = [4.0, 3.9, 3.8, 3.7, 3.6]
-
-
-def write_run(folder, rows, *, methods=None, **overrides):
-    """A run folder of recipe `fed_med`, of 4 rounds, with these rows."""
-    recipe = load_recipe("fed_med", {"rounds": 4, **overrides}).to_dict()
-    names = list(dict.fromkeys(row["method"] for row in rows)) or ["fedavg"]
-    plain = next(iter(recipe["methods"].values()))
-    recipe["methods"] = {name: recipe["methods"].get(name, plain) for name in names} | (methods or {})
-    recipe["seeds"] = sorted({row["seed"] for row in rows}) or [0]
-    folder.mkdir(parents=True)
-    (folder / "recipe.json").write_text(json.dumps(recipe))
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return folder
 
 
 def comparisons(*folders):

@@ -1,16 +1,14 @@
 """The page: one file that needs nothing else, whose charts are where the rows say, whatever the texts in a run."""
 
 import html.parser
-import json
 import math
 import re
 import xml.etree.ElementTree as ET
 from itertools import pairwise
 
 import pytest
-from metric_rows import make_rows
+from metric_rows import make_rows, write_run
 
-from fedfstq_hf.recipe import load_recipe
 from fedfstq_hf.reporting.comparison import write_comparison
 from fedfstq_hf.reporting.page_axis import make_axis
 from fedfstq_hf.reporting.page_chart import Chart, Series, draw, draw_swatch
@@ -42,17 +40,6 @@ class Reader(html.parser.HTMLParser):
 
     def find(self, tag):
         return [attributes for name, attributes in self.elements if name == tag]
-
-
-def write_run(folder, rows, **overrides):
-    recipe = load_recipe("fed_med", {"rounds": 4, **overrides}).to_dict()
-    plain = next(iter(recipe["methods"].values()))
-    recipe["methods"] = dict.fromkeys([row["method"] for row in rows], plain)
-    recipe["seeds"] = sorted({row["seed"] for row in rows})
-    folder.mkdir()
-    (folder / "recipe.json").write_text(json.dumps(recipe))
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return folder
 
 
 @pytest.fixture(scope="module")

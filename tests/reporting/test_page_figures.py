@@ -1,13 +1,11 @@
 """Charts as files of their own: well-formed SVG that needs nothing else, named after workload and chart."""
 
-import json
 import xml.etree.ElementTree as ET
 
 import pytest
-from metric_rows import make_rows
+from metric_rows import make_rows, write_run
 
 from fedfstq_hf.errors import ConfigError
-from fedfstq_hf.recipe import load_recipe
 from fedfstq_hf.reporting.comparison import write_comparison
 from fedfstq_hf.reporting.page_chart import WIDTH
 
@@ -23,18 +21,9 @@ def folder(tmp_path_factory):
     for number in range(10):
         name = f"method-{number}" if number else "</text><b>&m"
         rows += make_rows(name, [4.0, 3.6, 3.3, 3.1, 3.05], bytes_per_round=100 + number)
-    write(home / "run", rows, name="../x<y")
+    write_run(home / "run", rows, name="../x<y")
     write_comparison([home / "run"], home / "page.html", command="c", plots=home / "plots")
     return home
-
-
-def write(run, rows, **overrides):
-    recipe = load_recipe("fed_med", {"rounds": 4, **overrides}).to_dict()
-    recipe["methods"] = dict.fromkeys([row["method"] for row in rows], next(iter(recipe["methods"].values())))
-    recipe["seeds"] = [0]
-    run.mkdir()
-    (run / "recipe.json").write_text(json.dumps(recipe))
-    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def test_each_chart_of_the_page_is_a_file_named_after_it(folder):
