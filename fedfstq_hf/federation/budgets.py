@@ -1,8 +1,9 @@
 """How large each of a client's messages may be: fixed, growing over the rounds, or as large as training asks for.
 
-`"96kB"`, `"0.3bpp"` and `"5s@2Mbps"` are fixed; `"ramp:LOW..HIGH"` grows by the same factor from round to round;
-`"auto"` and `"auto:LOW..HIGH"` grow as progress slows. Bounds are written like fixed budgets, so that
-`"auto:0.05bpp..5s@2Mbps"` never asks more of a slow link than five seconds.
+`"96kB"`, `"0.3bpp"` and `"5s@2Mbps"` are fixed; `"ramp:LOW..HIGH"` grows by the same factor from round to round,
+`"late:LOW..HIGH"` once, for the last quarter of the rounds; `"auto"` and `"auto:LOW..HIGH"` grow as progress slows.
+Bounds are written like fixed budgets, so that `"auto:0.05bpp..5s@2Mbps"` never asks more of a slow link than five
+seconds.
 """
 
 from __future__ import annotations
@@ -22,16 +23,18 @@ _KEY = "budget"
 
 @dataclass(frozen=True)
 class MessageBudget:
-    """The sizes of a client's messages. At most one of the three is set; none is no limit.
+    """The sizes of a client's messages. At most one of the four is set; none is no limit.
 
     Attributes:
         fixed: bytes of every message.
         ramp: bytes of the first and of the last round's message.
+        late: bytes of the messages of the first three quarters of the rounds, and of the last quarter.
         controller: moves the size between bounds.
     """
 
     fixed: int | None = None
     ramp: tuple[int, int] | None = None
+    late: tuple[int, int] | None = None
     controller: BudgetController | None = None
 
     @property
@@ -39,7 +42,8 @@ class MessageBudget:
         """Bytes of the smallest message it may ask for; None for no limit."""
         if self.controller is not None:
             return self.controller.low
-        return self.ramp[0] if self.ramp is not None else self.fixed
+        bounds = self.ramp or self.late
+        return bounds[0] if bounds is not None else self.fixed
 
     def take(
         self,
@@ -64,6 +68,8 @@ class MessageBudget:
             first, last = self.ramp
             share = round / (rounds - 1) if rounds > 1 else 1.0
             return int(first * (last / first) ** share), {}
+        if self.late is not None:
+            return self.late[4 * (round + 1) > 3 * rounds], {}
         if self.controller is None:
             return self.fixed, {}
         if posted:
@@ -87,6 +93,8 @@ def open_budget(budget: str | int | None, num_params: int) -> MessageBudget:
         return MessageBudget()
     if isinstance(budget, str) and budget.strip().startswith("ramp"):
         return MessageBudget(ramp=parse_bounds(budget, "ramp", num_params))
+    if isinstance(budget, str) and budget.strip().startswith("late"):
+        return MessageBudget(late=parse_bounds(budget, "late", num_params))
     controller = parse_controller(budget, num_params)
     if controller is not None:
         return MessageBudget(controller=controller)

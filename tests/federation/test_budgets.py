@@ -32,6 +32,13 @@ def test_a_ramp_grows_by_one_factor_from_its_lower_to_its_upper_bound():
     assert sizes(open_budget("ramp:100B..1600B", PARAMS), [1.0])[0] == [1600]
 
 
+@pytest.mark.parametrize(("rounds", "late"), [(12, 3), (10, 3), (5, 2), (4, 1), (3, 1), (2, 1), (1, 1)])
+def test_a_late_budget_is_its_upper_bound_in_the_last_quarter_of_the_rounds(rounds, late):
+    taken, carried = sizes(open_budget("late:100B..1600B", PARAMS), [1.0] * rounds)
+    assert taken == [100] * (rounds - late) + [1600] * late
+    assert carried == {}
+
+
 def test_auto_grows_when_the_local_loss_stops_falling_and_stays_within_its_bounds():
     budget = open_budget("auto:1kB..4kB", PARAMS)
     falling = [4.0, 3.0, 2.0]
@@ -71,7 +78,9 @@ def test_posted_losses_are_means_over_sources_and_skip_what_is_no_number():
     assert posted_losses(metrics) == [(2, 5.0), (3, 2.0)]
 
 
-@pytest.mark.parametrize("budget", ["ramp", "ramp:1kB", "ramp:2kB..1kB", "auto:1kB", "ramp:x..1kB", "autobahn"])
+@pytest.mark.parametrize(
+    "budget", ["ramp", "ramp:1kB", "ramp:2kB..1kB", "late", "late:2kB..1kB", "auto:1kB", "ramp:x..1kB", "autobahn"]
+)
 def test_what_cannot_be_read_is_refused_with_an_example(budget):
     with pytest.raises(BudgetError, match=r"write|expected"):
         open_budget(budget, PARAMS)
@@ -79,5 +88,6 @@ def test_what_cannot_be_read_is_refused_with_an_example(budget):
 
 def test_the_least_size_is_what_a_session_must_be_able_to_send():
     assert open_budget("ramp:100B..1600B", PARAMS).least == 100
+    assert open_budget("late:100B..1600B", PARAMS).least == 100
     assert open_budget("auto:1kB..4kB", PARAMS).least == 1000
     assert MessageBudget(fixed=7).least == 7
