@@ -39,9 +39,12 @@ def simulate(
         warm_up()  # imports beside us
     quieten()
     from fedfstq_hf.reporting.console import render_summary
+    from fedfstq_hf.simulation.precision import slow_bf16
     from fedfstq_hf.simulation.runner import SUMMARY_FILE, Simulation
 
     command = shlex.join(["fedfstq", "simulate", recipe, *context.args])
+    if (slow := slow_bf16(loaded)) is not None:
+        typer.echo(slow, err=True)
     for label, point in sweep_points(loaded):
         folder = base / label
         try:

@@ -33,6 +33,7 @@ QUICK = {
     "federation.clients_per_round": 2,
     "training.local_steps": 2,
     "data.test_limit": 16,
+    "training.bf16": False,
     "seeds": 1,
 }
 
@@ -49,6 +50,7 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, default=3, help="how many")
     parser.add_argument("--out", type=Path, help="folder of the runs")
     parser.add_argument("--results", type=Path, help="write RECIPE.json of every recipe that has a finished run there")
+    parser.add_argument("--float32", action="store_true", help="for a processor without bfloat16 instructions")
     parser.add_argument("--workers", type=int, default=2)
     options = parser.parse_args()
     root = options.out or Path("runs/evaluation-quick" if options.quick else "runs/evaluation")
@@ -66,6 +68,7 @@ def run(options: argparse.Namespace, root: Path) -> int:
     quieten()
     from fedfstq_hf.reporting.result import write_result
     from fedfstq_hf.simulation.ledger import Entry, entries, estimate, run_missing
+    from fedfstq_hf.simulation.precision import slow_bf16
 
     wanted = options.recipes or [name.removeprefix("evaluation/") for name in list_recipes()]
     groups = [[name for name in group if name in wanted] for group in ORDER]
@@ -85,6 +88,8 @@ def run(options: argparse.Namespace, root: Path) -> int:
         done = len(listed) - len(missing)
         print(f"{done} of {len(listed)} done; the {len(known)} of known length take {sum(known):.0f} min")
     else:
+        if slow := next((text for entry in listed if (text := slow_bf16(entry.recipe))), None):
+            print(slow, file=sys.stderr)
         for entry, outcome in run_missing(listed, root, command=command, workers=options.workers):
             print(f"{entry}: {outcome}", flush=True)
             failed += outcome != "done"
@@ -101,6 +106,8 @@ def load(name: str, options: argparse.Namespace) -> Recipe:
     overrides: dict[str, object] = {"seeds": options.seeds}
     if options.quick:
         overrides |= QUICK
+    if options.float32:
+        overrides["training.bf16"] = False
     path = f"evaluation/{name}" if f"evaluation/{name}" in list_recipes() else name
     recipe = load_recipe(path)
     if recipe.model != "demo" and options.model:
