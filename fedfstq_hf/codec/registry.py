@@ -36,6 +36,7 @@ _BUILTIN = {
     "sparse32": ".sparse32",
     "sparseloco": ".baselines.sparseloco",
     "topk": ".baselines.topk",
+    "trellis": ".trellis",
     "uniform": ".uniform",
     "uniform-fisher": ".baselines.uniform_fisher",
 }

@@ -27,9 +27,9 @@ Of k coordinates in the sample, ceil(k / d) = b blocks are made: the j-th is at 
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -38,11 +38,21 @@ from torch import Tensor
 
 from ..errors import ConfigError, MessageError
 from .budget import check_empty_fits
-from .codewords import LARGEST, Bool, Float32, UInt16, best_exponent, nearest_codewords, signs
+from .codewords import LARGEST, Bool, Float32, best_exponent, nearest_codewords, signs
 from .dense import read_delta
 from .entropy import Adaptive, Reader, Writer, uniform
+from .flips import (
+    MAGNITUDE_STEPS,
+    MAGNITUDES,
+    draw_seed,
+    factors,
+    hashed,
+    reconstructed,
+    sizes,
+    standard,
+)
 from .places import Places, runs
-from .quantization import OCTAVES, grid, nearest
+from .quantization import nearest
 from .registry import CodecContext, Encoded, register
 from .schema import Schema
 from .update import SparseUpdate
@@ -50,8 +60,6 @@ from .update import SparseUpdate
 Float64 = npt.NDArray[np.float64]
 Int64 = npt.NDArray[np.int64]
 _TICKETS = 1 << 16
-_STEPS = 8
-_SYMBOLS = OCTAVES * _STEPS + 1
 _OVERHEAD = 52  # bits of seed, T, m and the tail's end
 _FIRST_BITS = 8  # of one magnitude, before it is known
 _TRIES = 6
@@ -114,7 +122,7 @@ class SampledCodec:
         exponent = int(reader.get(1, uniform(len(LARGEST)))[0])
         full = [i for i, spec in enumerate(schema.tensors) if spec.size]
         symbols = np.zeros(len(schema.tensors), dtype=np.int64)
-        symbols[full] = reader.get_adaptive(len(full), Adaptive(_SYMBOLS))
+        symbols[full] = reader.get_adaptive(len(full), Adaptive(MAGNITUDES))
         if not symbols.any():
             raise MessageError("sampled payload sends nothing of any tensor; an empty update is an empty payload")
         places = _places(schema, seed, below, symbols > 0)
@@ -123,7 +131,7 @@ class SampledCodec:
         negative, number = bits.take(blocks), np.zeros(blocks, dtype=np.uint16)
         for plane in range(exponent):
             number |= bits.take(blocks).astype(np.uint16) << np.uint16(plane)
-        return _reconstructed(places, seed, symbols, negative, number)
+        return reconstructed(places, seed, symbols, partial(signs, negative, number))
 
 
 @dataclass(frozen=True)
@@ -142,20 +150,12 @@ class _Source:
 
     @classmethod
     def of(cls, schema: Schema, values: Float32, seed: int, round: int) -> _Source:
-        text = f"fedfstq sample {seed} {round}\n".encode()
-        drawn = int.from_bytes(hashlib.sha256(text + values.tobytes()).digest()[:4], "big")
-        size = np.zeros(len(schema.tensors))
+        drawn, size = draw_seed(values, seed, round), sizes(schema, values)
         histogram = np.zeros(_TICKETS, dtype=np.int64)
-        for i, spec in enumerate(schema.tensors):
-            squares = 0.0
+        for i in np.flatnonzero(size).tolist():
+            spec = schema.tensors[i]
             for start, end in runs(spec.offset, spec.offset + spec.size):
-                part = values[start:end].astype(np.float64)
-                squares += float(part @ part)
-            # below the grid's first point a tensor would be sent larger than it is
-            if spec.size and (squares / spec.size) ** 0.5 > grid(_STEPS)[0]:
-                size[i] = (squares / spec.size) ** 0.5
-                for start, end in runs(spec.offset, spec.offset + spec.size):
-                    histogram += np.bincount(ticket(hashed(drawn, start, end)), minlength=_TICKETS)
+                histogram += np.bincount(ticket(hashed(drawn, start, end)), minlength=_TICKETS)
         return cls(schema, values, drawn, size, np.cumsum(histogram))
 
     def below(self, bits: int, exponent: int) -> int:
@@ -163,39 +163,10 @@ class _Source:
         coordinates = max(0, bits) // (1 + exponent) << exponent
         return int(np.searchsorted(self.tickets, coordinates, side="right"))
 
-    def standard(self, places: Places) -> Float32:
-        """The sample in units of its tensors' sizes, each sign flipped or not as the seed has it, (count,)."""
-        sample = np.empty(places.count, dtype=np.float32)
-        for part in places.parts:
-            chosen = places.mask(part)
-            values = self.values[part.start : part.end][chosen] / np.float32(self.size[part.tensor])
-            flipped = flips(hashed(self.seed, part.start, part.end)[chosen])
-            sample[part.first : part.last] = np.where(flipped, -values, values)
-        return sample
-
-
-def hashed(seed: int, start: int, end: int) -> npt.NDArray[np.uint32]:
-    """32 bits for each of the coordinates `start .. end`.
-
-    The finaliser of MurmurHash3 of coordinate xor seed: whole numbers only, the same on every machine.
-    """
-    h = np.arange(start, end, dtype=np.uint32) ^ np.uint32(seed)
-    h ^= h >> np.uint32(16)
-    h *= np.uint32(0x85EBCA6B)
-    h ^= h >> np.uint32(13)
-    h *= np.uint32(0xC2B2AE35)
-    h ^= h >> np.uint32(16)
-    return h
-
 
 def ticket(h: npt.NDArray[np.uint32]) -> Int64:
     """The upper half of a hash: a number in 0 .. 65535."""
     return (h >> np.uint32(16)).astype(np.int64)
-
-
-def flips(h: npt.NDArray[np.uint32]) -> Bool:
-    """The lowest bit of a hash: whether the coordinate's sign is flipped."""
-    return (h & np.uint32(1)).astype(np.bool_)
 
 
 def _filled(source: _Source, bits: int, spent: int, exponent: int) -> Encoded | None:
@@ -223,49 +194,22 @@ def _filled(source: _Source, bits: int, spent: int, exponent: int) -> Encoded | 
 
 def _written(source: _Source, below: int, exponent: int) -> Encoded:
     places = _places(source.schema, source.seed, below, source.size > 0)
-    sample = source.standard(places)
+    sample = standard(source.values, places, source.size, source.seed)
     negative, number = nearest_codewords(sample, exponent)
-    magnitude = source.size * _factors(places, sample, negative, number) / (below / _TICKETS)
-    symbols = np.where(source.size > 0, 1 + nearest(magnitude, _STEPS), 0)
+    minus = partial(signs, negative, number)
+    added = _BLOCKS_ADDED / max(1, len(negative))  # as a share of the sample
+    magnitude = source.size * factors(places, sample, minus, added) / (below / _TICKETS)
+    symbols = np.where(source.size > 0, 1 + nearest(magnitude, MAGNITUDE_STEPS), 0)
     writer = Writer()
     writer.put(list(source.seed.to_bytes(4, "big")), uniform(256))
     writer.put([below - 1], uniform(_TICKETS))
     writer.put([exponent], uniform(len(LARGEST)))
     writer.put_adaptive(
-        [int(symbols[i]) for i, spec in enumerate(source.schema.tensors) if spec.size], Adaptive(_SYMBOLS)
+        [int(symbols[i]) for i, spec in enumerate(source.schema.tensors) if spec.size], Adaptive(MAGNITUDES)
     )
     planes = [number >> np.uint16(plane) & np.uint16(1) for plane in range(exponent)]
     tail = np.concatenate([negative, *(plane.astype(np.bool_) for plane in planes)])
-    return Encoded(writer.finish(tail=tail), _reconstructed(places, source.seed, symbols, negative, number))
-
-
-def _factors(places: Places, sample: Float32, negative: Bool, number: UInt16) -> Float64:
-    """What each tensor's codewords have to be multiplied by to be as long as its sample in its direction, (tensors,).
-
-    Where a tensor has few coordinates, chance has a large part in that: as many as make up for it are added, of what
-    the whole sample is like.
-    """
-    squares, along = np.zeros(len(places.used)), np.zeros(len(places.used))
-    for part in places.parts:
-        piece = sample[part.first : part.last].astype(np.float64)
-        squares[part.tensor] += piece @ piece
-        along[part.tensor] += np.where(signs(negative, number, part.first, part.last), -piece, piece).sum()
-    added = _BLOCKS_ADDED / max(1, len(negative))  # as a share of the sample
-    # chance may turn a small tensor's own against it; all codewords together never are
-    own, whole = np.maximum(along, 0.0), along.sum()
-    factors: Float64 = (squares + added * squares.sum()) / (own + added * whole) if whole > 0 else np.zeros_like(own)
-    return factors
-
-
-def _reconstructed(places: Places, seed: int, symbols: Int64, negative: Bool, number: UInt16) -> SparseUpdate:
-    """The update that codewords stand for: of each coordinate plus or minus its tensor's magnitude."""
-    magnitude = np.where(symbols > 0, grid(_STEPS)[np.maximum(symbols - 1, 0)], np.float32(0)).astype(np.float32)
-    values = places.room()
-    for part in places.parts:
-        minus = flips(hashed(seed, part.start, part.end)[places.mask(part)])
-        minus ^= signs(negative, number, part.first, part.last)
-        values[part.first : part.last] = np.where(minus, -magnitude[part.tensor], magnitude[part.tensor])
-    return places.update(values)
+    return Encoded(writer.finish(tail=tail), reconstructed(places, source.seed, symbols, minus))
 
 
 def _places(schema: Schema, seed: int, below: int, sent: Bool) -> Places:

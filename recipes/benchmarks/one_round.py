@@ -34,7 +34,7 @@ from fedfstq_hf.simulation import runner
 from fedfstq_hf.simulation.participation import SimulatedParticipation
 from fedfstq_hf.workloads import load_workload
 
-CODECS = ("fp32", "fstq@0.1bpp", "fstq@0.3bpp", "sampled@0.05bpp", "sampled@0.1bpp", "sampled@0.3bpp")
+CODECS = ("fp32", "fstq@0.1bpp", "fstq@0.3bpp", "sampled@0.05bpp", "sampled@0.1bpp", "sampled@0.3bpp", "trellis@0.1bpp")
 STEPS = (0.7, 1.0, 1.4, 2.0)
 
 

@@ -36,6 +36,7 @@ DENSEST = {
     "sampled": {"bits": 1.0},
     "sparseloco": {"top_k": 1024},
     "topk": {"density": 0.25},
+    "trellis": {"bits": 1.0},
     "uniform-fisher": {"bits": 8.0, "parts": "coordinates"},
 }
 

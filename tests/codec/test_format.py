@@ -299,6 +299,13 @@ def test_the_schema_of_the_golden_files():
     assert Schema.from_state_dict(SCHEMA.unflatten(torch.zeros(SCHEMA.num_params))) == SCHEMA
 
 
+def hash_of(seed, i):
+    h = i ^ seed
+    h = (h ^ h >> 16) * 0x85EBCA6B % 2**32
+    h = (h ^ h >> 13) * 0xC2B2AE35 % 2**32
+    return h ^ h >> 16
+
+
 @pytest.mark.parametrize("stem", ["sampled", "sampled-all", "sampled-signs"])
 def test_sampled_by_the_page(stem):
     reader = reference.ReferenceReader(payload_of(stem))
@@ -313,10 +320,7 @@ def test_sampled_by_the_page(stem):
     start = 0
     for shape, symbol in zip(SHAPES, symbols, strict=True):
         for i in range(start, start + math.prod(shape)):
-            h = i ^ seed
-            h = (h ^ h >> 16) * 0x85EBCA6B % 2**32
-            h = (h ^ h >> 13) * 0xC2B2AE35 % 2**32
-            h = h ^ h >> 16
+            h = hash_of(seed, i)
             if symbol and h >> 16 < below:
                 sample.append((i, grid(symbol - 1, 8), h % 2))
         start += math.prod(shape)
@@ -327,5 +331,34 @@ def test_sampled_by_the_page(stem):
         place, block = divmod(j, blocks)
         number = sum(bits[(1 + plane) * blocks + block] << plane for plane in range(m))
         minus = (bits[block] + bin(number & place).count("1") + flip) % 2
+        dense[i] = -magnitude if minus else magnitude
+    assert dense == dense_of(stem)
+
+
+@pytest.mark.parametrize("stem", ["trellis", "trellis-all"])
+def test_trellis_by_the_page(stem):
+    reader = reference.ReferenceReader(payload_of(stem))
+    seed, steps = 0, 0
+    for _ in range(4):
+        seed = seed * 256 + reader.get(reference.uniform(256))
+    for _ in range(4):
+        steps = steps * 256 + reader.get(reference.uniform(256))
+    model = reference.Adaptive(1025)
+    symbols = [model.get(reader) for _ in SHAPES]
+    path = list(reader.tail(steps))
+    sent = []
+    start = 0
+    for shape, symbol in zip(SHAPES, symbols, strict=True):
+        size = math.prod(shape)
+        sent += [(i, grid(symbol - 1, 8)) for i in range(start, start + size) if symbol]
+        start += size
+    streams = -(-steps // 1024)
+    dense = [0.0] * SCHEMA.num_params
+    for j, (i, magnitude) in enumerate(sent):
+        row, step = divmod((j + seed) % len(sent), steps)
+        register = [path[step - k * streams] if step >= k * streams else 0 for k in range(9)]
+        middle = (93 * (row % 128 + 1) + 11) % 128
+        looked_at = [0, *(k for k in range(1, 8) if middle >> (k - 1) & 1), 8]
+        minus = (sum(register[k] for k in looked_at) + hash_of(seed, i)) % 2
         dense[i] = -magnitude if minus else magnitude
     assert dense == dense_of(stem)

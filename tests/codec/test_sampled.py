@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from fedfstq_hf.codec import CodecContext, Schema, get_codec
-from fedfstq_hf.codec.sampled import flips, hashed, ticket
+from fedfstq_hf.codec.flips import flips, hashed
+from fedfstq_hf.codec.sampled import ticket
 from tests.codec.conftest import make_update
 
 SHAPES = {"0.lora_A": (8, 512), "0.lora_B": (512, 8), "1.lora_A": (8, 512), "1.lora_B": (512, 8)}

@@ -29,10 +29,11 @@ FITTING = [
     ("topk", {"value_bits": 16}),
     ("topk", {"value_bits": 8}),
     ("topk", {"value_bits": 4}),
+    ("trellis", {}),
     ("uniform-fisher", {}),
 ]
 ALL = FIXED + FITTING
-STOCHASTIC = ["fedbat", "fedpaq", "qsgd", "random", "sampled"]
+STOCHASTIC = ["fedbat", "fedpaq", "qsgd", "random", "sampled", "trellis"]
 
 
 def same(one, two):
@@ -159,6 +160,9 @@ def test_stochastic_rounding_is_unbiased(name):
         ("sparseloco", {"entropy_coded": "yes"}),
         ("topk", {"density": 0.3}),
         ("topk", {"value_bits": 5}),
+        ("trellis", {"bits": 0}),
+        ("trellis", {"bits": 1.5}),
+        ("trellis", {"seed": True}),
     ],
 )
 def test_option_values_are_checked(name, options):

@@ -1,0 +1,110 @@
+"""trellis: fills any budget, keeps an update's length, errs as its code does, and is right in the mean over clients."""
+
+import pytest
+import torch
+
+from fedfstq_hf.codec import CodecContext, Schema, get_codec
+from fedfstq_hf.codec.entropy import Adaptive, Writer, uniform
+from fedfstq_hf.errors import MessageError
+from tests.codec.conftest import make_update
+
+SHAPES = {"0.lora_A": (8, 512), "0.lora_B": (512, 8), "1.lora_A": (8, 512), "1.lora_B": (512, 8)}
+DELTA = make_update(SHAPES)[0]
+SCHEMA = Schema.from_state_dict(DELTA)
+VECTOR = SCHEMA.flatten(DELTA)
+
+
+def sent(bits=0.1, delta=DELTA, seed=0, codec="trellis", **more):
+    return get_codec(codec, bits=bits, seed=seed).encode(delta, **more).reconstruction.to_dense()
+
+
+def test_a_tensor_has_one_magnitude():
+    dense = sent()
+    for spec in SCHEMA.tensors:
+        assert len(set(dense[spec.offset :][: spec.size].abs().tolist())) == 1
+
+
+@pytest.mark.parametrize("bits", [1.0, 0.6, 0.3, 0.1])
+def test_a_message_has_the_length_of_the_update_in_its_direction(bits):
+    # within the half step of the grid of magnitudes
+    dense = sent(bits)
+    assert float(dense @ VECTOR / (VECTOR @ VECTOR)) == pytest.approx(1.0, abs=0.05)
+
+
+@pytest.mark.parametrize(("bits", "error", "share"), [(0.1, 7.6, 0.85), (0.25, 2.8, 0.8), (0.5, 1.18, 0.85)])
+def test_the_error_is_that_of_its_code_and_below_that_of_codewords(bits, error, share):
+    normal = {name: torch.randn(shape, generator=torch.Generator().manual_seed(1)) for name, shape in SHAPES.items()}
+    vector = SCHEMA.flatten(normal)
+
+    def mean_error(codec):
+        found = [float((sent(bits, normal, seed, codec) - vector).square().sum()) for seed in range(10)]
+        return sum(found) / len(found) / float(vector.square().sum())
+
+    assert mean_error("trellis") == pytest.approx(error, rel=0.03)
+    assert mean_error("trellis") < share * mean_error("sampled")
+
+
+def errors_of_the_mean(delta, clients, codec="trellis"):
+    """Relative error of the mean of so many messages, and its length along the update, tensor by tensor."""
+    vector = SCHEMA.flatten(delta)
+    mean = torch.stack([sent(0.1, delta, seed, codec) for seed in range(clients)]).mean(0)
+    for spec in SCHEMA.tensors:
+        found, exact = (x[spec.offset :][: spec.size] for x in (mean, vector))
+        yield float((found - exact).norm() / exact.norm()), float(found @ exact / (exact @ exact))
+
+
+def test_the_mean_over_clients_comes_close_to_the_update_in_every_tensor():
+    clients = 400
+    alone = float((sent(0.1) - VECTOR).norm() / VECTOR.norm())
+    for error, length in errors_of_the_mean(DELTA, clients):
+        assert error == pytest.approx(alone / clients**0.5, rel=0.3)
+        assert length == pytest.approx(1.0, abs=0.05)
+
+
+def test_large_coordinates_are_flattened_no_more_than_by_codewords():
+    one_row = {name: tensor.clone() for name, tensor in DELTA.items()}
+    one_row["0.lora_A"][1:] = 0  # all of the tensor's length in an eighth of its coordinates
+    _, length = next(errors_of_the_mean(one_row, 400))
+    _, codewords = next(errors_of_the_mean(one_row, 400, "sampled"))
+    assert codewords - 0.02 < length < 1.02
+
+
+def test_a_budget_is_filled_to_the_byte_or_nearly_and_what_is_read_is_what_was_written():
+    for size in range(20, 2048, 53):
+        encoded = get_codec("trellis").encode(DELTA, max_bytes=size)
+        assert size - max(2, 0.01 * size) <= len(encoded.payload) <= size
+        decoded = get_codec("trellis").decode(encoded.payload, SCHEMA)
+        assert torch.equal(decoded.to_dense(), encoded.reconstruction.to_dense())
+
+
+def test_more_than_a_bit_for_each_coordinate_is_not_used():
+    room = len(get_codec("trellis").encode(DELTA, max_bytes=100_000).payload)
+    assert SCHEMA.num_params / 8 < room < SCHEMA.num_params / 8 + 30
+
+
+def test_what_is_too_little_for_any_step_is_an_empty_message():
+    assert get_codec("trellis").encode(DELTA, max_bytes=8).payload == b""
+
+
+def test_an_update_of_zeros_is_an_empty_message_and_a_tensor_of_zeros_takes_no_signs():
+    zeros = {name: torch.zeros(shape) for name, shape in SHAPES.items()}
+    assert get_codec("trellis").encode(zeros).payload == b""
+    one = {**zeros, "1.lora_B": DELTA["1.lora_B"]}
+    payload = get_codec("trellis").encode(one, max_bytes=100).payload
+    dense = get_codec("trellis").decode(payload, SCHEMA).to_dense()
+    assert not dense[: 3 * 4096].any()
+    assert bool((dense[3 * 4096 :] != 0).all())
+
+
+def test_magnitudes_below_the_grid_are_not_sent_larger_than_they_are():
+    tiny = {name: torch.full(shape, 1e-30) for name, shape in SHAPES.items()}
+    assert get_codec("trellis").encode(tiny, context=CodecContext(round=1)).payload == b""
+
+
+@pytest.mark.parametrize("steps", [0, 4097, 2**32 - 1])
+def test_a_number_of_steps_that_cannot_be_is_refused(steps):
+    writer = Writer()
+    writer.put([0, 0, 0, 0, *steps.to_bytes(4, "big")], uniform(256))
+    writer.put_adaptive([0, 500, 0, 0], Adaptive(1025))
+    with pytest.raises(MessageError, match=f"{steps} steps for 4096 coordinates"):
+        get_codec("trellis").decode(writer.finish(), SCHEMA)
