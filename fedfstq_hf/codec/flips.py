@@ -13,7 +13,9 @@ from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
+from ..errors import ConfigError
 from .places import Places, runs
 from .quantization import OCTAVES, grid
 from .schema import Schema
@@ -31,6 +33,14 @@ MAGNITUDE_STEPS = 8
 """Grid points per octave of a tensor's magnitude."""
 MAGNITUDES = OCTAVES * MAGNITUDE_STEPS + 1
 """Symbols of a magnitude: 0, nothing of the tensor is sent; else 1 + grid point."""
+
+
+def check_bits_and_seed(name: str, bits: float, seed: int) -> None:
+    """Raises ConfigError where bits per parameter or seed of codec `name` are not what it takes."""
+    if isinstance(bits, bool) or not isinstance(bits, (int, float)) or not 0.0 < bits <= 1.0:
+        raise ConfigError(f"{name} bits is {bits!r}; expected bits per parameter above 0 and at most 1, such as 0.1")
+    if type(seed) is not int:
+        raise ConfigError(f"{name} seed is {seed!r}; expected an integer")
 
 
 def draw_seed(values: Float32, seed: int, round: int) -> int:
@@ -113,3 +123,8 @@ def reconstructed(places: Places, seed: int, symbols: Int64, minus: Minus) -> Sp
         down ^= minus(part.first, part.last)
         values[part.first : part.last] = np.where(down, -magnitude[part.tensor], magnitude[part.tensor])
     return places.update(values)
+
+
+def nothing(schema: Schema) -> SparseUpdate:
+    """The update that an empty payload stands for."""
+    return SparseUpdate(schema.num_params, torch.zeros(0, dtype=torch.int64, device="cpu"), torch.zeros(0))

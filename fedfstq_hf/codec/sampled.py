@@ -33,7 +33,6 @@ from functools import partial
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from torch import Tensor
 
 from ..errors import ConfigError, MessageError
@@ -44,9 +43,11 @@ from .entropy import Adaptive, Reader, Writer, uniform
 from .flips import (
     MAGNITUDE_STEPS,
     MAGNITUDES,
+    check_bits_and_seed,
     draw_seed,
     factors,
     hashed,
+    nothing,
     reconstructed,
     sizes,
     standard,
@@ -78,16 +79,11 @@ class SampledCodec:
     name = "sampled"
 
     def __init__(self, bits: float = 0.1, block: int | None = None, seed: int = 0) -> None:
-        if isinstance(bits, bool) or not isinstance(bits, (int, float)) or not 0.0 < bits <= 1.0:
-            raise ConfigError(
-                f"sampled bits is {bits!r}; expected bits per parameter above 0 and at most 1, such as 0.1"
-            )
         if block is not None and (type(block) is not int or block not in (1 << m for m in range(len(LARGEST)))):
             raise ConfigError(
                 f"sampled block is {block!r}; expected a power of two from 1 to {1 << (len(LARGEST) - 1)}, such as 64"
             )
-        if type(seed) is not int:
-            raise ConfigError(f"sampled seed is {seed!r}; expected an integer")
+        check_bits_and_seed("sampled", bits, seed)
         self.bits, self.block, self.seed = bits, block, seed
 
     def encode(
@@ -104,18 +100,18 @@ class SampledCodec:
         schema, vector = read_delta(delta)
         source = _Source.of(schema, vector.numpy(), self.seed, context.round if context else 0)
         if not source.size.any():
-            return Encoded(b"", _nothing(schema))
+            return Encoded(b"", nothing(schema))
         spent = _OVERHEAD + _FIRST_BITS * int((source.size > 0).sum())
         room = round(self.bits * schema.num_params) if max_bytes is None else 8 * max_bytes - spent
         exponent = best_exponent(room, int(source.tickets[-1])) if self.block is None else self.block.bit_length() - 1
         if max_bytes is None:
             return _written(source, max(1, source.below(room, exponent)), exponent)
-        return _filled(source, 8 * max_bytes, spent, exponent) or Encoded(b"", _nothing(schema))
+        return _filled(source, 8 * max_bytes, spent, exponent) or Encoded(b"", nothing(schema))
 
     def decode(self, payload: bytes, schema: Schema, context: CodecContext | None = None) -> SparseUpdate:
         """Sparse update, dense for large samples. Raises MessageError on any malformed payload."""
         if not payload:
-            return _nothing(schema)
+            return nothing(schema)
         reader = Reader(payload)
         seed = int.from_bytes(bytes(reader.get(4, uniform(256)).tolist()), "big")
         below = 1 + int(reader.get(1, uniform(_TICKETS))[0])
@@ -220,7 +216,3 @@ def _places(schema: Schema, seed: int, below: int, sent: Bool) -> Places:
             for start, end in runs(spec.offset, spec.offset + spec.size):
                 mask[start:end] = ticket(hashed(seed, start, end)) < below
     return Places(mask, np.array([spec.offset for spec in schema.tensors] + [schema.num_params]))
-
-
-def _nothing(schema: Schema) -> SparseUpdate:
-    return SparseUpdate(schema.num_params, torch.zeros(0, dtype=torch.int64, device="cpu"), torch.zeros(0))

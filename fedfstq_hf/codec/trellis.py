@@ -24,15 +24,24 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from torch import Tensor
 
-from ..errors import ConfigError, MessageError
+from ..errors import MessageError
 from .budget import check_empty_fits
 from .convolutional import nearest_path, registers, signs
 from .dense import read_delta
 from .entropy import Adaptive, Reader, Writer, uniform
-from .flips import MAGNITUDE_STEPS, MAGNITUDES, draw_seed, factors, reconstructed, sizes, standard
+from .flips import (
+    MAGNITUDE_STEPS,
+    MAGNITUDES,
+    check_bits_and_seed,
+    draw_seed,
+    factors,
+    nothing,
+    reconstructed,
+    sizes,
+    standard,
+)
 from .places import Places
 from .quantization import nearest
 from .registry import CodecContext, Encoded, register
@@ -59,12 +68,7 @@ class TrellisCodec:
     name = "trellis"
 
     def __init__(self, bits: float = 0.1, seed: int = 0) -> None:
-        if isinstance(bits, bool) or not isinstance(bits, (int, float)) or not 0.0 < bits <= 1.0:
-            raise ConfigError(
-                f"trellis bits is {bits!r}; expected bits per parameter above 0 and at most 1, such as 0.1"
-            )
-        if type(seed) is not int:
-            raise ConfigError(f"trellis seed is {seed!r}; expected an integer")
+        check_bits_and_seed("trellis", bits, seed)
         self.bits, self.seed = bits, seed
 
     def encode(
@@ -82,18 +86,18 @@ class TrellisCodec:
         values = vector.numpy()
         size = sizes(schema, values)
         if not size.any():
-            return Encoded(b"", _nothing(schema))
+            return Encoded(b"", nothing(schema))
         seed = draw_seed(values, self.seed, context.round if context else 0)
         places = _places(schema, size > 0)
         source = _Source(schema, size, seed, places, standard(values, places, size, seed))
         if max_bytes is None:
             return source.written(max(1, round(self.bits * schema.num_params)))
-        return source.filled(8 * max_bytes) or Encoded(b"", _nothing(schema))
+        return source.filled(8 * max_bytes) or Encoded(b"", nothing(schema))
 
     def decode(self, payload: bytes, schema: Schema, context: CodecContext | None = None) -> SparseUpdate:
         """Dense update where a third of the coordinates are sent. Raises MessageError on any malformed payload."""
         if not payload:
-            return _nothing(schema)
+            return nothing(schema)
         reader = Reader(payload)
         seed, steps = (int.from_bytes(bytes(reader.get(4, uniform(256)).tolist()), "big") for _ in range(2))
         full = [i for i, spec in enumerate(schema.tensors) if spec.size]
@@ -188,7 +192,3 @@ def _places(schema: Schema, sent: Bool) -> Places:
     for spec, takes_part in zip(schema.tensors, sent.tolist(), strict=True):
         mask[spec.offset : spec.offset + spec.size] = takes_part
     return Places(mask, np.array([spec.offset for spec in schema.tensors] + [schema.num_params]))
-
-
-def _nothing(schema: Schema) -> SparseUpdate:
-    return SparseUpdate(schema.num_params, torch.zeros(0, dtype=torch.int64, device="cpu"), torch.zeros(0))
