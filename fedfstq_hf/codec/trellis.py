@@ -2,8 +2,9 @@
 
 At a tenth of a bit per coordinate one cannot say each sign, but one can say a pattern of signs that points as far in
 the update's direction as such a pattern can: the nearest path through a trellis (convolutional.py), which leaves 9 to
-15 % more error than the least of any code up to half a bit each (docs/codecs.md). Any budget is one bit for each step, so all of it is used.
-What it gets wrong has no direction and differs from message to message (flips.py): clients draw apart.
+15 % more error than the least of any code up to half a bit each (docs/codecs.md). Any budget is one bit for each step,
+so all of it is used. What it gets wrong has no direction and differs from message to message (flips.py): clients draw
+apart.
 
 Payload: one ANS stream (entropy.py), read in this order; an empty update is an empty payload.
 
