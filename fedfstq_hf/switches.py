@@ -89,8 +89,9 @@ def check_coverage(coverage: object, *, scaffold: bool) -> None:
         raise ConfigError("coverage and scaffold cannot be combined: leave one of them out.")
 
 
-WEIGHTS = ("examples", "uniform", "bytes")
-"""What an update weighs in the mean: its examples (FedAvg), as much as every other, the size of its message."""
+WEIGHTS = ("examples", "uniform", "bytes", "precision")
+"""What an update weighs in the mean: its examples (FedAvg), as much as every other, the size of its message, or its
+examples and less where its message is noisy (`federation.weights`)."""
 
 
 def check_weights(weights: object, *, scaffold: bool) -> None:
@@ -101,7 +102,7 @@ def check_weights(weights: object, *, scaffold: bool) -> None:
     """
     if weights not in WEIGHTS:
         raise ConfigError(f"weights must be one of {', '.join(WEIGHTS)}, not {weights!r}.")
-    if scaffold and weights == "bytes":
+    if scaffold and weights in ("bytes", "precision"):
         raise ConfigError("With scaffold all clients weigh alike: leave out weights, or say uniform.")
 
 

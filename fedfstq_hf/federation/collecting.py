@@ -22,6 +22,7 @@ from fedfstq_hf.federation.mailbox import Mailbox, UpdateRef
 from fedfstq_hf.federation.record import AcceptedUpdate, RefusedUpdate
 from fedfstq_hf.federation.scaffold import VariateChanges
 from fedfstq_hf.federation.screening import Screening
+from fedfstq_hf.federation.weights import precision_weights
 
 logger = logging.getLogger(__name__)
 
@@ -132,16 +133,20 @@ class Collector:
         spec = screening.spec
         # SCAFFOLD as in its paper: the control variate is the mean over clients
         basis = "uniform" if spec.scaffold_clients is not None else spec.weights
-        raw = [{"examples": entry.num_examples, "bytes": entry.num_bytes, "uniform": 1}[basis] for entry in entries]
+        raw = [{"bytes": entry.num_bytes, "uniform": 1}.get(basis, entry.num_examples) for entry in entries]
         most = spec.weight_cap * statistics.median_low(raw) if spec.weight_cap is not None else max(raw)
         middle = statistics.median_low(entry.norm for entry in entries)
         longest = spec.clip * middle if spec.clip is not None and middle > 0 else None
-        weighed = []
+        weights = []
         for entry, value in zip(entries, raw, strict=True):
             own = screening.control.enrolment(entry.client_id).max_examples
             # who counts as fewer examples than it says weighs less in the same proportion, also by its bytes
             trusted = 1.0 if own is None or basis == "uniform" else min(1.0, own / max(1, entry.num_examples))
-            weight = min(value * trusted, most)
+            weights.append(min(value * trusted, most))
+        if basis == "precision":
+            weights = precision_weights(weights, [entry.norm for entry in entries])
+        weighed = []
+        for entry, weight in zip(entries, weights, strict=True):
             scale = 1.0 if longest is None or entry.norm <= longest else longest / entry.norm
             weight *= spec.staleness_discount**entry.staleness
             weighed.append(dataclasses.replace(entry, weight=weight, scale=scale))

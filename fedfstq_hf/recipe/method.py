@@ -80,9 +80,10 @@ class MethodSettings:
     error_feedback: bool | float = True
     """Whether a client keeps what its message left out and adds it to its next update; a number is the decay."""
     server: ServerSettings = field(default_factory=ServerSettings)
-    weights: Literal["examples", "uniform", "bytes"] = "examples"
+    weights: Literal["examples", "uniform", "bytes", "precision"] = "examples"
     """What an update weighs in the mean: its number of examples (FedAvg), as much as every other, or the bytes
-    of its message: where a message's noise falls as one over its size (`sampled`), the mean with the least noise."""
+    of its message: where a message's noise falls as one over its size (`sampled`), the mean with the least noise.
+    `precision` is between: examples, but less for a message that is noisier than the round's others."""
     objective: Literal["full", "hard", "soft", "unbiased"] = "full"
     """What target tokens weigh in the local loss: all alike, the most sensitive ones only (the paper's mask), by
     sensitivity, or a weighted sample whose gradient is that of all in expectation."""

@@ -12,6 +12,7 @@ from fedfstq_hf.codec import SparseUpdate, get_codec
 from fedfstq_hf.errors import MailboxError
 from fedfstq_hf.federation.control import Enrolment
 from fedfstq_hf.federation.coordinator import Coordinator
+from fedfstq_hf.federation.weights import precision_weights
 
 
 def close(mailbox):
@@ -137,6 +138,21 @@ def test_a_client_that_is_capped_alone_also_weighs_less_by_bytes(tmp_path):
     post(mailbox, "a", ones(1), num_examples=8)
     post(mailbox, "b", ones(1), num_examples=8)
     assert weights(close(mailbox)[0]) == pytest.approx({"a": 0.2, "b": 0.8}, abs=0.01)
+
+
+def test_a_message_that_is_mostly_noise_weighs_less(tmp_path):
+    """By precision: `a` has the most examples and few bytes: what it says is longer than what it means."""
+    mailbox = found(tmp_path, weights="precision", codec="sampled", clip=None)
+    post(mailbox, "a", ones(1), num_examples=90, encoded_by="sampled", max_bytes=12)
+    for name in "bc":
+        post(mailbox, name, ones(1), num_examples=5, encoded_by="sampled", max_bytes=40)
+    record, _ = close(mailbox)
+    norms = {update.client_id: update.norm for update in record.accepted}
+    assert norms["a"] > 2 * norms["b"]
+    assert weights(record) == pytest.approx(
+        dict(zip("abc", precision_weights([50, 5, 5], [norms[name] for name in "abc"]), strict=True))
+    )  # 50: `weight_cap` is ten times the median
+    assert weights(record)["a"] < weights(record)["b"]
 
 
 def test_a_stale_update_weighs_less(tmp_path):
