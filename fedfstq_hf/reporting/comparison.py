@@ -8,6 +8,7 @@ from fedfstq_hf.errors import ConfigError
 from fedfstq_hf.reporting.comparison_figures import Comparison, compare
 from fedfstq_hf.reporting.comparison_markdown import MARK, render_markdown
 from fedfstq_hf.reporting.comparison_runs import read_runs
+from fedfstq_hf.reporting.comparison_sweep import find_sweeps
 from fedfstq_hf.reporting.comparison_workloads import group_runs
 from fedfstq_hf.reporting.page import GENERATOR, render_page
 from fedfstq_hf.reporting.page_figures import GENERATOR as FIGURE_MARK
@@ -52,7 +53,8 @@ def write_comparison(
 
 
 def _title(comparisons: Sequence[Comparison]) -> str:
-    names = [comparison.workload.name for comparison in comparisons]
+    sweep_of = {id(point): sweep.name for sweep in find_sweeps(comparisons) for point in sweep.comparisons}
+    names = list(dict.fromkeys(sweep_of.get(id(one), one.workload.name) for one in comparisons))
     return f"{', '.join(names[:3])}{' and others' if len(names) > 3 else ''}: methods side by side"
 
 

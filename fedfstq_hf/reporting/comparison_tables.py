@@ -104,8 +104,8 @@ def _traffic(comparison: Comparison) -> Table:
                 ", ".join(map(str, figures.series)),
                 str(figures.rounds) if figures.finished else f"{figures.rounds} of {rounds}",
                 format_figure(figures.final.mean, figures.final.spread, digits=4),
-                _with_spread(figures.uplink, format_bytes),
-                _with_spread(figures.downlink, format_bytes),
+                with_spread(figures.uplink, format_bytes),
+                with_spread(figures.downlink, format_bytes),
             ]
         )
     metric = comparison.workload.recipe.evaluation.metric
@@ -129,7 +129,7 @@ def _to_targets(comparison: Comparison) -> Table:
         row = [figures.label]
         for fraction in comparison.targets:
             reached = figures.reached[fraction]
-            row += [_reached(reached.uplink, format_bytes, figures), _ratio(reached.uplink_ratio)]
+            row += [_reached(reached.uplink, format_bytes, figures), ratio_text(reached.uplink_ratio)]
         rows.append(row)
     note = (
         f"Cumulative uplink of all clients until a share of {comparison.reference}'s improvement is made and held in "
@@ -148,9 +148,9 @@ def _time(comparison: Comparison) -> Table:
                 [
                     f"{link.name}, {figures.label}",
                     _reached(reached.seconds[link.name], format_seconds, figures),
-                    _ratio(reached.seconds_ratio[link.name]),
-                    NONE if floor.mean is None else ("" if exact else "≥ ") + _with_spread(floor, format_seconds),
-                    _ratio(reached.ceiling[link.name], "" if exact else "≤ "),
+                    ratio_text(reached.seconds_ratio[link.name]),
+                    NONE if floor.mean is None else ("" if exact else "≥ ") + with_spread(floor, format_seconds),
+                    ratio_text(reached.ceiling[link.name], "" if exact else "≤ "),
                     _share(reached.share[link.name], "" if exact else "≥ "),
                 ]
             )
@@ -205,15 +205,15 @@ def _energy(comparison: Comparison) -> Table:
     return Table("Energy per client and round", head, rows, note)
 
 
-def _with_spread(value: Estimate, text_of: Callable[[float | None], str]) -> str:
-    """The spread too, unless it is lost in the digits shown."""
+def with_spread(value: Estimate, text_of: Callable[[float | None], str]) -> str:
+    """A figure as `text_of` writes it, with its spread unless that is lost in the digits shown."""
     shown = value.mean is not None and value.spread is not None and value.spread > 5e-4 * abs(value.mean)
     return text_of(value.mean) + (f" ± {text_of(value.spread)}" if shown else "")
 
 
 def _reached(value: Estimate, text_of: Callable[[float | None], str], figures: MethodFigures) -> str:
     if value.mean is not None:
-        return _with_spread(value, text_of)
+        return with_spread(value, text_of)
     if not value.count:
         return NONE
     if not value.known:
@@ -225,5 +225,6 @@ def _share(value: Estimate, sign: str) -> str:
     return NONE if value.mean is None else f"{sign}{100 * value.mean:.0f} %"
 
 
-def _ratio(value: Estimate, sign: str = "") -> str:
+def ratio_text(value: Estimate, sign: str = "") -> str:
+    """A ratio with its spread, a dash where a seed lacks it; `sign` goes before it."""
     return NONE if value.mean is None else sign + format_ratio(value.mean, value.spread)

@@ -17,7 +17,7 @@ from fedfstq_hf.recipe.strict import plain
 from fedfstq_hf.reporting.comparison_runs import Run
 from fedfstq_hf.reporting.summary import Row
 
-_FREE = ("name", "description", "methods", "seeds", "target")
+FREE = ("name", "description", "methods", "seeds", "target")
 _SAME_START = 1e-5
 """Relative difference of the loss before training up to which two runs count as the same model and test set; the
 arithmetic of another machine moves it less."""
@@ -98,7 +98,7 @@ def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
 
 def _reasons(group: Sequence[Run], run: Run) -> list[str]:
     """Why `run` cannot be compared with the runs of `group`; empty where it can."""
-    ours, theirs = (flatten({k: v for k, v in r.recipe.to_dict().items() if k not in _FREE}) for r in (group[0], run))
+    ours, theirs = (flatten({k: v for k, v in r.recipe.to_dict().items() if k not in FREE}) for r in (group[0], run))
     reasons = [
         f"{key} {_show(ours.get(key))} there, {_show(theirs.get(key))} here"
         for key in dict.fromkeys([*ours, *theirs])

@@ -7,10 +7,12 @@ from typing import Any
 from fedfstq_hf import __version__
 from fedfstq_hf.reporting.comparison_figures import Comparison
 from fedfstq_hf.reporting.comparison_notes import CAVEATS, notes, settings
+from fedfstq_hf.reporting.comparison_sweep import Sweep, find_sweeps, sweep_tables
 from fedfstq_hf.reporting.comparison_tables import figure_tables, link_table, run_table
-from fedfstq_hf.reporting.page_chart import draw, draw_swatch
+from fedfstq_hf.reporting.page_chart import Chart, draw, draw_swatch
 from fedfstq_hf.reporting.page_figures import chart_style
 from fedfstq_hf.reporting.page_plots import make_charts, styles
+from fedfstq_hf.reporting.page_sweep import sweep_chart
 
 GENERATOR = '<meta name="generator" content="fedfstq report">'
 _TEMPLATE = "page_template.html"
@@ -23,7 +25,8 @@ def render_page(comparisons: Sequence[Comparison], *, title: str, command: str) 
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     source = resources.files("fedfstq_hf.reporting").joinpath(_TEMPLATE).read_text(encoding="utf-8")
     style_of = styles(comparisons)
-    sections = [_section(comparison, style_of, f"w{number}") for number, comparison in enumerate(comparisons, start=1)]
+    sections = [_sweep_section(sweep, style_of, f"s{n}") for n, sweep in enumerate(find_sweeps(comparisons), start=1)]
+    sections += [_section(comparison, style_of, f"w{n}") for n, comparison in enumerate(comparisons, start=1)]
     page = environment.from_string(source).render(
         title=title,
         command=command,
@@ -38,7 +41,7 @@ def render_page(comparisons: Sequence[Comparison], *, title: str, command: str) 
 
 def _section(comparison: Comparison, style_of: dict[str, int], key: str) -> dict[str, Any]:
     workload = comparison.workload
-    charts = make_charts(comparison, style_of, key)
+    labels = [figures.label for figures in comparison.methods]
     return {
         "key": key,
         "name": workload.name,
@@ -46,9 +49,29 @@ def _section(comparison: Comparison, style_of: dict[str, int], key: str) -> dict
         "settings": settings(workload),
         "notes": notes(comparison),
         "tables": figure_tables(comparison),
-        "charts": [{"svg": draw(chart), "title": chart.title, "alt": chart.alt, "key": chart.key} for chart in charts],
-        "legend": [
-            {"swatch": draw_swatch(style_of[figures.label]), "label": figures.label} for figures in comparison.methods
-        ],
+        "charts": [_drawn(chart) for chart in make_charts(comparison, style_of, key)],
+        "legend": _legend(labels, style_of),
         "appendix": [link_table(workload.recipe.links), run_table(workload.runs)],
     }
+
+
+def _sweep_section(sweep: Sweep, style_of: dict[str, int], key: str) -> dict[str, Any]:
+    return {
+        "key": key,
+        "name": f"{sweep.name}, over {sweep.key}",
+        "description": "Each value has a section of its own below.",
+        "settings": [],
+        "notes": [],
+        "tables": sweep_tables(sweep),
+        "charts": [_drawn(sweep_chart(sweep, style_of, key))],
+        "legend": _legend(sweep.methods, style_of),
+        "appendix": [],
+    }
+
+
+def _drawn(chart: Chart) -> dict[str, str]:
+    return {"svg": draw(chart), "title": chart.title, "alt": chart.alt, "key": chart.key}
+
+
+def _legend(labels: Sequence[str], style_of: dict[str, int]) -> list[dict[str, str]]:
+    return [{"swatch": draw_swatch(style_of[label]), "label": label} for label in labels]

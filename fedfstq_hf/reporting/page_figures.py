@@ -6,8 +6,10 @@ from collections.abc import Iterator, Sequence
 from importlib import resources
 
 from fedfstq_hf.reporting.comparison_figures import Comparison
+from fedfstq_hf.reporting.comparison_sweep import find_sweeps
 from fedfstq_hf.reporting.page_chart import HEIGHT, WIDTH, Chart, draw, draw_swatch
 from fedfstq_hf.reporting.page_plots import make_charts, styles
+from fedfstq_hf.reporting.page_sweep import sweep_chart
 
 GENERATOR = "made by fedfstq report"
 _FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Noto Sans', 'DejaVu Sans', sans-serif"
@@ -22,8 +24,11 @@ def chart_style() -> str:
 
 
 def figures(comparisons: Sequence[Comparison]) -> Iterator[tuple[str, str]]:
-    """Name and text of each chart of each workload, such as `main_fed_med-quality-against-cumulative-uplink.svg`."""
+    """Name and text of each chart of each sweep and workload, such as `main_fed_med-uplink-per-round.svg`."""
     style_of = styles(comparisons)
+    for number, sweep in enumerate(find_sweeps(comparisons), start=1):
+        chart = sweep_chart(sweep, style_of, f"s{number}")
+        yield f"{_slug(sweep.name)}-{_slug(chart.title)}.svg", render(chart, sweep.name)
     taken: set[str] = set()
     for number, comparison in enumerate(comparisons, start=1):
         workload = _slug(comparison.workload.name)
