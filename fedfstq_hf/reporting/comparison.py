@@ -8,7 +8,7 @@ from fedfstq_hf.errors import ConfigError
 from fedfstq_hf.reporting.comparison_figures import Comparison, compare
 from fedfstq_hf.reporting.comparison_markdown import MARK, render_markdown
 from fedfstq_hf.reporting.comparison_runs import read_runs
-from fedfstq_hf.reporting.comparison_sweep import find_sweeps
+from fedfstq_hf.reporting.comparison_sweep import Sweep, find_sweeps
 from fedfstq_hf.reporting.comparison_workloads import group_runs
 from fedfstq_hf.reporting.page import GENERATOR, render_page
 from fedfstq_hf.reporting.page_figures import GENERATOR as FIGURE_MARK
@@ -37,23 +37,24 @@ def write_comparison(
     for path, mark in ((page, GENERATOR), (text, MARK)):
         _check_free(path, mark, f"--out {path.with_name('comparison.html')}")
     comparisons = [compare(workload) for workload in group_runs(read_runs(folders))]
-    title = _title(comparisons)
-    drawn = {} if plots is None else {Path(plots) / name: svg for name, svg in figures(comparisons)}
+    sweeps = find_sweeps(comparisons)
+    title = _title(comparisons, sweeps)
+    drawn = {} if plots is None else {Path(plots) / name: svg for name, svg in figures(comparisons, sweeps)}
     if plots is not None and Path(plots).exists() and not Path(plots).is_dir():
         raise ConfigError(f"--plots is {plots}, which is a file; expected a folder for the plots.")
     for path in drawn:
         _check_free(path, FIGURE_MARK, f"--plots {Path(str(plots) + '-new')}")
     page.parent.mkdir(parents=True, exist_ok=True)
-    _replace(page, render_page(comparisons, title=title, command=command))
-    _replace(text, render_markdown(comparisons, title=title, command=command, page=page.name))
+    _replace(page, render_page(comparisons, sweeps, title=title, command=command))
+    _replace(text, render_markdown(comparisons, sweeps, title=title, command=command, page=page.name))
     for path, svg in drawn.items():
         path.parent.mkdir(parents=True, exist_ok=True)
         _replace(path, svg)
     return page, text
 
 
-def _title(comparisons: Sequence[Comparison]) -> str:
-    sweep_of = {id(point): sweep.name for sweep in find_sweeps(comparisons) for point in sweep.comparisons}
+def _title(comparisons: Sequence[Comparison], sweeps: Sequence[Sweep]) -> str:
+    sweep_of = {id(point): sweep.name for sweep in sweeps for point in sweep.comparisons}
     names = list(dict.fromkeys(sweep_of.get(id(one), one.workload.name) for one in comparisons))
     return f"{', '.join(names[:3])}{' and others' if len(names) > 3 else ''}: methods side by side"
 

@@ -5,17 +5,19 @@ from collections.abc import Sequence
 
 from fedfstq_hf.reporting.comparison_figures import Comparison
 from fedfstq_hf.reporting.comparison_notes import CAVEATS, notes, settings
-from fedfstq_hf.reporting.comparison_sweep import find_sweeps, sweep_tables
+from fedfstq_hf.reporting.comparison_sweep import Sweep, sweep_tables
 from fedfstq_hf.reporting.comparison_tables import Table, figure_tables, link_table, run_table
 
 MARK = "<!-- made by fedfstq report -->"
 
 
-def render_markdown(comparisons: Sequence[Comparison], *, title: str, command: str, page: str) -> str:
+def render_markdown(
+    comparisons: Sequence[Comparison], sweeps: Sequence[Sweep], *, title: str, command: str, page: str
+) -> str:
     """The text of the file beside the page `page`."""
     parts = [MARK, f"# {escape(title)}", f"```\n{command}\n```", f"With plots: [{escape(page)}]({page})"]
-    for sweep in find_sweeps(comparisons):
-        parts += [f"## {escape(f'{sweep.name}, over {sweep.key}')}", *map(_table, sweep_tables(sweep))]
+    for sweep in sweeps:
+        parts += [f"## {escape(sweep.title)}", *map(_table, sweep_tables(sweep))]
     for comparison in comparisons:
         workload = comparison.workload
         parts += [f"## {escape(workload.name)}", escape(" ".join(workload.recipe.description.split()))]

@@ -23,6 +23,11 @@ class Sweep:
     methods: tuple[str, ...]
 
     @property
+    def title(self) -> str:
+        """What its section is called."""
+        return f"{self.name}, over {self.key}"
+
+    @property
     def metric(self) -> str:
         """The metric, which all have in common."""
         return self.comparisons[0].workload.recipe.evaluation.metric

@@ -7,7 +7,7 @@ from typing import Any
 from fedfstq_hf import __version__
 from fedfstq_hf.reporting.comparison_figures import Comparison
 from fedfstq_hf.reporting.comparison_notes import CAVEATS, notes, settings
-from fedfstq_hf.reporting.comparison_sweep import Sweep, find_sweeps, sweep_tables
+from fedfstq_hf.reporting.comparison_sweep import Sweep, sweep_tables
 from fedfstq_hf.reporting.comparison_tables import figure_tables, link_table, run_table
 from fedfstq_hf.reporting.page_chart import Chart, draw, draw_swatch
 from fedfstq_hf.reporting.page_figures import chart_style
@@ -18,14 +18,14 @@ GENERATOR = '<meta name="generator" content="fedfstq report">'
 _TEMPLATE = "page_template.html"
 
 
-def render_page(comparisons: Sequence[Comparison], *, title: str, command: str) -> str:
+def render_page(comparisons: Sequence[Comparison], sweeps: Sequence[Sweep], *, title: str, command: str) -> str:
     """The page's HTML; every text out of a run is escaped."""
     from jinja2 import Environment, StrictUndefined
 
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     source = resources.files("fedfstq_hf.reporting").joinpath(_TEMPLATE).read_text(encoding="utf-8")
     style_of = styles(comparisons)
-    sections = [_sweep_section(sweep, style_of, f"s{n}") for n, sweep in enumerate(find_sweeps(comparisons), start=1)]
+    sections = [_sweep_section(sweep, style_of, f"s{n}") for n, sweep in enumerate(sweeps, start=1)]
     sections += [_section(comparison, style_of, f"w{n}") for n, comparison in enumerate(comparisons, start=1)]
     page = environment.from_string(source).render(
         title=title,
@@ -58,7 +58,7 @@ def _section(comparison: Comparison, style_of: dict[str, int], key: str) -> dict
 def _sweep_section(sweep: Sweep, style_of: dict[str, int], key: str) -> dict[str, Any]:
     return {
         "key": key,
-        "name": f"{sweep.name}, over {sweep.key}",
+        "name": sweep.title,
         "description": "Each value has a section of its own below.",
         "settings": [],
         "notes": [],

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from importlib import resources
 
 from fedfstq_hf.reporting.comparison_figures import Comparison
-from fedfstq_hf.reporting.comparison_sweep import find_sweeps
+from fedfstq_hf.reporting.comparison_sweep import Sweep
 from fedfstq_hf.reporting.page_chart import HEIGHT, WIDTH, Chart, draw, draw_swatch
 from fedfstq_hf.reporting.page_plots import make_charts, styles
 from fedfstq_hf.reporting.page_sweep import sweep_chart
@@ -23,10 +23,10 @@ def chart_style() -> str:
     return resources.files("fedfstq_hf.reporting").joinpath("chart.css").read_text(encoding="utf-8").strip()
 
 
-def figures(comparisons: Sequence[Comparison]) -> Iterator[tuple[str, str]]:
+def figures(comparisons: Sequence[Comparison], sweeps: Sequence[Sweep]) -> Iterator[tuple[str, str]]:
     """Name and text of each chart of each sweep and workload, such as `main_fed_med-uplink-per-round.svg`."""
     style_of = styles(comparisons)
-    for number, sweep in enumerate(find_sweeps(comparisons), start=1):
+    for number, sweep in enumerate(sweeps, start=1):
         chart = sweep_chart(sweep, style_of, f"s{number}")
         yield f"{_slug(sweep.name)}-{_slug(chart.title)}.svg", render(chart, sweep.name)
     taken: set[str] = set()
