@@ -41,7 +41,7 @@ class FedFSTQConfig:
         metadata={
             "help": "Most bytes per message: '96kB', bits per parameter '0.3bpp', link time '5s@2Mbps'; 'auto' or "
             "'auto:0.05bpp..96kB' grows as progress slows, 'ramp:0.05bpp..0.4bpp' from round to round, "
-            "'late:0.1bpp..0.4bpp' for the last quarter of them."
+            "'late:0.1bpp..0.4bpp' for the last quarter of them. 'round:1bpp' is for a round's messages together."
         },
     )
     state_dir: str | None = field(

@@ -3,13 +3,13 @@
 `"96kB"`, `"0.3bpp"` and `"5s@2Mbps"` are fixed; `"ramp:LOW..HIGH"` grows by the same factor from round to round,
 `"late:LOW..HIGH"` once, for the last quarter of the rounds; `"auto"` and `"auto:LOW..HIGH"` grow as progress slows.
 Bounds are written like fixed budgets, so that `"auto:0.05bpp..5s@2Mbps"` never asks more of a slow link than five
-seconds.
+seconds. `"round:"` before any of these makes it the budget of all messages of a round together.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,33 +17,36 @@ from torch import Tensor
 
 from fedfstq_hf.codec import parse_budget
 from fedfstq_hf.codec.controller import BudgetController, BudgetState, parse_bounds, parse_controller
+from fedfstq_hf.errors import BudgetError
+from fedfstq_hf.federation.record import RoundRecord
 
 _KEY = "budget"
+_SHARED = "round:"
 
 
 @dataclass(frozen=True)
 class MessageBudget:
-    """The sizes of a client's messages. At most one of the four is set; none is no limit.
+    """The sizes of a client's messages. At most one of the first four is set; none is no limit.
 
     Attributes:
         fixed: bytes of every message.
         ramp: bytes of the first and of the last round's message.
         late: bytes of the messages of the first three quarters of the rounds, and of the last quarter.
         controller: moves the size between bounds.
+        shared: these sizes are of all messages of a round together.
     """
 
     fixed: int | None = None
     ramp: tuple[int, int] | None = None
     late: tuple[int, int] | None = None
     controller: BudgetController | None = None
+    shared: bool = False
 
-    @property
-    def least(self) -> int | None:
-        """Bytes of the smallest message it may ask for; None for no limit."""
-        if self.controller is not None:
-            return self.controller.low
+    def least(self, messages: int = 1) -> int | None:
+        """Bytes of the smallest message it may ask for where a round has so many; None for no limit."""
         bounds = self.ramp or self.late
-        return bounds[0] if bounds is not None else self.fixed
+        least = self.controller.low if self.controller else bounds[0] if bounds else self.fixed
+        return self._of_one(least, messages)
 
     def take(
         self,
@@ -52,6 +55,7 @@ class MessageBudget:
         *,
         loss: float | None = None,
         posted: Sequence[tuple[int, float]] = (),
+        messages: int = 1,
         carried: Mapping[str, Tensor],
     ) -> tuple[int | None, dict[str, Tensor]]:
         """Bytes of the message of `round`, and what the session must carry for the next one.
@@ -62,8 +66,23 @@ class MessageBudget:
             loss: this client's mean training loss in `round`.
             posted: (round, loss) of evaluations that everybody can read, oldest first; they go before the client's
                 own losses, which are noisy and, for a client that is seldom asked, rare.
+            messages: that `round` is expected to have; they share a budget that is the round's.
             carried: what the session carries.
         """
+        size, moved = self._size(round, rounds, loss, posted, carried)
+        return self._of_one(size, messages), moved
+
+    def _of_one(self, size: int | None, messages: int) -> int | None:
+        return size if size is None or not self.shared else max(1, size // messages)
+
+    def _size(
+        self,
+        round: int,
+        rounds: int,
+        loss: float | None,
+        posted: Sequence[tuple[int, float]],
+        carried: Mapping[str, Tensor],
+    ) -> tuple[int | None, dict[str, Tensor]]:
         if self.ramp is not None:
             first, last = self.ramp
             share = round / (rounds - 1) if rounds > 1 else 1.0
@@ -91,6 +110,11 @@ def open_budget(budget: str | int | None, num_params: int) -> MessageBudget:
     """
     if budget is None:
         return MessageBudget()
+    if isinstance(budget, str) and budget.strip().startswith(_SHARED):
+        whole = budget.strip().removeprefix(_SHARED)
+        if whole.startswith(_SHARED):
+            raise BudgetError(f'uplink budget {budget!r} says "{_SHARED}" twice; write "{_SHARED}1bpp"')
+        return replace(open_budget(whole, num_params), shared=True)
     if isinstance(budget, str) and budget.strip().startswith("ramp"):
         return MessageBudget(ramp=parse_bounds(budget, "ramp", num_params))
     if isinstance(budget, str) and budget.strip().startswith("late"):
@@ -99,6 +123,15 @@ def open_budget(budget: str | int | None, num_params: int) -> MessageBudget:
     if controller is not None:
         return MessageBudget(controller=controller)
     return MessageBudget(fixed=parse_budget(budget, num_params))
+
+
+def expected_messages(record: RoundRecord, asked: int) -> int:
+    """How many messages the round that `record` opens will have: as many as the last one took in.
+
+    Args:
+        asked: how many clients are asked for one; what is expected before there was a round, or after a rollback.
+    """
+    return len(record.accepted) or asked
 
 
 def posted_losses(metrics: Mapping[int, Mapping[str, Mapping[str, Any]]]) -> list[tuple[int, float]]:

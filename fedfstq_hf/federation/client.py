@@ -16,7 +16,7 @@ from torch import Tensor
 from fedfstq_hf.codec import CodecContext, Schema, get_codec, message
 from fedfstq_hf.errors import FedFSTQError, MailboxError, MailboxUnavailableError
 from fedfstq_hf.federation import adapter_file
-from fedfstq_hf.federation.budgets import MessageBudget, posted_losses
+from fedfstq_hf.federation.budgets import MessageBudget, expected_messages, posted_losses
 from fedfstq_hf.federation.control import read_control
 from fedfstq_hf.federation.downlink import cheapest_download
 from fedfstq_hf.federation.mailbox import ADAPTER_FILE, SALIENCY_FILE, UPDATE_FILE, Mailbox
@@ -48,6 +48,7 @@ class Assignment:
         dataset: what to train on; None for the trainer's own `train_dataset`.
         global_step: where the trainer's step counter stands then; None leaves it alone.
         variate: the server's control variate, (num_params,) float32, where the federation has them (SCAFFOLD).
+        messages: that the round is expected to have, for budgets that are a round's.
     """
 
     round: int
@@ -58,6 +59,7 @@ class Assignment:
     dataset: Any = None
     global_step: int | None = None
     variate: Tensor | None = None
+    messages: int = 1
 
 
 @dataclass(frozen=True)
@@ -121,8 +123,10 @@ class MailboxParticipation:
         sleep: Callable[[float], None] = time.sleep,
         saliency: Callable[[dict[str, Tensor]], bytes | None] | None = None,
     ) -> None:
-        if budget.least is not None:
-            session.check_budget(budget.least)
+        self._asked = session.spec.clients_per_round or session.spec.min_clients
+        least = budget.least(self._asked)
+        if least is not None:
+            session.check_budget(least)
         self.mailbox = mailbox
         self.session = session
         self.total_steps = session.spec.rounds * session.spec.local_steps
@@ -157,6 +161,7 @@ class MailboxParticipation:
                         seed=local_seed(spec.seed, self.session.client_id, record.round),
                         global_step=record.round * spec.local_steps,
                         variate=self._fetch_variate(record),
+                        messages=expected_messages(record, self._asked),
                     )
             if self._wait_seconds is not None and time.monotonic() - started > self._wait_seconds:
                 raise MailboxError(
@@ -310,7 +315,12 @@ def store_message(
         posted: (round, loss) of evaluations in the mailbox, for budgets that follow them.
     """
     max_bytes, moved = budget.take(
-        assignment.round, session.spec.rounds, loss=result.loss, posted=posted, carried=session.carried
+        assignment.round,
+        session.spec.rounds,
+        loss=result.loss,
+        posted=posted,
+        messages=assignment.messages,
+        carried=session.carried,
     )
     return session.finish(
         assignment.round,

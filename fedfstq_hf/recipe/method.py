@@ -70,7 +70,7 @@ class MethodSettings:
     uplink_budget: int | str | None = None
     """Most a message may weigh: bytes (`96kB`), bits per parameter (`0.3bpp`) or time on a link (`5s@2Mbps`); `auto`
     and `auto:LOW..HIGH` grow as progress slows, `ramp:LOW..HIGH` from round to round, `late:LOW..HIGH` for
-    the last quarter of them."""
+    the last quarter of them. With `round:` before it (`round:1bpp`) it is what a round's messages share."""
     budget_by_examples: bool = False
     """Whether that budget is of a client with the mean number of examples, and others' grow with the square root of
     their own: who weighs more in the mean may say more. All clients' budgets together get no larger."""

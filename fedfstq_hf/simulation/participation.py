@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fedfstq_hf.errors import FedFSTQError
 from fedfstq_hf.federation import storage
-from fedfstq_hf.federation.budgets import open_budget
+from fedfstq_hf.federation.budgets import expected_messages, open_budget
 from fedfstq_hf.federation.client import Assignment, LocalResult, local_seed, store_message
 from fedfstq_hf.federation.coordinator import Coordinator
 from fedfstq_hf.federation.downlink import cheapest_download
@@ -31,7 +31,7 @@ from fedfstq_hf.simulation.plan import RoundPlan
 from fedfstq_hf.simulation.workers import client_name, open_session
 
 Row = dict[str, Any]
-TrainElsewhere = Callable[[int, Sequence[int], Tensor, str], Mapping[int, float]]
+TrainElsewhere = Callable[[int, Sequence[int], Tensor, str, int], Mapping[int, float]]
 
 
 class SimulatedParticipation:
@@ -46,8 +46,8 @@ class SimulatedParticipation:
         evaluate: measures an adapter, (num_params,) -> metrics with `metric` among them.
         rows: of this method and seed as written before an interruption.
         emit: takes each new row.
-        train: trains clients elsewhere, (round, indices, adapter, its sha256) -> seconds by index, leaving their
-            messages in their sessions; None hands them out one by one.
+        train: trains clients elsewhere, (round, indices, adapter, its sha256, messages expected) -> seconds by index,
+            leaving their messages in their sessions; None hands them out one by one.
         caps: most bytes of each client's messages; None where there is no cap.
         loss: of a packet, `retransmissions` and seed of the uplink, as `packets.deliver` takes them.
     """
@@ -114,6 +114,7 @@ class SimulatedParticipation:
                         seed=local_seed(self.spec.seed, session.client_id, record.round),
                         dataset=self._datasets[index],
                         variate=read_variate(self.mailbox, record, self.spec, self.coordinator.schema.num_params),
+                        messages=self._messages(record),
                     )
             self._send(record.round)
             if self.coordinator.close_round() is None:
@@ -161,7 +162,11 @@ class SimulatedParticipation:
         left = [index for index in survivors if self._open(index).last_round < record.round]
         self.close()  # a session belongs to one process at a time
         if left:
-            self._compute |= train(record.round, left, self.coordinator.adapter, record.adapter_sha256)
+            messages = self._messages(record)
+            self._compute |= train(record.round, left, self.coordinator.adapter, record.adapter_sha256, messages)
+
+    def _messages(self, record: RoundRecord) -> int:
+        return expected_messages(record, len(self._plan[record.round].sampled))
 
     def _open(self, index: int) -> ClientSession:
         if index not in self._sessions:

@@ -70,6 +70,7 @@ class Task:
     index: int
     adapter: Tensor
     adapter_sha256: str
+    messages: int
 
 
 @dataclass(frozen=True)
@@ -115,15 +116,18 @@ class WorkerPool:
         self.close()
 
     def train(
-        self, job: Job, round: int, indices: Sequence[int], adapter: Tensor, adapter_sha256: str
+        self, job: Job, round: int, indices: Sequence[int], adapter: Tensor, adapter_sha256: str, messages: int
     ) -> dict[int, float]:
         """Train clients `indices` from `adapter` and store their messages; returns seconds per client.
+
+        Args:
+            messages: that the round is expected to have, as `Assignment` says.
 
         Raises:
             FedFSTQError: a worker failed or died; what the others finished is stored.
         """
         for index in indices:
-            self._tasks.put(Task(job, round, index, adapter, adapter_sha256))
+            self._tasks.put(Task(job, round, index, adapter, adapter_sha256, messages))
         seconds: dict[int, float] = {}
         while len(seconds) < len(indices):
             index, spent, error = self._receive()
@@ -222,6 +226,7 @@ class _WorkerParticipation:
             seed=local_seed(self.spec.seed, session.client_id, task.round),
             dataset=self._datasets[task.index],
             variate=self._variate(task.round),
+            messages=task.messages,
         )
 
     def _variate(self, round: int) -> Tensor | None:

@@ -1,10 +1,13 @@
 """Sizes of a client's messages: fixed, ramped, and moved by how training goes."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from fedfstq_hf.errors import BudgetError
-from fedfstq_hf.federation.budgets import MessageBudget, open_budget, posted_losses
+from fedfstq_hf.federation.budgets import MessageBudget, expected_messages, open_budget, posted_losses
+from fedfstq_hf.federation.record import AcceptedUpdate, RoundRecord
 
 PARAMS = 80_000
 
@@ -21,8 +24,8 @@ def sizes(budget, losses, carried=None):
 def test_fixed_and_unlimited_budgets_never_move_and_carry_nothing():
     assert sizes(open_budget("0.3bpp", PARAMS), [3.0, 2.0, 1.0]) == ([3000] * 3, {})
     assert sizes(open_budget(None, PARAMS), [3.0, 2.0]) == ([None, None], {})
-    assert open_budget("5s@2Mbps", PARAMS).least == 1_250_000
-    assert open_budget(None, PARAMS).least is None
+    assert open_budget("5s@2Mbps", PARAMS).least() == 1_250_000
+    assert open_budget(None, PARAMS).least() is None
 
 
 def test_a_ramp_grows_by_one_factor_from_its_lower_to_its_upper_bound():
@@ -87,7 +90,39 @@ def test_what_cannot_be_read_is_refused_with_an_example(budget):
 
 
 def test_the_least_size_is_what_a_session_must_be_able_to_send():
-    assert open_budget("ramp:100B..1600B", PARAMS).least == 100
-    assert open_budget("late:100B..1600B", PARAMS).least == 100
-    assert open_budget("auto:1kB..4kB", PARAMS).least == 1000
-    assert MessageBudget(fixed=7).least == 7
+    assert open_budget("ramp:100B..1600B", PARAMS).least() == 100
+    assert open_budget("late:100B..1600B", PARAMS).least() == 100
+    assert open_budget("auto:1kB..4kB", PARAMS).least() == 1000
+    assert MessageBudget(fixed=7).least() == 7
+
+
+@pytest.mark.parametrize("messages", [1, 3, 10])
+@pytest.mark.parametrize("form", ["1bpp", "10kB", "ramp:100B..1600B", "late:100B..1600B", "auto:1kB..4kB"])
+def test_a_rounds_budget_is_shared_by_the_messages_that_it_will_have(form, messages):
+    alone, shared = open_budget(form, PARAMS), open_budget(f"round:{form}", PARAMS)
+    carried, its_carried = {}, {}
+    for round in range(6):
+        size, carried = alone.take(round, 6, loss=1.0, messages=messages, carried=carried)
+        share, its_carried = shared.take(round, 6, loss=1.0, messages=messages, carried=its_carried)
+        assert share == size // messages
+    assert shared.least(messages) == alone.least(messages) // messages
+
+
+def test_a_share_is_never_less_than_a_byte_and_no_limit_stays_none():
+    assert open_budget("round:5B", PARAMS).take(0, 1, messages=10, carried={}) == (1, {})
+    assert MessageBudget(shared=True).take(0, 1, messages=10, carried={}) == (None, {})
+
+
+@pytest.mark.parametrize(
+    "budget", ["round:", "round", "round:round:1bpp", "round:ramp", "round:0.1", "late:round:1B..2B"]
+)
+def test_a_rounds_budget_that_cannot_be_read_is_refused(budget):
+    with pytest.raises(BudgetError, match=r"write|expected"):
+        open_budget(budget, PARAMS)
+
+
+def test_as_many_messages_are_expected_as_the_last_round_took_in():
+    update = AcceptedUpdate("a", "", 1, 1, 1.0, 1.0)
+    first = RoundRecord(0, "", 0, "", 0.0, None, False)
+    assert expected_messages(first, asked=10) == 10
+    assert expected_messages(replace(first, round=3, accepted=(update,) * 4), asked=10) == 4

@@ -26,6 +26,7 @@ METHODS = {
         "uplink_cap": "0.00025s@straggler-tail",
         "error_feedback": False,
     },
+    "shared": {"codec": "topk", "uplink_budget": "round:2700B", "error_feedback": False},
     "fedadam": {"codec": "fp32", "server": {"optimizer": "FedAdam", "lr": 0.01}},
 }
 
@@ -80,7 +81,7 @@ def test_a_mean_number_of_examples_stands_in_the_spec_or_is_asked_for(recipe, si
         make_spec(loaded, "by-examples", found(loaded, 3), seed=3, min_clients=1)
 
 
-@pytest.mark.parametrize("method", ["scaffold", "fedbat", "turns", "by-examples"])
+@pytest.mark.parametrize("method", ["scaffold", "fedbat", "turns", "by-examples", "shared"])
 def test_real_processes_give_the_same(method, recipe, simulated, tiny_recipe, launcher, tmp_path):
     box = tmp_path / "box"
     launcher.run("init", box, "--recipe", recipe, "--method", method, "--mean-examples", "7")
