@@ -94,8 +94,10 @@ WEIGHTS = ("examples", "uniform", "bytes", "precision")
 examples and less where its message is noisy (`federation.weights`)."""
 
 
-def check_weights(weights: object, *, scaffold: bool) -> None:
-    """Refuse weights that are not among `WEIGHTS`, and together with control variates, which are a plain mean.
+def check_weights(weights: object, *, scaffold: bool, coverage: float) -> None:
+    """Refuse weights that are not among `WEIGHTS`, and what the other two do not go together with.
+
+    Control variates are a plain mean, and where messages are about different tensors their norms cannot be compared.
 
     Raises:
         ConfigError: saying what to type.
@@ -104,6 +106,11 @@ def check_weights(weights: object, *, scaffold: bool) -> None:
         raise ConfigError(f"weights must be one of {', '.join(WEIGHTS)}, not {weights!r}.")
     if scaffold and weights in ("bytes", "precision"):
         raise ConfigError("With scaffold all clients weigh alike: leave out weights, or say uniform.")
+    if coverage != 1 and weights == "precision":
+        raise ConfigError(
+            "weights: precision compares messages by their norms, and with coverage below 1 those are of different "
+            "tensors: leave one of them out."
+        )
 
 
 def _check_number(name: str, value: object, high: float, hint: str) -> None:

@@ -141,6 +141,7 @@ def test_what_cannot_be_found_says_so(name, message):
         ({"methods": {"a": {"coverage": 0.5, "scaffold": True}}}, r"coverage and scaffold cannot be combined"),
         ({"methods": {"a": {"weights": "bytes", "scaffold": True}}}, r"With scaffold all clients weigh alike"),
         ({"methods": {"a": {"weights": "precision", "scaffold": True}}}, r"With scaffold all clients weigh alike"),
+        ({"methods": {"a": {"weights": "precision", "coverage": 0.5}}}, r"norms, and with coverage below 1 those"),
         ({"methods": {"a": {"uplink_budget": 0}}}, r"uplink_budget must be at least 1 byte"),
         ({"methods": {"a": {"uplink_budget": [1]}}}, r"uplink_budget must be a whole number or text or null"),
         ({"methods": {"a": {"server": {"lr": 0.0}}}}, r"recipe\.methods\.a\.server\.lr must be above 0"),

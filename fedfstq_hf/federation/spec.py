@@ -159,7 +159,6 @@ class FederationSpec:
             limit = getattr(self, name)
             if limit is not None and not (1 <= limit < math.inf):
                 raise ConfigError(f"{name} is a multiple of the round's median: at least 1, or null; not {limit!r}.")
-        check_weights(self.weights, scaffold=self.scaffold_clients is not None)
         if self.sealing_key is not None:
             parse_public_key(self.sealing_key, "x25519")
         check_objective(self.objective, self.token_keep_ratio)
@@ -169,6 +168,7 @@ class FederationSpec:
             self.freeze_a, scaffold=self.scaffold_clients is not None, learned_binarisation=self.learned_binarisation
         )
         check_coverage(self.coverage, scaffold=self.scaffold_clients is not None)
+        check_weights(self.weights, scaffold=self.scaffold_clients is not None, coverage=self.coverage)
         if self.scaffold_clients is not None and (type(self.scaffold_clients) is not int or self.scaffold_clients < 1):
             raise ConfigError(
                 f"scaffold_clients is the number of the federation's clients, or null; not {self.scaffold_clients!r}."

@@ -131,7 +131,7 @@ class MethodSettings:
         check_switches(self, scaffold=self.scaffold)
         check_freeze_a(self.freeze_a, scaffold=self.scaffold, learned_binarisation=self.learned_binarisation)
         check_coverage(self.coverage, scaffold=self.scaffold)
-        check_weights(self.weights, scaffold=self.scaffold)
+        check_weights(self.weights, scaffold=self.scaffold, coverage=self.coverage)
         if self.budget_by_examples and self.uplink_budget is None:
             raise ConfigError(
                 "budget_by_examples divides uplink_budget among the clients; set that too, such as 0.1bpp"
