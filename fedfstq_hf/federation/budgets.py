@@ -125,13 +125,14 @@ def open_budget(budget: str | int | None, num_params: int) -> MessageBudget:
     return MessageBudget(fixed=parse_budget(budget, num_params))
 
 
-def expected_messages(record: RoundRecord, asked: int) -> int:
+def expected_messages(record: RoundRecord, first: int) -> int:
     """How many messages the round that `record` opens will have: as many as the last one took in.
 
     Args:
-        asked: how many clients are asked for one; what is expected before there was a round, or after a rollback.
+        first: how many to expect before there was a round, or after a rollback. Rather too few than too many: noise
+            of the first rounds is not made good later.
     """
-    return len(record.accepted) or asked
+    return len(record.accepted) or first
 
 
 def posted_losses(metrics: Mapping[int, Mapping[str, Mapping[str, Any]]]) -> list[tuple[int, float]]:

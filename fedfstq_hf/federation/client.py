@@ -123,8 +123,7 @@ class MailboxParticipation:
         sleep: Callable[[float], None] = time.sleep,
         saliency: Callable[[dict[str, Tensor]], bytes | None] | None = None,
     ) -> None:
-        self._asked = session.spec.clients_per_round or session.spec.min_clients
-        least = budget.least(self._asked)
+        least = budget.least(session.spec.min_clients)
         if least is not None:
             session.check_budget(least)
         self.mailbox = mailbox
@@ -161,7 +160,7 @@ class MailboxParticipation:
                         seed=local_seed(spec.seed, self.session.client_id, record.round),
                         global_step=record.round * spec.local_steps,
                         variate=self._fetch_variate(record),
-                        messages=expected_messages(record, self._asked),
+                        messages=expected_messages(record, spec.min_clients),
                     )
             if self._wait_seconds is not None and time.monotonic() - started > self._wait_seconds:
                 raise MailboxError(

@@ -50,6 +50,7 @@ class SimulatedParticipation:
             leaving their messages in their sessions; None hands them out one by one.
         caps: most bytes of each client's messages; None where there is no cap.
         loss: of a packet, `retransmissions` and seed of the uplink, as `packets.deliver` takes them.
+        expected: messages of the first round, for budgets that are a round's.
     """
 
     def __init__(
@@ -66,6 +67,7 @@ class SimulatedParticipation:
         train: TrainElsewhere | None = None,
         caps: Sequence[int | None] | None = None,
         loss: tuple[float, int, int] = (0.0, 0, 0),
+        expected: int = 1,
     ) -> None:
         self._folder = folder
         self._label = dict(label)
@@ -76,7 +78,7 @@ class SimulatedParticipation:
         self._emit = emit
         self._train = train
         self._caps = caps if caps is not None else [None] * len(datasets)
-        self._loss = loss
+        self._loss, self._expected = loss, expected
         self._last_row: Row | None = rows[-1] if rows else None
         storage.make_folder(folder / "sent", durable=False)
         self.mailbox = FolderMailbox(folder / "mailbox", durable=False)
@@ -166,7 +168,7 @@ class SimulatedParticipation:
             self._compute |= train(record.round, left, self.coordinator.adapter, record.adapter_sha256, messages)
 
     def _messages(self, record: RoundRecord) -> int:
-        return expected_messages(record, len(self._plan[record.round].sampled))
+        return expected_messages(record, self._expected)
 
     def _open(self, index: int) -> ClientSession:
         if index not in self._sessions:

@@ -163,6 +163,8 @@ class Simulation:
                     rows=[row for row in self._rows if (row["method"], row["seed"]) == (method, seed)],
                     emit=self._emit_to(bar, method, seed),
                     loss=(federation.packet_loss, federation.retransmissions, seed),
+                    # an operator knows about how many of those who are asked answer, and says it as min_clients
+                    expected=max(1, round(federation.clients_per_round * (1 - federation.dropout))),
                     caps=caps,
                     train=None if self._workers == 1 else self._train_with(recipe, pool, mailbox, folder, seed, caps),
                 )
