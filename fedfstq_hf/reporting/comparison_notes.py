@@ -1,7 +1,7 @@
 """What a reader must know about a comparison before its figures: what is missing, torn, paired or not comparable."""
 
 from fedfstq_hf.reporting.comparison_figures import FRACTIONS, Comparison
-from fedfstq_hf.reporting.comparison_workloads import Workload
+from fedfstq_hf.reporting.comparison_workloads import Workload, rounded_otherwise
 from fedfstq_hf.reporting.summary import REFERENCE, metric_of
 
 CAVEATS = (
@@ -127,6 +127,12 @@ def _runs(workload: Workload) -> list[str]:
         lines.append(
             f"Local compute was measured, in {len(sources)} runs: times and energy on {_list(measured)} compare the "
             "machines and what else ran on them as well as the methods."
+        )
+    if widest := rounded_otherwise(workload):
+        seed, low, high = widest
+        lines.append(
+            f"Runs in bfloat16 on machines that round otherwise: seed {seed} measures {low:.5f} to {high:.5f} before "
+            "training. It goes on in training, so a small difference between methods may be one between machines."
         )
     if variants := [method.label for method in workload.methods.values() if method.label != method.name]:
         lines.append(f"Runs use one name for different settings; told apart: {_list(variants)}.")

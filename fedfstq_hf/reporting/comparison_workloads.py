@@ -19,8 +19,9 @@ from fedfstq_hf.reporting.summary import Row
 
 FREE = ("name", "description", "methods", "seeds", "target")
 _SAME_START = 1e-5
-"""Relative difference of the loss before training up to which two runs count as the same model and test set; the
-arithmetic of another machine moves it less."""
+_SAME_START_BF16 = 2e-4
+"""Relative differences of the loss before training up to which two runs count as the same model and test set; the
+arithmetic of another machine moves it less, a rounding to 8 bits included where the recipe has bfloat16."""
 _MAX_DIFFERENCES = 6
 
 
@@ -74,6 +75,20 @@ def group_runs(runs: Sequence[Run]) -> list[Workload]:
     return workloads
 
 
+def rounded_otherwise(workload: Workload) -> tuple[int, float, float] | None:
+    """The seed whose runs differ most before training, with its lowest and highest loss; None where none differs.
+
+    What differs is the arithmetic of the machines that they ran on.
+    """
+    starts: dict[int, list[float]] = {}
+    for run in workload.runs:
+        for seed, value in _starts(run).items():
+            starts.setdefault(seed, []).append(value)
+    ranges = [(max(v) - min(v), seed, min(v), max(v)) for seed, v in starts.items()]
+    widest = max((r for r in ranges if r[0] > _SAME_START * abs(r[3])), default=None)
+    return widest and widest[1:]
+
+
 def settings_text(settings: MethodSettings) -> str:
     """What differs from the defaults of a method: `codec fp32`, `codec topk, codec_options.value_bits 8, ...`."""
     default = flatten(plain(MethodSettings()))
@@ -104,9 +119,10 @@ def _reasons(group: Sequence[Run], run: Run) -> list[str]:
         for key in dict.fromkeys([*ours, *theirs])
         if ours.get(key) != theirs.get(key)
     ]
-    starts = {seed: (value, other.folder) for other in group for seed, value in _starts(other).items()}
+    tolerance = _SAME_START_BF16 if run.recipe.training.bf16 else _SAME_START
+    starts = {seed: (value, other.folder) for other in reversed(group) for seed, value in _starts(other).items()}
     for seed, value in _starts(run).items():
-        if not reasons and seed in starts and not math.isclose(value, starts[seed][0], rel_tol=_SAME_START):
+        if not reasons and seed in starts and not math.isclose(value, starts[seed][0], rel_tol=tolerance):
             reasons.append(
                 f"same recipe, but before training seed {seed} measures {starts[seed][0]:.6g} in {starts[seed][1]} and "
                 f"{value:.6g} in {run.folder}: the files of model or data have changed in between"

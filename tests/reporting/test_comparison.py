@@ -83,6 +83,21 @@ def test_other_workloads_are_kept_apart_and_the_page_says_why(tmp_path):
     assert any("Not compared with fed_med: same recipe, but" in note for note in notes(third))
 
 
+def test_bfloat16_on_another_machine_is_the_same_workload_and_the_page_says_so(tmp_path):
+    bf16 = {"training": {"bf16": True}}
+    a = write_run(tmp_path / "a", make_rows("fedavg", FEDAVG), **bf16)
+    b = write_run(tmp_path / "b", make_rows("fstq", [4.0004, *FEDAVG[1:]]), **bf16)
+    c = write_run(tmp_path / "c", make_rows("paper", [4.004, *SLOW[1:]]), **bf16)
+    first, second = comparisons(a, b, c)
+    assert [figures.label for figures in first.methods] == ["fedavg", "fstq"]
+    assert any("seed 0 measures 4.00000 to 4.00040 before training" in note for note in notes(first))
+    assert first.find("fstq").reached[0.9].uplink_ratio.mean == 1.0
+    assert "before training seed 0 measures 4 in" in second.workload.apart[0]
+    same = write_run(tmp_path / "d", make_rows("paper", FEDAVG), **bf16)
+    (alone,) = comparisons(a, same)
+    assert not any("before training" in note for note in notes(alone))
+
+
 def test_the_same_method_and_seed_twice(tmp_path):
     rows = make_rows("fedavg", FEDAVG)
     a = write_run(tmp_path / "a", rows)
