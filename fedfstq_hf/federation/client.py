@@ -14,7 +14,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from fedfstq_hf.codec import CodecContext, Schema, get_codec, message
-from fedfstq_hf.errors import FedFSTQError, MailboxError, MailboxUnavailableError
+from fedfstq_hf.errors import BudgetError, FedFSTQError, MailboxError, MailboxUnavailableError
 from fedfstq_hf.federation import adapter_file
 from fedfstq_hf.federation.budgets import MessageBudget, expected_messages, posted_losses
 from fedfstq_hf.federation.control import read_control
@@ -123,9 +123,6 @@ class MailboxParticipation:
         sleep: Callable[[float], None] = time.sleep,
         saliency: Callable[[dict[str, Tensor]], bytes | None] | None = None,
     ) -> None:
-        least = budget.least(session.spec.min_clients)
-        if least is not None:
-            session.check_budget(least)
         self.mailbox = mailbox
         self.session = session
         self.total_steps = session.spec.rounds * session.spec.local_steps
@@ -139,6 +136,8 @@ class MailboxParticipation:
         self._held: tuple[RoundRecord, Tensor] | None = None
         self._posted_round = -1
         self._record = Records(mailbox)
+        self._most_messages = 0
+        self._check_share(session.spec.min_clients)
 
     def next(self) -> Assignment | None:
         """Wait until a round is open that this client has not trained in."""
@@ -152,6 +151,8 @@ class MailboxParticipation:
                     return None
                 if record.round > self.session.last_round and self._wanted(record):
                     spec = self.session.spec
+                    messages = expected_messages(record, spec.min_clients)
+                    self._check_share(messages)
                     return Assignment(
                         round=record.round,
                         session=self.session,
@@ -160,7 +161,7 @@ class MailboxParticipation:
                         seed=local_seed(spec.seed, self.session.client_id, record.round),
                         global_step=record.round * spec.local_steps,
                         variate=self._fetch_variate(record),
-                        messages=expected_messages(record, spec.min_clients),
+                        messages=messages,
                     )
             if self._wait_seconds is not None and time.monotonic() - started > self._wait_seconds:
                 raise MailboxError(
@@ -191,6 +192,22 @@ class MailboxParticipation:
     def final_adapter(self) -> Tensor | None:
         """The newest published adapter."""
         return self._fetch(self._newest_record())
+
+    def _check_share(self, messages: int) -> None:
+        """Raise `BudgetError` unless the budget holds a message where a round has so many: better before training."""
+        least = self._budget.least(messages)
+        if least is None or messages <= self._most_messages or (self._most_messages and not self._budget.shared):
+            return
+        try:
+            self.session.check_budget(least)
+        except BudgetError as error:
+            if not self._budget.shared:
+                raise
+            raise BudgetError(
+                f"{error}. The budget is a round's, which is expected to have {messages} messages: raise it by "
+                f"{messages} times that, or set this client's own uplink_budget without `round:`."
+            ) from error
+        self._most_messages = messages
 
     def _newest_record(self) -> RoundRecord:
         head = self.mailbox.head()

@@ -179,7 +179,7 @@ def training(
         "Codec": _join(
             code(spec.codec), *(_setting(name, value) for name, value in sorted(spec.codec_options.items()))
         ),
-        "Uplink budget per message": "no limit"
+        "Uplink budget per round" if str(budget).startswith("round:") else "Uplink budget per message": "no limit"
         if budget is None
         else format_bytes(budget)
         if isinstance(budget, int)

@@ -71,11 +71,19 @@ def pause(seconds: float) -> None:
 class LightClient:
     """One client with a real session; `step` does what can be done now, and never waits."""
 
-    def __init__(self, mailbox: Mailbox, client_id: str, folder: Path | None, *, max_bytes: int | None = None) -> None:
+    def __init__(
+        self,
+        mailbox: Mailbox,
+        client_id: str,
+        folder: Path | None,
+        *,
+        max_bytes: int | None = None,
+        budget: MessageBudget | None = None,
+    ) -> None:
         spec = FederationSpec.from_json(mailbox.read(0, "spec.json"))
         self.session = ClientSession(client_id, spec, SCHEMA, folder=folder, durable=getattr(mailbox, "durable", False))
         self.participation = MailboxParticipation(
-            mailbox, self.session, budget=MessageBudget(fixed=max_bytes), sleep=pause
+            mailbox, self.session, budget=budget or MessageBudget(fixed=max_bytes), sleep=pause
         )
         self.done = False
 

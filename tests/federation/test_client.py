@@ -4,8 +4,8 @@ import pytest
 import torch
 from light import SCHEMA, LightClient, NothingToDo, fake_training, found, run_rounds
 
-from fedfstq_hf.errors import MailboxError, UpdateConflictError
-from fedfstq_hf.federation.budgets import MessageBudget
+from fedfstq_hf.errors import BudgetError, MailboxError, UpdateConflictError
+from fedfstq_hf.federation.budgets import MessageBudget, open_budget
 from fedfstq_hf.federation.client import MailboxParticipation, local_seed
 from fedfstq_hf.federation.coordinator import Coordinator
 from fedfstq_hf.federation.downlink import cheapest_download
@@ -271,3 +271,25 @@ def test_messages_stay_within_their_budget(tmp_path):
         sizes = {ref.client_id: ref.num_bytes for ref in mailbox.list_updates(round)}
         assert sizes["a"] <= 280 < sizes["b"] <= 420
     assert SCHEMA.num_params * 4 > 420
+
+
+def test_a_share_too_small_for_a_message_is_refused_before_training_and_nothing_is_lost(tmp_path):
+    mailbox = found(tmp_path, min_clients=1, codec="topk")
+    budget = open_budget("round:900B", SCHEMA.num_params)
+    clients = [LightClient(mailbox, name, tmp_path / name, budget=budget) for name in "abcd"]
+    for client in clients:
+        assert client.step()
+    Coordinator(mailbox).close_round()
+    with pytest.raises(BudgetError, match=r"budget of 225 bytes.*expected to have 4 messages: raise it by 4 times"):
+        clients[0].step()
+    clients[0].session.close()
+    again = LightClient(mailbox, "a", tmp_path / "a", budget=open_budget("600B", SCHEMA.num_params))
+    assert again.step()
+    assert mailbox.list_updates(1)[0].client_id == "a"
+
+
+def test_a_budget_that_holds_no_message_is_refused_at_once(tmp_path):
+    mailbox = found(tmp_path, min_clients=4, codec="topk")
+    for text, hint in (("100B", "100 bytes"), ("round:400B", "100 bytes.*expected to have 4 messages")):
+        with pytest.raises(BudgetError, match=hint):
+            LightClient(mailbox, "a", None, budget=open_budget(text, SCHEMA.num_params))
