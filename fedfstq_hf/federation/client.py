@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import logging
+import math
 import random
 import time
 from collections.abc import Callable, Sequence
@@ -136,7 +137,7 @@ class MailboxParticipation:
         self._held: tuple[RoundRecord, Tensor] | None = None
         self._posted_round = -1
         self._record = Records(mailbox)
-        self._most_messages = 0
+        self._smallest = math.inf  # bytes of the smallest message that was checked
         self._check_share(session.spec.min_clients)
 
     def next(self) -> Assignment | None:
@@ -196,7 +197,7 @@ class MailboxParticipation:
     def _check_share(self, messages: int) -> None:
         """Raise `BudgetError` unless the budget holds a message where a round has so many: better before training."""
         least = self._budget.least(messages)
-        if least is None or messages <= self._most_messages or (self._most_messages and not self._budget.shared):
+        if least is None or least >= self._smallest:
             return
         try:
             self.session.check_budget(least)
@@ -207,7 +208,7 @@ class MailboxParticipation:
                 f"{error}. The budget is a round's, which is expected to have {messages} messages: raise it by "
                 f"{messages} times that, or set this client's own uplink_budget without `round:`."
             ) from error
-        self._most_messages = messages
+        self._smallest = least
 
     def _newest_record(self) -> RoundRecord:
         head = self.mailbox.head()

@@ -90,7 +90,7 @@ SPECS = st.fixed_dictionaries(
         "model": st.sampled_from(["", "none", "demo", "gpt2", "/home/me/base", "../x/y", "C:\\models\\base", "a b"]),
         "training": st.sampled_from([{}, {"optim": "", "learning_rate": 0.0}]),
         "codec_options": st.sampled_from([{"levels": 2}, {"density": None, "switch": False, "list": []}]),
-        "uplink_budget": st.sampled_from([None, 96_000, "96kB"]),
+        "uplink_budget": st.sampled_from([None, 96_000, "96kB", "round:1bpp"]),
         "error_feedback": st.sampled_from([0.0, 0.9]),
         "server": st.sampled_from([{}, {"optimizer": "Adam", "lr": 0.01, "betas": [0.9, 0.99]}]),
         "clip": st.none(),
@@ -150,6 +150,13 @@ def test_the_full_card_says_it_all():
         "| too large | 2 |",
     ):
         assert part in card
+
+
+def test_a_budget_of_a_round_is_not_called_one_of_a_message():
+    card = render(3, history=make_history(3), spec=make_spec(uplink_budget="round:1bpp"))
+    check_card(card)
+    assert "- Uplink budget per round: `round:1bpp`" in card
+    assert "per message" not in card
 
 
 def test_results_name_metric_source_and_round():
