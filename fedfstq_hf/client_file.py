@@ -21,6 +21,7 @@ class ClientFile:
         data: changes to the federation's data section; at least `path`, this client's own data.
         model: base model, where it lies elsewhere than the federation's spec says.
         uplink_budget: most bytes per message; the federation's default when not given.
+        refinement_budget: likewise of second messages, in a federation that has them.
         output_dir: of the trainer; the client's state goes to `OUTPUT_DIR/fedfstq`.
         share_saliency: see `FedFSTQConfig`.
         signing_key: key file that signs this client's messages (`fedfstq keys new KEYFILE` makes one).
@@ -34,6 +35,7 @@ class ClientFile:
     data: dict[str, Any]
     model: str | None = None
     uplink_budget: int | str | None = None
+    refinement_budget: int | str | None = None
     output_dir: str | None = None
     signing_key: str | None = None
     share_saliency: bool = False

@@ -44,6 +44,13 @@ class FedFSTQConfig:
             "'late:0.1bpp..0.4bpp' for the last quarter of them. 'round:1bpp' is for a round's messages together."
         },
     )
+    refinement_budget: str | int | None = field(
+        default=None,
+        metadata={
+            "help": "Likewise for the second message of a round, in a federation that has them: sent while the next "
+            "round's clients train."
+        },
+    )
     state_dir: str | None = field(
         default=None,
         metadata={"help": "Folder of this client's residual and pending message; OUTPUT_DIR/fedfstq when not given."},
@@ -130,6 +137,10 @@ class FedFSTQConfig:
             from fedfstq_hf.federation.budgets import open_budget  # not at the top: it imports torch
 
             open_budget(self.uplink_budget, _ANY_ADAPTER)
+        if self.refinement_budget is not None:
+            from fedfstq_hf.federation.budgets import open_refinement_budget
+
+            open_refinement_budget(self.refinement_budget, _ANY_ADAPTER)
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> Path:
         """Write `fedfstq_config.json` into `folder`; returns its path."""

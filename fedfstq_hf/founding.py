@@ -131,6 +131,8 @@ def make_spec(
         codec=settings.codec,
         codec_options=settings.codec_options,
         uplink_budget=settings.uplink_budget,
+        refinement_budget=settings.refinement_budget,
+        preview_step=settings.preview_step,
         mean_examples=mean_examples if settings.budget_by_examples else None,
         error_feedback=settings.feedback_decay,
         server=settings.server.to_yaml(),

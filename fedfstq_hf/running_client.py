@@ -52,6 +52,7 @@ def _trainer(settings: ClientFile, mailbox: Mailbox, spec: FederationSpec) -> Fe
             mailbox=settings.mailbox,
             client_id=settings.client_id,
             uplink_budget=settings.uplink_budget,
+            refinement_budget=settings.refinement_budget,
             signing_key=settings.signing_key,
             share_saliency=settings.share_saliency,
             poll_seconds=settings.poll_seconds,

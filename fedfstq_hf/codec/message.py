@@ -33,6 +33,8 @@ from .schema import Schema
 VERSION = 1
 MAX_METADATA = 512
 SIGNATURE_BYTES = 64
+REFINEMENT_PARAMS: dict[str, JSONScalar] = {"refinement": True}
+"""Parameters of a client's second message of a round, its whole update said better than the first could."""
 # begins a message that is sealed to its reader (federation/keys.py); as a safetensors length it would be absurd
 SEALED_PREFIX = b"fedfstq sealed\n"
 _MAX_INT = 2**53 - 1
@@ -242,7 +244,7 @@ def inspect(data: bytes, schema: Schema | None = None) -> MessageInfo:
     from .pairs import split_pair
     from .registry import get_codec
 
-    params = dict(header.params)
+    params = {key: value for key, value in header.params.items() if key not in REFINEMENT_PARAMS}
     if params.pop("payloads", 1) == 2:
         payload, _ = split_pair(payload)  # the update; what travels beside it is no adapter
     try:

@@ -102,6 +102,37 @@ class MessageBudget:
         return state.num_bytes, {_KEY: _dump(state)}
 
 
+@dataclass(frozen=True)
+class Budgets:
+    """Of a client's first message of a round, and of its refinement, where the federation has refinements."""
+
+    first: MessageBudget
+    refinement: MessageBudget = MessageBudget()
+
+    @property
+    def shared(self) -> bool:
+        """Whether one of them is a round's."""
+        return self.first.shared or self.refinement.shared
+
+    @property
+    def follow_losses(self) -> bool:
+        """Whether sizes depend on losses that were posted to the mailbox."""
+        return self.first.controller is not None
+
+    def least(self, messages: int = 1) -> int | None:
+        """Bytes of the smallest message they may ask for where a round has so many; None for no limit."""
+        sizes = [size for size in (self.first.least(messages), self.refinement.least(messages)) if size is not None]
+        return min(sizes, default=None)
+
+
+def open_refinement_budget(budget: str | int | None, num_params: int) -> MessageBudget:
+    """Read the budget of refinements. Raises `BudgetError` where `open_budget` would, and where it follows losses."""
+    opened = open_budget(budget, num_params)
+    if opened.controller is not None:
+        raise BudgetError(f"refinement_budget {budget!r} cannot follow the loss: give a size, such as 0.4bpp")
+    return opened
+
+
 def open_budget(budget: str | int | None, num_params: int) -> MessageBudget:
     """Read a budget as people write it, for an adapter of `num_params`.
 

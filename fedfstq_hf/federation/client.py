@@ -17,9 +17,10 @@ from torch import Tensor
 from fedfstq_hf.codec import CodecContext, Schema, get_codec, message
 from fedfstq_hf.errors import BudgetError, FedFSTQError, MailboxError, MailboxUnavailableError
 from fedfstq_hf.federation import adapter_file
-from fedfstq_hf.federation.budgets import MessageBudget, expected_messages, posted_losses
+from fedfstq_hf.federation.budgets import Budgets, MessageBudget, expected_messages, posted_losses
 from fedfstq_hf.federation.control import read_control
 from fedfstq_hf.federation.downlink import cheapest_download
+from fedfstq_hf.federation.following import Following
 from fedfstq_hf.federation.mailbox import ADAPTER_FILE, SALIENCY_FILE, UPDATE_FILE, Mailbox
 from fedfstq_hf.federation.record import RoundRecord
 from fedfstq_hf.federation.records import Records
@@ -103,6 +104,7 @@ class MailboxParticipation:
         mailbox: where the federation lives.
         session: this client's state.
         budget: of its messages.
+        refinements: budget of its second messages, where the federation has them.
         poll_seconds: mean time between two looks at the mailbox.
         wait_seconds: give up after waiting that long for a round; None waits for ever.
         sleep: a test passes its own.
@@ -119,6 +121,7 @@ class MailboxParticipation:
         session: ClientSession,
         *,
         budget: MessageBudget,
+        refinements: MessageBudget | None = None,
         poll_seconds: float = 2.0,
         wait_seconds: float | None = None,
         sleep: Callable[[float], None] = time.sleep,
@@ -129,7 +132,8 @@ class MailboxParticipation:
         self.total_steps = session.spec.rounds * session.spec.local_steps
         self.settlements: list[Settlement] = []
         self.downlink_bytes = 0
-        self._budget = budget
+        self._budgets = Budgets(budget, refinements or MessageBudget())
+        self._following = Following(mailbox, session.client_id)
         self._poll_seconds = poll_seconds
         self._wait_seconds = wait_seconds
         self._sleep = sleep
@@ -149,6 +153,7 @@ class MailboxParticipation:
                 started, newest = time.monotonic(), record.round
             if self._settled(record):
                 if record.finished:
+                    self._following.wait()
                     return None
                 if record.round > self.session.last_round and self._wanted(record):
                     spec = self.session.spec
@@ -180,13 +185,13 @@ class MailboxParticipation:
 
     def complete(self, assignment: Assignment, result: LocalResult) -> dict[str, float]:
         """Store the message, then post it."""
-        posted = posted_losses(self.mailbox.read_metrics()) if self._budget.controller is not None else ()
+        posted = posted_losses(self.mailbox.read_metrics()) if self._budgets.follow_losses else ()
         owed = self.session.residual_norm()
-        pending = store_message(self.session, self._budget, assignment, result, posted)
+        pending = store_message(self.session, self._budgets, assignment, result, posted)
         self._post(self._record(assignment.round))
         return {
             "fed_round": assignment.round,
-            "fed_uplink_bytes": len(pending.message),
+            "fed_uplink_bytes": len(pending.message) + len(pending.refinement or b""),
             "fed_residual_norm": owed,  # of what earlier messages left out and this one carried on
         }
 
@@ -196,13 +201,13 @@ class MailboxParticipation:
 
     def _check_share(self, messages: int) -> None:
         """Raise `BudgetError` unless the budget holds a message where a round has so many: better before training."""
-        least = self._budget.least(messages)
+        least = self._budgets.least(messages)
         if least is None or least >= self._smallest:
             return
         try:
             self.session.check_budget(least)
         except BudgetError as error:
-            if not self._budget.shared:
+            if not self._budgets.shared:
                 raise
             raise BudgetError(
                 f"{error}. The budget is a round's, which is expected to have {messages} messages: raise it by "
@@ -235,6 +240,8 @@ class MailboxParticipation:
         if pending is None:
             return True
         if newest.round > pending.round:
+            if pending.refinement is not None and newest.round == pending.round + 1:  # after a restart
+                self._following.start(pending.round, pending.refinement)
             last = pending.round + 1 + self.session.spec.max_staleness
             records = [self._record(round) for round in range(pending.round + 1, min(newest.round, last) + 1)]
             naming = [r for r in records if r.fate(self.session.client_id, pending.sha256) is not None]
@@ -260,6 +267,7 @@ class MailboxParticipation:
         pending = self.session.pending
         if pending is None or pending.round == self._posted_round:
             return
+        self._following.wait()  # it has the uplink
         patience = None
         if newest.deadline is not None and newest.round == pending.round:  # by durations: clocks may differ
             patience = newest.deadline - newest.opened_at
@@ -272,6 +280,8 @@ class MailboxParticipation:
             logger.warning("The update of round %d could not be sent in time: %s", pending.round, error)
             return
         self._posted_round = pending.round
+        if pending.refinement is not None:
+            self._following.start(pending.round, pending.refinement)
 
     def _attach(self, round: int) -> None:
         """Send the token sensitivities, once, before the last message: who reads that finds them."""
@@ -317,7 +327,7 @@ class MailboxParticipation:
 
 def store_message(
     session: ClientSession,
-    budget: MessageBudget,
+    budgets: Budgets,
     assignment: Assignment,
     result: LocalResult,
     posted: Sequence[tuple[int, float]] = (),
@@ -326,18 +336,21 @@ def store_message(
 
     Args:
         session: the client's.
-        budget: of its messages.
+        budgets: of its messages.
         assignment: what was trained.
         result: what came out.
         posted: (round, loss) of evaluations in the mailbox, for budgets that follow them.
     """
-    max_bytes, moved = budget.take(
+    max_bytes, moved = budgets.first.take(
         assignment.round,
         session.spec.rounds,
         loss=result.loss,
         posted=posted,
         messages=assignment.messages,
         carried=session.carried,
+    )
+    refinement_bytes, _ = budgets.refinement.take(
+        assignment.round, session.spec.rounds, messages=assignment.messages, carried={}
     )
     return session.finish(
         assignment.round,
@@ -346,6 +359,7 @@ def store_message(
         fisher=result.fisher,
         num_examples=result.num_examples,
         max_bytes=max_bytes,
+        refinement_bytes=refinement_bytes,
         carried={**result.carried, **moved},
         variate=result.variate,
     )

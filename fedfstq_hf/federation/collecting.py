@@ -112,7 +112,8 @@ class Collector:
         except MessageError as error:
             logger.warning("Refused the update of client %s for round %d: %s", ref.client_id, ref.round, error)
             other = ref.round if ref.round != self.round else None
-            self._refused[ref] = RefusedUpdate(ref.client_id, sha256, ref.num_bytes, str(error), other)
+            refused = RefusedUpdate(ref.client_id, sha256, ref.num_bytes, str(error), other, ref.refinement)
+            self._refused[ref] = refused
             return None
         entry = AcceptedUpdate(
             client_id=ref.client_id,

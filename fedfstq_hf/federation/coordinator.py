@@ -7,7 +7,6 @@ for the same set of messages the published adapter is the same, bit for bit.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import logging
 import random
 import time
@@ -26,10 +25,10 @@ from fedfstq_hf.errors import (
 )
 from fedfstq_hf.federation import adapter_file, history, scaffold
 from fedfstq_hf.federation.aggregation import server_step
+from fedfstq_hf.federation.arrivals import Arrivals
 from fedfstq_hf.federation.attachments import SaliencyMaker, join_attachments
 from fedfstq_hf.federation.collecting import Collected, Collector
 from fedfstq_hf.federation.control import read_control
-from fedfstq_hf.federation.lateness import unnamed
 from fedfstq_hf.federation.mailbox import (
     ADAPTER_CONFIG_FILE,
     ADAPTER_FILE,
@@ -40,11 +39,11 @@ from fedfstq_hf.federation.mailbox import (
     UPDATE_FILE,
     Mailbox,
     RootFiles,
-    UpdateRef,
 )
 from fedfstq_hf.federation.publication import CardMaker, make_record, pack_change, root_files
-from fedfstq_hf.federation.record import RefusedUpdate, RoundRecord
+from fedfstq_hf.federation.record import RoundRecord
 from fedfstq_hf.federation.records import Records
+from fedfstq_hf.federation.refining import Refined, Refiner
 from fedfstq_hf.federation.screening import Screening, Unseal
 from fedfstq_hf.federation.spec import FederationSpec
 from fedfstq_hf.federation.travelling import Travelling
@@ -85,6 +84,7 @@ class Coordinator:
         self._saliency = saliency
         self._record = Records(mailbox)
         self._collector: Collector
+        self._arrivals: Arrivals
         self._history: list[history.HistoryRow] = []
         head = mailbox.head()
         if head is None:
@@ -112,7 +112,7 @@ class Coordinator:
         control = read_control(self.mailbox)
         if control.paused is not None:
             return False
-        usable, _ = self._arrived(self.spec.max_staleness)
+        usable, _ = self._arrivals.updates(self.spec.max_staleness)
         return self._enough(sum(not self._collector.refused(ref, control) for ref in usable))
 
     def close_round(self) -> RoundRecord | None:
@@ -149,13 +149,14 @@ class Coordinator:
         adapter = self.mailbox.read(round, ADAPTER_FILE)
         adapter_file.load(adapter, expected_sha256=self._record(round).adapter_sha256)
         while True:
-            usable, late = self._arrived(self.spec.max_staleness + 1)
+            usable, late = self._arrivals.updates(self.spec.max_staleness + 1)
+            usable += self._arrivals.refinements()
             files = self._files(self._server_state(round), None, None)
             record = self._next_record(
                 adapter,
                 finished=self.record.round + 1 >= self.spec.rounds,
-                refused=tuple(self._unused(ref, f"Rolled back to round {round}.") for ref in usable),
-                late=self._late(late),
+                refused=tuple(self._arrivals.unused(ref, f"Rolled back to round {round}.") for ref in usable),
+                late=self._arrivals.late([*late, *self._arrivals.late_refinements()]),
                 restored_from=round,
                 **scaffold.record_fields(files),
             )
@@ -210,6 +211,8 @@ class Coordinator:
         self._open_round()
 
     def _open_round(self) -> None:
+        max_bytes = self._screening().max_bytes
+        self._arrivals = Arrivals(self.mailbox, self.spec, self.record.round, self._record, max_bytes=max_bytes)
         self._collector = Collector(
             self.mailbox,
             self.record.round,
@@ -238,54 +241,36 @@ class Coordinator:
         deadline = self.record.deadline
         return wait if deadline is None else min(wait, max(deadline - self._clock(), 0.05))
 
-    def _refs(self, round: int) -> Sequence[UpdateRef]:
-        control = read_control(self.mailbox)
-        return self.mailbox.list_updates(round, None if control.clients is None else sorted(control.clients))
-
-    def _arrived(self, rounds_back: int) -> tuple[list[UpdateRef], list[UpdateRef]]:
-        """Updates to collect now, in client-id order, and late ones of up to `rounds_back` rounds that came too late.
-
-        A client counts once: beside a newer update, an old one of its own is not used.
-        """
-        earlier = unnamed(self.record.round, rounds_back, self._refs, self._record)
-        oldest = self._oldest_usable()
-        in_time = [ref for ref in earlier if ref.round >= oldest]
-        newest = {ref.client_id: ref for ref in (*in_time, *self._refs(self.record.round))}
-        usable = sorted(newest.values())
-        return usable, [ref for ref in earlier if ref not in usable]
-
-    def _oldest_usable(self) -> int:
-        """The earliest round whose updates may still be used: none from before a rollback, which is to undo them."""
-        head = self.record.round
-        oldest = max(head - self.spec.max_staleness, 0)
-        return next((r for r in range(head, oldest, -1) if self._record(r).restored_from is not None), oldest)
-
-    def _late(self, refs: Sequence[UpdateRef]) -> tuple[RefusedUpdate, ...]:
-        return tuple(self._unused(ref, f"It arrived after round {ref.round} was closed.") for ref in refs)
-
-    def _unused(self, ref: UpdateRef, reason: str) -> RefusedUpdate:
-        """An update that is refused unread."""
-        other = ref.round if ref.round != self.record.round else None
-        return RefusedUpdate(ref.client_id, ref.sha256 or self._sha256(ref), ref.num_bytes, reason, other)
-
-    def _sha256(self, ref: UpdateRef) -> str:
-        if ref.num_bytes > self._screening().max_bytes:
-            return ""
-        return hashlib.sha256(self.mailbox.read_update(ref, max_bytes=ref.num_bytes)).hexdigest()
-
     def _screening(self) -> Screening:
         return Screening(self.spec, self.travelling.schema, read_control(self.mailbox), self._unseal)
 
     def _collect(self) -> Collected:
-        usable, late = self._arrived(self.spec.max_staleness + 1)
-        return dataclasses.replace(self._collector.collect(usable, self._screening()), late=self._late(late))
+        usable, late = self._arrivals.updates(self.spec.max_staleness + 1)
+        late = [*late, *self._arrivals.late_refinements()]
+        return dataclasses.replace(self._collector.collect(usable, self._screening()), late=self._arrivals.late(late))
+
+    def _refine(self) -> Refined | None:
+        """What refinements change about the last round; None where there are none, or that round was rolled back."""
+        record = self.record
+        if not record.round or not self.spec.refines(record.round - 1) or record.restored_from is not None:
+            return None
+        refiner = Refiner(
+            self.mailbox,
+            num_params=self.travelling.schema.num_params,
+            base=lambda round: self._record(round).adapter_sha256,
+            selected=lambda round: self._record(round).selected,
+        )
+        previews = {ref.client_id: ref for ref in self._arrivals.of(record.round - 1)}
+        refinements = {ref.client_id: ref for ref in self._arrivals.refinements()}
+        return refiner.refine(record, previews, refinements, self._screening())
 
     def _publish_mean(self, collected: Collected, *, finished: bool) -> RoundRecord:
         server_state: bytes | None
-        if collected.accepted:
+        refined = self._refine()
+        if collected.accepted or refined is not None:
             part, server_state = server_step(
                 self.travelling.take(self.adapter),
-                collected.mean.result(),
+                self._mean_update(collected, refined),
                 self.spec.server,
                 self._server_state(self.record.round),
                 self.record.round / max(1, self.spec.rounds - 1),
@@ -312,12 +297,20 @@ class Coordinator:
             finished=finished,
             attached_bytes=attached_bytes,
             accepted=collected.accepted,
-            refused=collected.refused,
+            refinements=refined.used if refined is not None else (),
+            refused=(*collected.refused, *(refined.refused if refined is not None else ())),
             late=collected.late,
             update_bytes=len(packed) if UPDATE_FILE in files else None,
             **scaffold.record_fields(files),
         )
         return self._publish(record, data, files, attached)
+
+    def _mean_update(self, collected: Collected, refined: Refined | None) -> Tensor:
+        """What the server steps along; see `federation.refining`."""
+        mean = collected.mean.result() if collected.accepted else torch.zeros(self.travelling.schema.num_params)
+        if self.spec.refines(self.record.round):
+            mean = self.spec.preview_step * mean
+        return mean if refined is None else mean + refined.change
 
     def _files(self, server_state: bytes | None, packed: bytes | None, variates: Tensor | None) -> dict[str, bytes]:
         """What is published beside adapter and record."""
@@ -360,7 +353,7 @@ class Coordinator:
         self.mailbox.housekeep(
             record.round,
             clients=len(record.updates),
-            keep_rounds=self.spec.max_staleness + 2,
+            keep_rounds=self.spec.max_staleness + (2 if self.spec.refinement_budget is None else 3),
             tag=record.finished or record.round % self.spec.tag_every == 0,
             finished=record.finished,
         )

@@ -51,7 +51,7 @@ class HistoryRow:
         round: 0 is the initial adapter.
         opened_at: seconds since the epoch by the coordinator's clock.
         num_examples: training examples behind the accepted updates.
-        uplink_bytes: all messages that arrived for this round: accepted, refused and late ones.
+        uplink_bytes: all messages that arrived for this round: accepted, refused and late ones, and refinements.
         dense_uplink_bytes: what as many plain adapter files would have weighed.
         downlink_bytes: what a client that follows every round downloads: the packed change where it was published,
             else the adapter file; with it the control variate, where there is one.
@@ -101,7 +101,7 @@ def row(record: RoundRecord, previous: RoundRecord | None) -> HistoryRow:
         opened_at=record.opened_at,
         num_examples=sum(update.num_examples for update in record.accepted),
         uplink_bytes=sum(update.num_bytes for update in record.updates),
-        dense_uplink_bytes=previous.adapter_bytes * len(record.updates) if previous is not None else 0,
+        dense_uplink_bytes=previous.adapter_bytes * _adapters(record) if previous is not None else 0,
         downlink_bytes=record.variate_bytes
         + (record.adapter_bytes if record.update_bytes is None else record.update_bytes),
         dense_downlink_bytes=record.adapter_bytes,
@@ -112,6 +112,11 @@ def row(record: RoundRecord, previous: RoundRecord | None) -> HistoryRow:
         restored_from=record.restored_from,
         clipped=sum(update.scale < 1 for update in record.accepted),
     )
+
+
+def _adapters(record: RoundRecord) -> int:
+    """How many plain adapter files would have been sent: a refinement says again what its preview said."""
+    return len(record.accepted) + sum(not update.refinement for update in (*record.refused, *record.late))
 
 
 def reason_class(reason: str) -> str:

@@ -4,6 +4,7 @@
 rounds/000000/  round.json adapter_model.safetensors adapter_config.json spec.json   immutable once renamed into place
 rounds/000001/  round.json adapter_model.safetensors adapter_config.json update.safetensors server_optimizer.safetensors
 updates/000000/CLIENT.safetensors                                                    one per client, never overwritten
+refinements/000000/CLIENT.safetensors                                                their second messages, likewise
 metrics/000001/SOURCE.json
 attachments/CLIENT/saliency.safetensors                                              what clients send beside messages
 adapter_model.safetensors adapter_config.json README.md history.jsonl ...            derived from the newest round
@@ -120,9 +121,11 @@ class FolderMailbox:
             storage.replace_file(self.path / _CONTROL_FILE, data, durable=self.durable)
         return True
 
-    def post_update(self, round: int, client_id: str, message: bytes, *, patience: float | None = None) -> None:
+    def post_update(
+        self, round: int, client_id: str, message: bytes, *, patience: float | None = None, refinement: bool = False
+    ) -> None:
         """Post a message under the client's id; the same bytes again are accepted silently. A folder never waits."""
-        folder = self._updates(round)
+        folder = self._updates(round, refinement)
         target = folder / f"{checked_name(client_id)}.safetensors"
         storage.make_folder(folder, durable=self.durable)
         storage.remove_leftovers(folder, target.name)
@@ -132,14 +135,16 @@ class FolderMailbox:
                 "process running under the same client_id? Give each client an id and a state folder of its own."
             )
 
-    def list_updates(self, round: int, clients: Sequence[str] | None = None) -> list[UpdateRef]:
+    def list_updates(
+        self, round: int, clients: Sequence[str] | None = None, *, refinements: bool = False
+    ) -> list[UpdateRef]:
         """The round's messages in client-id order."""
         try:
-            entries = list(os.scandir(self._updates(round)))
+            entries = list(os.scandir(self._updates(round, refinements)))
         except FileNotFoundError:
             return []
         refs = (
-            UpdateRef(entry.name.removesuffix(".safetensors"), round, entry.stat().st_size)
+            UpdateRef(entry.name.removesuffix(".safetensors"), round, entry.stat().st_size, refinement=refinements)
             for entry in entries
             if entry.name.endswith(".safetensors") and is_name(entry.name.removesuffix(".safetensors"))
         )
@@ -147,7 +152,7 @@ class FolderMailbox:
 
     def read_update(self, ref: UpdateRef, *, max_bytes: int) -> bytes:
         """One message, whole."""
-        path = self._updates(ref.round) / f"{checked_name(ref.client_id)}.safetensors"
+        path = self._updates(ref.round, ref.refinement) / f"{checked_name(ref.client_id)}.safetensors"
         try:
             with open(path, "rb") as file:
                 data = file.read(max_bytes + 1)
@@ -206,5 +211,5 @@ class FolderMailbox:
     def _round(self, round: int) -> Path:
         return self.path / "rounds" / f"{round:06d}"
 
-    def _updates(self, round: int) -> Path:
-        return self.path / "updates" / f"{round:06d}"
+    def _updates(self, round: int, refinements: bool) -> Path:
+        return self.path / ("refinements" if refinements else "updates") / f"{round:06d}"

@@ -1,7 +1,8 @@
 """The mailbox protocol: where published rounds lie and clients' messages arrive. A mailbox never decodes a message.
 
 A mailbox holds immutable rounds (`round.json`, the adapter, ...) that only the coordinator publishes, for each round
-at most one message per client, and at its root what people and plain PEFT read.
+at most one message per client (two, where the federation has refinements), and at its root what people and plain PEFT
+read.
 """
 
 from __future__ import annotations
@@ -60,6 +61,7 @@ class UpdateRef:
     """A message that lies in the mailbox: who sent it for which round, and how many bytes it has.
 
     `sha256` is given where the mailbox knows it without reading the message; `location` is the mailbox's own business.
+    `refinement`: it is the client's second message of that round (see `federation.refining`).
     """
 
     client_id: str
@@ -67,6 +69,7 @@ class UpdateRef:
     num_bytes: int
     sha256: str = ""
     location: str = field(default="", compare=False)
+    refinement: bool = False
 
 
 @runtime_checkable
@@ -99,19 +102,24 @@ class Mailbox(Protocol):
     def write_control(self, data: bytes, *, expected: bytes | None) -> bool:
         """Replace it if it still is `expected`; False if somebody else wrote first."""
 
-    def post_update(self, round: int, client_id: str, message: bytes, *, patience: float | None = None) -> None:
+    def post_update(
+        self, round: int, client_id: str, message: bytes, *, patience: float | None = None, refinement: bool = False
+    ) -> None:
         """Post a client's message; posting the same bytes again changes nothing.
 
         Args:
             patience: seconds to go on trying, None for as long as the mailbox's own setting says.
+            refinement: it is the second one of that round.
 
         Raises:
             UpdateConflictError: the client already posted other bytes for this round.
             MailboxUnavailableError: patience ran out. Whether the message arrived is then unknown.
         """
 
-    def list_updates(self, round: int, clients: Sequence[str] | None = None) -> Sequence[UpdateRef]:
-        """The round's messages in client-id order, without reading them; of `clients` only, where given."""
+    def list_updates(
+        self, round: int, clients: Sequence[str] | None = None, *, refinements: bool = False
+    ) -> Sequence[UpdateRef]:
+        """The round's first or second messages in client-id order, without reading them; of `clients` only, or all."""
 
     def read_update(self, ref: UpdateRef, *, max_bytes: int) -> bytes:
         """One message, whole. Raises `MessageError` if it turns out larger than `max_bytes`."""

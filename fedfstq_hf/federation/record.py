@@ -42,7 +42,8 @@ class AcceptedUpdate:
 class RefusedUpdate:
     """An update that was not used, with the reason in words. `sha256` is empty where it was too large to be read.
 
-    `round` is the one it was sent for, given where it is not the round that this record closed.
+    `round` is the one it was sent for, given where it is not the round that this record closed. `refinement`: it was
+    the client's second message of that round.
     """
 
     client_id: str
@@ -50,6 +51,7 @@ class RefusedUpdate:
     num_bytes: int
     reason: str
     round: int | None = None
+    refinement: bool = False
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,8 @@ class RoundRecord:
         opened_at, deadline: seconds since the epoch by the coordinator's clock; no deadline when None.
         finished: True on the last round: no more updates are wanted.
         late: updates of earlier rounds that arrived after those were closed; each is counted once.
+        refinements: second messages that took the place of first ones in the mean of the round before the one that
+            this record closed; `weight` is their share of it.
         selected: the clients whose updates of this round are wanted; None for all.
         restored_from: the earlier round whose adapter this round published again, after a rollback.
         variate_sha256, variate_bytes: of the published control variate (SCAFFOLD); None and 0 without one.
@@ -82,6 +86,7 @@ class RoundRecord:
     accepted: tuple[AcceptedUpdate, ...] = ()
     refused: tuple[RefusedUpdate, ...] = ()
     late: tuple[RefusedUpdate, ...] = ()
+    refinements: tuple[AcceptedUpdate, ...] = ()
     selected: tuple[str, ...] | None = None
     restored_from: int | None = None
     attached_bytes: int = 0
@@ -92,8 +97,8 @@ class RoundRecord:
 
     @property
     def updates(self) -> tuple[AcceptedUpdate | RefusedUpdate, ...]:
-        """All updates that this record names: accepted, refused, late."""
-        return (*self.accepted, *self.refused, *self.late)
+        """All messages that this record names: accepted, refinements, refused, late."""
+        return (*self.accepted, *self.refinements, *self.refused, *self.late)
 
     @property
     def uplink_bytes(self) -> int:
@@ -102,18 +107,24 @@ class RoundRecord:
 
     def fate(self, client_id: str, sha256: str) -> AcceptedUpdate | RefusedUpdate | None:
         """What became of a client's message; None when the record does not name it (late or lost)."""
-        for update in self.updates:
-            if update.client_id == client_id and update.sha256 in (sha256, ""):
-                return update
+        for accepted in self.accepted:
+            if (accepted.client_id, accepted.sha256) == (client_id, sha256):
+                return accepted
+        for unused in (*self.refused, *self.late):
+            if unused.client_id == client_id and unused.sha256 in (sha256, "") and not unused.refinement:
+                return unused
         return None
 
-    def named(self, round: int) -> set[str]:
-        """The clients whose update of `round` this record names, accepted or not."""
-        in_time = {u.client_id for u in self.accepted if self.round - 1 - u.staleness == round}
+    def named(self, round: int, *, refinements: bool = False) -> set[str]:
+        """The clients whose update of `round`, or its refinement, this record names, accepted or not."""
+        if refinements:
+            in_time = {u.client_id for u in self.refinements if self.round - 2 == round}
+        else:
+            in_time = {u.client_id for u in self.accepted if self.round - 1 - u.staleness == round}
         others = {
             u.client_id
             for u in (*self.refused, *self.late)
-            if (u.round if u.round is not None else self.round - 1) == round
+            if u.refinement == refinements and (u.round if u.round is not None else self.round - 1) == round
         }
         return in_time | others
 
@@ -135,6 +146,7 @@ class RoundRecord:
             fields["accepted"] = tuple(AcceptedUpdate(**entry) for entry in fields["accepted"])
             fields["refused"] = tuple(RefusedUpdate(**entry) for entry in fields["refused"])
             fields["late"] = tuple(RefusedUpdate(**entry) for entry in fields["late"])
+            fields["refinements"] = tuple(AcceptedUpdate(**entry) for entry in fields.get("refinements", ()))
             if fields["selected"] is not None:
                 fields["selected"] = tuple(fields["selected"])
             return cls(**fields)

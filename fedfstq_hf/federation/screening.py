@@ -94,6 +94,8 @@ class Screening:
                 raise MessageError(f"It names {what} {given}; expected {wanted}.")
         if header.num_examples < 1:
             raise MessageError(f"It says that it was trained on {header.num_examples} examples; expected at least 1.")
+        if (header.params == message.REFINEMENT_PARAMS) != ref.refinement:
+            raise MessageError("It is a preview where a refinement was expected, or the other way round.")
         signed = self._verified(ref.client_id, digest, signature)
         context = CodecContext(round=ref.round)
         variate: SparseUpdate | None = None

@@ -40,18 +40,27 @@ class Pending:
     """A stored message whose fate is unknown.
 
     `message` is what travels, `readable` the same before it was sealed; `corrected` is Δ plus residual, (num_params,)
-    float32.
+    float32; `refinement` is what follows the message, where the federation has refinements.
     """
 
     round: int
     message: bytes
     corrected: Tensor
     readable: bytes
+    refinement: bytes | None = None
 
     @property
     def sha256(self) -> str:
         """Hex digest that the round record names it by."""
         return hashlib.sha256(self.message).hexdigest()
+
+
+@dataclass(frozen=True)
+class Caps:
+    """Most bytes of a client's first message of a round, and of its refinement; None for no cap."""
+
+    first: int | None = None
+    refinement: int | None = None
 
 
 @dataclass(frozen=True)
@@ -73,7 +82,7 @@ class ClientSession:
         folder: where the state lives, locked against a second process; None keeps it in memory.
         durable: fsync what is stored.
         sign: signs the digest of each message (see `federation.keys.signer`); None sends them unsigned.
-        cap: most bytes of any of its messages, whatever its budget and examples say; None for no cap.
+        caps: most bytes of any of its messages, whatever its budgets and examples say.
 
     Attributes:
         last_round: the round whose local training this client finished last; -1 before the first.
@@ -92,7 +101,7 @@ class ClientSession:
         folder: str | os.PathLike[str] | None = None,
         durable: bool = True,
         sign: Callable[[bytes], bytes] | None = None,
-        cap: int | None = None,
+        caps: Caps | None = None,
     ) -> None:
         if schema.fingerprint != spec.schema:
             raise AdapterMismatchError(
@@ -117,7 +126,7 @@ class ClientSession:
             "schema": self.schema.fingerprint,
         }
         self._sign = sign
-        self._cap = cap
+        self._caps = caps or Caps()
         self._durable = durable
         self._folder = Path(folder) if folder is not None else None
         self._lock: IO[bytes] | None = None
@@ -140,6 +149,7 @@ class ClientSession:
         fisher: Tensor | None,
         num_examples: int,
         max_bytes: int | None,
+        refinement_bytes: int | None = None,
         carried: dict[str, Tensor] | None = None,
         variate: Tensor | None = None,
     ) -> Pending:
@@ -153,6 +163,8 @@ class ClientSession:
             num_examples: N_k, the client's weight in the mean.
             max_bytes: the whole message's budget in bytes, None for no limit; in a federation whose budgets follow the
                 number of examples, that of a client with the mean number.
+            refinement_bytes: likewise for the refinement, in a federation that has them; its last round has none, and
+                the message itself is as long.
             carried: replaces `carried` once stored.
             variate: this client's next control variate, (num_params,) float32, in a federation that has them.
 
@@ -175,17 +187,24 @@ class ClientSession:
         if variate is not None:
             variate = variate - scaffold.client_variate(kept, self.schema.num_params)
         weights = None if fisher is None else self.travelling.take(fisher)
-        readable = self._pack(round, base_sha256, corrected, weights, num_examples, max_bytes, variate)
-        seal_key = self.spec.sealing_key
-        data = readable if seal_key is None else keys.seal(seal_key, readable)
-        pending = Pending(round, data, corrected, readable)
+        first, cap = max_bytes, self._caps.first
+        if self.spec.refinement_budget is not None and not self.spec.refines(round):
+            first, cap = refinement_bytes, self._caps.refinement
+        readable = self._pack(round, base_sha256, corrected, weights, num_examples, first, variate, cap=cap)
+        refinement = None
+        if self.spec.refines(round):
+            update = (round, base_sha256, corrected, weights, num_examples)
+            again = self._pack(*update, refinement_bytes, cap=self._caps.refinement, refines=True)
+            refinement = self._sealed(again)
+        pending = Pending(round, self._sealed(readable), corrected, readable, refinement)
         self._store(last_round=round, residual=None, carried={**(carried or {}), **kept}, pending=pending)
         return pending
 
     def check_budget(self, max_bytes: int) -> None:
         """Raise `BudgetError` unless every message can be kept to `max_bytes` bytes: better now than after training."""
         zeros = torch.zeros(self.schema.num_params)
-        self._pack(self.spec.rounds, "0" * 64, zeros, None, _MANY_EXAMPLES, max_bytes, zeros)
+        refines = self.spec.refinement_budget is not None  # with the longer header
+        self._pack(self.spec.rounds, "0" * 64, zeros, None, _MANY_EXAMPLES, max_bytes, zeros, refines=refines)
 
     def settle(self, record: RoundRecord) -> Settlement:
         """Turn the pending message into the next residual.
@@ -228,6 +247,10 @@ class ClientSession:
             self._lock.close()
             self._lock = None
 
+    def _sealed(self, readable: bytes) -> bytes:
+        seal_key = self.spec.sealing_key
+        return readable if seal_key is None else keys.seal(seal_key, readable)
+
     def _pack(
         self,
         round: int,
@@ -236,7 +259,10 @@ class ClientSession:
         fisher: Tensor | None,
         num_examples: int,
         max_bytes: int | None,
-        variate: Tensor | None,
+        variate: Tensor | None = None,
+        *,
+        cap: int | None = None,
+        refines: bool = False,
     ) -> bytes:
         """A readable message; with a control variate's change its codec gets half of what the budget leaves."""
         if self._has_variate and variate is None:
@@ -248,7 +274,7 @@ class ClientSession:
             base=base_sha256,
             schema=self.schema.fingerprint,
             codec=self._codec.name,
-            params=PAIR_PARAMS if self._has_variate else {},
+            params=PAIR_PARAMS if self._has_variate else message.REFINEMENT_PARAMS if refines else {},
         )
         overhead = 0
         if max_bytes is not None:
@@ -260,8 +286,8 @@ class ClientSession:
             room = (max_bytes - overhead) // (2 if self._has_variate else 1)
             if room > 0:  # a negative one is refused with what is missing
                 room = math.floor(room * self.spec.budget_share(num_examples))
-                if self._cap is not None:
-                    room = max(0, min(room, (self._cap - overhead) // (2 if self._has_variate else 1)))
+                if cap is not None:
+                    room = max(0, min(room, (cap - overhead) // (2 if self._has_variate else 1)))
 
         turn = self.spec.turn(self.schema, self.client_id, round)
 
@@ -302,6 +328,8 @@ class ClientSession:
                 tensors["pending.corrected"] = pending.corrected
                 if pending.readable != pending.message:
                     tensors["pending.readable"] = torch.frombuffer(bytearray(pending.readable), dtype=torch.uint8)
+                if pending.refinement is not None:
+                    tensors["pending.refinement"] = torch.frombuffer(bytearray(pending.refinement), dtype=torch.uint8)
             data = save(tensors, metadata={"fedfstq": json.dumps(fields, sort_keys=True)})
             storage.replace_file(self._folder / _FILE, data, durable=self._durable)
         self.last_round, self.residual, self.carried, self.pending = last_round, residual, carried, pending
@@ -335,12 +363,18 @@ class ClientSession:
         if fields["pending_round"] is not None:
             data = tensors["pending.message"].numpy().tobytes()
             readable = tensors["pending.readable"].numpy().tobytes() if "pending.readable" in tensors else data
-            self.pending = Pending(fields["pending_round"], data, tensors["pending.corrected"], readable)
+            second = tensors["pending.refinement"].numpy().tobytes() if "pending.refinement" in tensors else None
+            self.pending = Pending(fields["pending_round"], data, tensors["pending.corrected"], readable, second)
 
 
 def _metadata(data: bytes) -> dict[str, str]:
     header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
     return dict(header["__metadata__"])
+
+
+def says_nothing_yet(pending: Pending) -> bool:
+    """Whether a message is an empty preview: its link had room for a header only, and its refinement says it all."""
+    return pending.refinement is not None and not message.unpack(pending.readable)[1]
 
 
 def _lock(folder: Path) -> IO[bytes]:

@@ -18,7 +18,7 @@ from fedfstq_hf.federation.record import other_version
 from fedfstq_hf.federation.travelling import Travelling
 from fedfstq_hf.federation.turns import Turn, turn_of
 from fedfstq_hf.sensitivity.options import check_fisher, check_objective
-from fedfstq_hf.switches import check_coverage, check_freeze_a, check_switches, check_weights
+from fedfstq_hf.switches import check_coverage, check_freeze_a, check_refinement, check_switches, check_weights
 
 FORMAT = 2
 
@@ -53,6 +53,9 @@ class FederationSpec:
         uplink_budget: default budget of a message (`"96kB"`, `"0.3bpp"`, `"5s@2Mbps"`), None for no limit.
         mean_examples: where set, budgets are those of a client with so many examples, and another's grow with the
             square root of its own number (`budget_share`).
+        refinement_budget: default budget of a second message of each client and round, which says the whole update
+            again, better, and is sent while the next round's clients train (`federation.refining`); None for none.
+        preview_step: what the first message counts for until then, as a share of the server's step.
         error_feedback: decay of the residual that a client carries to its next update; 0 switches it off.
         max_message_bytes: larger messages are refused unread.
         server: `{"optimizer": any torch.optim class, "lr": ..., ...}` on the pseudo-gradient; SGD with lr 1 is FedAvg.
@@ -100,6 +103,8 @@ class FederationSpec:
     codec_options: Mapping[str, Any] = field(default_factory=dict)
     uplink_budget: str | int | None = None
     mean_examples: int | None = None
+    refinement_budget: str | int | None = None
+    preview_step: float = 1.0
     error_feedback: float = 1.0
     server: Mapping[str, Any] = field(default_factory=lambda: {"optimizer": "SGD", "lr": 1.0})
     training: Mapping[str, Any] = field(default_factory=dict)
@@ -169,6 +174,15 @@ class FederationSpec:
         )
         check_coverage(self.coverage, scaffold=self.scaffold_clients is not None)
         check_weights(self.weights, scaffold=self.scaffold_clients is not None, coverage=self.coverage)
+        check_refinement(
+            self.refinement_budget,
+            self.preview_step,
+            error_feedback=self.error_feedback,
+            scaffold=self.scaffold_clients is not None,
+            coverage=self.coverage,
+        )
+        if self.refinement_budget is not None and self.max_staleness:
+            raise ConfigError("refinement_budget and max_staleness cannot be combined: leave one of them out.")
         if self.scaffold_clients is not None and (type(self.scaffold_clients) is not int or self.scaffold_clients < 1):
             raise ConfigError(
                 f"scaffold_clients is the number of the federation's clients, or null; not {self.scaffold_clients!r}."
@@ -200,6 +214,10 @@ class FederationSpec:
         if self.mean_examples is None:
             return 1.0
         return math.sqrt(min(num_examples / self.mean_examples, self.weight_cap or math.inf))
+
+    def refines(self, round: int) -> bool:
+        """Whether messages of `round` are previews, whose refinements follow; those of the last round are not."""
+        return self.refinement_budget is not None and round < self.rounds - 1
 
     def turn(self, schema: Schema, client_id: str, round: int) -> Turn:
         """What a client's message of a round is about, of what travels (`schema`)."""

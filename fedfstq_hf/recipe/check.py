@@ -5,7 +5,7 @@ from functools import partial
 from pathlib import Path
 
 from fedfstq_hf.errors import ConfigError, FedFSTQError
-from fedfstq_hf.recipe.method import MethodSettings
+from fedfstq_hf.recipe.method import MethodSettings, TimeCap
 from fedfstq_hf.recipe.schema import Recipe
 
 
@@ -27,7 +27,9 @@ def validate(recipe: Recipe) -> list[str]:
         attempt(f"methods.{name}.codec", partial(_check_codec, method))
         attempt(f"methods.{name}.uplink_budget", partial(_check_budget, method))
         attempt(f"methods.{name}.server", partial(_check_server, method))
-        attempt(f"methods.{name}.uplink_cap", partial(_check_cap, recipe, method))
+        attempt(f"methods.{name}.refinement_budget", partial(_check_refinement_budget, method))
+        attempt(f"methods.{name}.uplink_cap", partial(_check_cap, recipe, method.time_cap))
+        attempt(f"methods.{name}.refinement_cap", partial(_check_cap, recipe, method.refinement_time_cap))
         if method.lora:
             attempt(f"methods.{name}.lora", partial(_check_lora, recipe.for_method(name)))
     attempt("lora", partial(_check_lora, recipe))
@@ -44,12 +46,10 @@ def _check_codec(method: MethodSettings) -> None:
     get_codec(method.codec, **method.codec_options)
 
 
-def _check_cap(recipe: Recipe, method: MethodSettings) -> None:
+def _check_cap(recipe: Recipe, cap: TimeCap | None) -> None:
     names = [link.name for link in recipe.links]
-    if method.time_cap is not None and method.time_cap.link not in names:
-        raise ConfigError(
-            f"{method.time_cap.link!r} is none of the recipe's links: {', '.join(names) or 'it has none'}"
-        )
+    if cap is not None and cap.link not in names:
+        raise ConfigError(f"{cap.link!r} is none of the recipe's links: {', '.join(names) or 'it has none'}")
 
 
 def _check_budget(method: MethodSettings) -> None:
@@ -57,6 +57,12 @@ def _check_budget(method: MethodSettings) -> None:
 
     if method.uplink_budget is not None:
         open_budget(method.uplink_budget, 1_000_000)
+
+
+def _check_refinement_budget(method: MethodSettings) -> None:
+    from fedfstq_hf.federation.budgets import open_refinement_budget
+
+    open_refinement_budget(method.refinement_budget, 1_000_000)
 
 
 def _check_server(method: MethodSettings) -> None:

@@ -10,7 +10,7 @@ from fedfstq_hf.errors import ConfigError
 from fedfstq_hf.recipe.ranges import positive
 from fedfstq_hf.recipe.strict import build, plain
 from fedfstq_hf.sensitivity.options import check_fisher, check_objective
-from fedfstq_hf.switches import check_coverage, check_freeze_a, check_switches, check_weights
+from fedfstq_hf.switches import check_coverage, check_freeze_a, check_refinement, check_switches, check_weights
 
 
 @dataclass(frozen=True)
@@ -77,6 +77,13 @@ class MethodSettings:
     uplink_cap: str | None = None
     """Most time that a message may take on one of the recipe's links, such as `0.5s@straggler-tail`: a client whose
     link carries less than its budget in that time says less. In simulations; a real client sets its own budget."""
+    refinement_budget: int | str | None = None
+    """Budget of a second message of each client and round: its whole update again, better said, sent while the next
+    round's clients train (`federation.refining`). The first is then a preview; None for none."""
+    preview_step: float = 1.0
+    """What a preview counts for until its refinement is there, as a share of the server's step."""
+    refinement_cap: str | None = None
+    """As `uplink_cap`, for the second message."""
     error_feedback: bool | float = True
     """Whether a client keeps what its message left out and adds it to its next update; a number is the decay."""
     server: ServerSettings = field(default_factory=ServerSettings)
@@ -132,33 +139,52 @@ class MethodSettings:
         check_freeze_a(self.freeze_a, scaffold=self.scaffold, learned_binarisation=self.learned_binarisation)
         check_coverage(self.coverage, scaffold=self.scaffold)
         check_weights(self.weights, scaffold=self.scaffold, coverage=self.coverage)
+        check_refinement(
+            self.refinement_budget,
+            self.preview_step,
+            error_feedback=self.feedback_decay,
+            scaffold=self.scaffold,
+            coverage=self.coverage,
+        )
         if self.budget_by_examples and self.uplink_budget is None:
             raise ConfigError(
                 "budget_by_examples divides uplink_budget among the clients; set that too, such as 0.1bpp"
             )
         if self.time_cap is not None and self.uplink_budget is None:  # one that cannot be read is refused first
             raise ConfigError("uplink_cap lowers uplink_budget where a link is slow; set that too, such as 0.1bpp")
+        if self.refinement_time_cap is not None and self.refinement_budget is None:
+            raise ConfigError(
+                "refinement_cap lowers refinement_budget where a link is slow; set that too, such as 0.4bpp"
+            )
         if isinstance(self.uplink_budget, int) and self.uplink_budget < 1:
             raise ConfigError(f"uplink_budget must be at least 1 byte, got {self.uplink_budget}")
 
     @property
     def time_cap(self) -> TimeCap | None:
         """`uplink_cap`, read. Raises ConfigError where it cannot be."""
-        if self.uplink_cap is None:
-            return None
-        match = re.fullmatch(r"\s*([0-9.eE+-]+)\s*s\s*@\s*(\S+)\s*", str(self.uplink_cap))
-        try:
-            seconds = float(match[1]) if match else math.nan
-        except ValueError:
-            seconds = math.nan
-        if match is None or not 0 < seconds < math.inf:
-            raise ConfigError(
-                f"uplink_cap is {self.uplink_cap!r}; expected a time above 0 on one of the recipe's links, such as "
-                "0.5s@straggler-tail"
-            )
-        return TimeCap(seconds, match[2])
+        return _time_cap("uplink_cap", self.uplink_cap)
+
+    @property
+    def refinement_time_cap(self) -> TimeCap | None:
+        """`refinement_cap`, read. Raises ConfigError where it cannot be."""
+        return _time_cap("refinement_cap", self.refinement_cap)
 
     @property
     def feedback_decay(self) -> float:
         """Decay of the residual: 1.0 for `true`, 0.0 without error feedback."""
         return float(self.error_feedback)
+
+
+def _time_cap(name: str, written: str | None) -> TimeCap | None:
+    if written is None:
+        return None
+    match = re.fullmatch(r"\s*([0-9.eE+-]+)\s*s\s*@\s*(\S+)\s*", str(written))
+    try:
+        seconds = float(match[1]) if match else math.nan
+    except ValueError:
+        seconds = math.nan
+    if match is None or not 0 < seconds < math.inf:
+        raise ConfigError(
+            f"{name} is {written!r}; expected a time above 0 on one of the recipe's links, such as 0.5s@straggler-tail"
+        )
+    return TimeCap(seconds, match[2])

@@ -6,12 +6,15 @@ Nothing sleeps. Round time is straggler-limited (paper, section III): the server
 import difflib
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 
 from fedfstq_hf.errors import ConfigError
 
+NOTHING: Mapping[int, Any] = MappingProxyType({})
 _RATE_STREAM = 0x11A7E  # keeps the rates' random stream apart from those of the plan and the partition
 
 
@@ -51,9 +54,9 @@ class LinkProfile:
             raise ConfigError(f"uplink_mbps must be a number above 0, got {self.uplink_mbps!r}")
         if not self.downlink_ratio > 0:
             raise ConfigError(f"downlink_ratio must be a number above 0 or .inf, got {self.downlink_ratio!r}")
-        for field in ("spread", "server_seconds", "transmit_watts", "compute_watts"):
-            if not 0 <= getattr(self, field) < math.inf:
-                raise ConfigError(f"{field} must be a number of at least 0, got {getattr(self, field)!r}")
+        for name in ("spread", "server_seconds", "transmit_watts", "compute_watts"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ConfigError(f"{name} must be a number of at least 0, got {getattr(self, name)!r}")
         if not 0 <= self.tail_fraction <= 1:
             raise ConfigError(f"tail_fraction must lie in [0, 1], got {self.tail_fraction!r}")
         if len(self.tail_mbps) != 2 or not 0 < self.tail_mbps[0] <= self.tail_mbps[1] < math.inf:
@@ -113,12 +116,16 @@ class LinkRates:
 
 @dataclass(frozen=True)
 class RoundCost:
-    """What one round cost on one link: seconds of the round, joules as mean over its clients and of the straggler."""
+    """What one round cost on one link: seconds of the round, joules as mean over its clients and of the straggler.
+
+    `backlog`: seconds for which clients' uplinks are still busy with refinements when the round is over.
+    """
 
     seconds: float
     straggler: int
     energy_mean: float
     energy_straggler: float
+    backlog: dict[int, float] = field(default_factory=dict)
 
 
 def get_link(name: str) -> LinkProfile:
@@ -160,6 +167,8 @@ def round_cost(
     uplink_bytes: Mapping[int, int],
     downlink_bytes: Mapping[int, int],
     compute_seconds: Mapping[int, float],
+    refinement_bytes: Mapping[int, int] = NOTHING,
+    backlog: Mapping[int, float] = NOTHING,
 ) -> RoundCost:
     """Cost of a round for the clients that are keys of `uplink_bytes`: those whose update arrived.
 
@@ -169,6 +178,10 @@ def round_cost(
         uplink_bytes: message bytes by client index.
         downlink_bytes: bytes the client fetched before the round, by client index.
         compute_seconds: measured local seconds by client index.
+        refinement_bytes: bytes that a client sends from then on, while the next round goes on, by client index; also
+            of clients that are no keys of `uplink_bytes`.
+        backlog: of the round before: the round is not over before those refinements are there, and a client's own goes
+            before its message.
 
     `T = T_srv + max_k(8 down_k / R_down,k + T_comp,k + 8 up_k / R_up,k)` and, per client,
     `E_k = P_comp T_comp,k + P_tx 8 up_k / R_up,k` (energy of the receiver is not counted, as in the paper).
@@ -177,17 +190,26 @@ def round_cost(
         raise ConfigError("a round needs at least one client whose update arrived, got none")
     seconds: dict[int, float] = {}
     energy: dict[int, float] = {}
-    for client, up in uplink_bytes.items():
+    busy: dict[int, float] = {}
+    for client in {**uplink_bytes, **refinement_bytes}:
         compute = compute_seconds[client] if profile.compute_seconds is None else profile.compute_seconds
-        transmit = 8 * up / float(rates.uplink[client])
-        seconds[client] = 8 * downlink_bytes[client] / float(rates.downlink[client]) + compute + transmit
-        energy[client] = profile.compute_watts * compute + profile.transmit_watts * transmit
+        up, following = (
+            8 * sizes.get(client, 0) / float(rates.uplink[client]) for sizes in (uplink_bytes, refinement_bytes)
+        )
+        ready = 8 * downlink_bytes[client] / float(rates.downlink[client]) + compute
+        sent = max(ready, backlog.get(client, 0.0)) + up
+        if client in uplink_bytes:
+            seconds[client] = sent
+        busy[client] = sent + following
+        energy[client] = profile.compute_watts * compute + profile.transmit_watts * (up + following)
     straggler = max(seconds, key=lambda client: (seconds[client], -client))
+    total = profile.server_seconds + max(seconds[straggler], *backlog.values(), 0.0)
     return RoundCost(
-        seconds=profile.server_seconds + seconds[straggler],
+        seconds=total,
         straggler=straggler,
         energy_mean=sum(energy.values()) / len(energy),
         energy_straggler=energy[straggler],
+        backlog={client: busy[client] - total for client in refinement_bytes if busy[client] > total},
     )
 
 

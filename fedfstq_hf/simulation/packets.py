@@ -33,12 +33,15 @@ class Delivery:
     attempts: int = 1
 
 
-def deliver(sizes: Mapping[int, int], *, loss: float, retransmissions: int, seed: int, round: int) -> Delivery:
+def deliver(
+    sizes: Mapping[int, int], *, loss: float, retransmissions: int, seed: int, round: int, refinements: bool = False
+) -> Delivery:
     """Send a round's messages of `sizes` bytes by client index.
 
     Args:
         loss: probability that one transmission of a packet is lost, in [0, 1).
         retransmissions: how often the link layer repeats a packet before it gives it up.
+        refinements: these follow the round's messages: they meet losses of their own, and are sent once.
 
     Raises:
         FedFSTQError: not one message came through in 1000 attempts.
@@ -49,12 +52,12 @@ def deliver(sizes: Mapping[int, int], *, loss: float, retransmissions: int, seed
     for attempt in range(1, _MOST_ATTEMPTS + 1):
         arrived = []
         for client, size in sizes.items():
-            rng = np.random.default_rng([_LOSS_STREAM, seed, round, client, attempt])
+            rng = np.random.default_rng([_LOSS_STREAM, seed, round, client, attempt, *([1] if refinements else [])])
             sent, whole = _transmit(size, loss, retransmissions, rng)
             air[client] += sent
             if whole:
                 arrived.append(client)
-        if arrived:
+        if arrived or refinements:
             return Delivery(tuple(sorted(arrived)), air, attempt)
     raise FedFSTQError(
         f"Round {round}: not one of {len(sizes)} messages of up to {max(sizes.values())} bytes came through at a "

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fedfstq_hf.errors import FedFSTQError
 from fedfstq_hf.federation import storage
-from fedfstq_hf.federation.budgets import expected_messages, open_budget
+from fedfstq_hf.federation.budgets import expected_messages
 from fedfstq_hf.federation.client import Assignment, LocalResult, local_seed, store_message
 from fedfstq_hf.federation.coordinator import Coordinator
 from fedfstq_hf.federation.downlink import cheapest_download
@@ -24,11 +24,11 @@ from fedfstq_hf.federation.local import FolderMailbox
 from fedfstq_hf.federation.mailbox import RECORD_FILE
 from fedfstq_hf.federation.record import RoundRecord
 from fedfstq_hf.federation.scaffold import read_variate
-from fedfstq_hf.federation.session import ClientSession
+from fedfstq_hf.federation.session import Caps, ClientSession, says_nothing_yet
 from fedfstq_hf.simulation.network import LinkProfile, LinkRates, round_cost
 from fedfstq_hf.simulation.packets import Delivery, deliver
 from fedfstq_hf.simulation.plan import RoundPlan
-from fedfstq_hf.simulation.workers import client_name, open_session
+from fedfstq_hf.simulation.workers import client_name, open_budgets, open_session
 
 Row = dict[str, Any]
 TrainElsewhere = Callable[[int, Sequence[int], Tensor, str, int], Mapping[int, float]]
@@ -48,7 +48,7 @@ class SimulatedParticipation:
         emit: takes each new row.
         train: trains clients elsewhere, (round, indices, adapter, its sha256, messages expected) -> seconds by index,
             leaving their messages in their sessions; None hands them out one by one.
-        caps: most bytes of each client's messages; None where there is no cap.
+        caps: of each client's messages.
         loss: of a packet, `retransmissions` and seed of the uplink, as `packets.deliver` takes them.
         expected: messages of the first round, for budgets that are a round's.
     """
@@ -65,7 +65,7 @@ class SimulatedParticipation:
         rows: Sequence[Row],
         emit: Callable[[Row], None],
         train: TrainElsewhere | None = None,
-        caps: Sequence[int | None] | None = None,
+        caps: Sequence[Caps] | None = None,
         loss: tuple[float, int, int] = (0.0, 0, 0),
         expected: int = 1,
     ) -> None:
@@ -77,15 +77,14 @@ class SimulatedParticipation:
         self._evaluate = evaluate
         self._emit = emit
         self._train = train
-        self._caps = caps if caps is not None else [None] * len(datasets)
+        self._caps = caps if caps is not None else [Caps()] * len(datasets)
         self._loss, self._expected = loss, expected
         self._last_row: Row | None = rows[-1] if rows else None
         storage.make_folder(folder / "sent", durable=False)
         self.mailbox = FolderMailbox(folder / "mailbox", durable=False)
         self.coordinator = Coordinator(self.mailbox)
         self.spec = self.coordinator.spec
-        num_params = self.coordinator.travelling.schema.num_params
-        self._budget = open_budget(self.spec.uplink_budget, num_params)
+        self._budgets = open_budgets(self.spec, self.coordinator.schema)
         self._sessions: dict[int, ClientSession] = {}
         self._compute: dict[int, float] = {}
         self._started = 0.0
@@ -127,7 +126,7 @@ class SimulatedParticipation:
     def complete(self, assignment: Assignment, result: LocalResult) -> dict[str, float]:
         """Store the client's message; the round's are sent when all are there."""
         session = assignment.session
-        store_message(session, self._budget, assignment, result)
+        store_message(session, self._budgets, assignment, result)
         index = next(i for i, opened in self._sessions.items() if opened is session)
         self._compute[index] = time.perf_counter() - self._started
         return {}
@@ -143,21 +142,41 @@ class SimulatedParticipation:
         self._sessions.clear()
 
     def _send(self, round: int) -> None:
-        """Post the messages that come through. What was sent is written down first: a lost message leaves no record."""
-        pending = {index: self._open(index).pending for index in self._plan[round].survivors}
-        messages = {index: held.message for index, held in pending.items() if held is not None}
-        sizes = json.dumps({index: len(message) for index, message in messages.items()})
-        storage.replace_file(self._sent_file(round), sizes.encode(), durable=False)
-        for index in self._deliver(round).arrived:
-            self.mailbox.post_update(round, client_name(index), messages[index])
+        """Post the messages that come through. What was sent is written down first: a lost message leaves no record.
 
-    def _deliver(self, round: int) -> Delivery:
-        sizes = {int(index): size for index, size in json.loads(self._sent_file(round).read_bytes()).items()}
+        The coordinator closes the round with the first ones; refinements wait there for the next.
+        """
+        held = {index: self._open(index).pending for index in self._plan[round].survivors}
+        pending = {index: stored for index, stored in held.items() if stored is not None}
+        first = {index: stored.message for index, stored in pending.items() if not says_nothing_yet(stored)}
+        first = first or {index: stored.message for index, stored in pending.items()}
+        second = {index: stored.refinement for index, stored in pending.items() if stored.refinement is not None}
+        for messages, refinements in ((first, False), (second, True)):
+            sizes = json.dumps({index: len(message) for index, message in messages.items()})
+            storage.replace_file(self._sent_file(round, refinements), sizes.encode(), durable=False)
+            for index in self._deliver(round, refinements).arrived:
+                self.mailbox.post_update(round, client_name(index), messages[index], refinement=refinements)
+
+    def _deliver(self, round: int, refinements: bool = False) -> Delivery:
         loss, retransmissions, seed = self._loss
-        return deliver(sizes, loss=loss, retransmissions=retransmissions, seed=seed, round=round)
+        return deliver(
+            self._sent(round, refinements),
+            loss=loss,
+            retransmissions=retransmissions,
+            seed=seed,
+            round=round,
+            refinements=refinements,
+        )
 
-    def _sent_file(self, round: int) -> Path:
-        return self._folder / "sent" / f"{round:06d}.json"
+    def _sent(self, round: int, refinements: bool = False) -> dict[int, int]:
+        """Bytes of each client's message of a round, or of its refinement."""
+        path = self._sent_file(round, refinements)
+        if refinements and not path.exists():  # a run that an earlier version began
+            return {}
+        return {int(index): size for index, size in json.loads(path.read_bytes()).items()}
+
+    def _sent_file(self, round: int, refinements: bool) -> Path:
+        return self._folder / "sent" / f"{round:06d}{'-refinements' if refinements else ''}.json"
 
     def _train_elsewhere(self, record: RoundRecord, train: TrainElsewhere) -> None:
         survivors = self._plan[record.round].survivors
@@ -213,25 +232,37 @@ class SimulatedParticipation:
         self._compute.clear()
 
     def _costs(self, record: RoundRecord, plan: RoundPlan, previous: Row) -> Row:
-        sizes = json.loads(self._sent_file(record.round - 1).read_bytes())
+        sizes, refinements = (self._sent(record.round - 1, second) for second in (False, True))
         delivery = self._deliver(record.round - 1)
+        following = self._deliver(record.round - 1, True).air_bytes
         downlink = {index: self._downlink(index, record.round - 1) for index in plan.sampled}
         # After an interruption some clients' times are unknown; the mean of those that are known stands for them.
         known = list(self._compute.values()) or [previous.get("compute_seconds", 0.0)]
         typical = sum(known) / len(known)
         compute = {index: self._compute.get(index, typical) for index in plan.survivors}
-        seconds, energy = {}, {}
+        seconds, energy, backlog = {}, {}, {}
         for profile, rates in self._links:
+            before = previous.get("backlog", {}).get(profile.name, {})
             cost = round_cost(
-                profile, rates, uplink_bytes=delivery.air_bytes, downlink_bytes=downlink, compute_seconds=compute
+                profile,
+                rates,
+                uplink_bytes=delivery.air_bytes,
+                downlink_bytes=downlink,
+                compute_seconds=compute,
+                refinement_bytes=following,
+                backlog={int(index): left for index, left in before.items()},
             )
+            backlog[profile.name] = {str(index): left for index, left in cost.backlog.items()}
             seconds[profile.name] = previous["seconds"][profile.name] + cost.seconds
             energy[profile.name] = {"mean": cost.energy_mean, "straggler": cost.energy_straggler}
-        up, down = sum(sizes.values()), sum(downlink.values())
+        up, down = sum(sizes.values()) + sum(refinements.values()), sum(downlink.values())
+        refined: Row = {}
+        if refinements:
+            refined = {"backlog": backlog, "client_refinement_bytes": [following.get(index, 0) for index in compute]}
         return {
             "uplink_bytes": up,
             "downlink_bytes": down,
-            "air_bytes": sum(delivery.air_bytes.values()),
+            "air_bytes": sum(delivery.air_bytes.values()) + sum(following.values()),
             "cumulative_uplink_bytes": previous["cumulative_uplink_bytes"] + up,
             "cumulative_downlink_bytes": previous["cumulative_downlink_bytes"] + down,
             "seconds": seconds,
@@ -242,9 +273,10 @@ class SimulatedParticipation:
             "compute_seconds": sum(compute.values()) / len(compute),
             "energy": energy,
             "clients": list(compute),
-            "client_air_bytes": [delivery.air_bytes[index] for index in compute],
+            "client_air_bytes": [delivery.air_bytes.get(index, 0) for index in compute],
             "client_downlink_bytes": [downlink[index] for index in compute],
             "client_compute_seconds": list(compute.values()),
+            **refined,
         }
 
     def _downlink(self, index: int, round: int) -> int:

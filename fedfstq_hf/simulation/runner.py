@@ -28,9 +28,10 @@ from fedfstq_hf.federation import storage
 from fedfstq_hf.federation.founding import found_federation
 from fedfstq_hf.federation.local import FolderMailbox
 from fedfstq_hf.federation.mailbox import ADAPTER_CONFIG_FILE, ADAPTER_FILE, SPEC_FILE
+from fedfstq_hf.federation.session import Caps
 from fedfstq_hf.founding import Founding, found, make_spec, training_arguments
 from fedfstq_hf.recipe import Recipe, validate
-from fedfstq_hf.recipe.method import MethodSettings
+from fedfstq_hf.recipe.method import MethodSettings, TimeCap
 from fedfstq_hf.reporting.report import write_report
 from fedfstq_hf.reporting.summary import COMPARED, TargetRule, read_rows, summarize, write_summary
 from fedfstq_hf.simulation.network import LinkProfile, LinkRates, draw_rates
@@ -190,7 +191,7 @@ class Simulation:
         mailbox: FolderMailbox,
         folder: Path,
         seed: int,
-        caps: tuple[int | None, ...],
+        caps: tuple[Caps, ...],
     ) -> TrainElsewhere:
         arguments = {**recipe.training.trainer_kwargs(), "seed": seed}
         return partial(pool.train, Job(folder, mailbox.read(0, SPEC_FILE), arguments, caps))
@@ -300,15 +301,16 @@ def same_settings(found: Mapping[str, Any], recipe: Recipe) -> bool:
     return all(known[key] == value for key, value in recipe.to_dict().items() if key not in _WORDS)
 
 
-def _caps(
-    settings: MethodSettings, links: Sequence[tuple[LinkProfile, LinkRates]], clients: int
-) -> tuple[int | None, ...]:
-    """Bytes that each client's link carries in the time that a message may take."""
-    cap = settings.time_cap
-    if cap is None:
-        return (None,) * clients
-    rates = next(rates for profile, rates in links if profile.name == cap.link)
-    return tuple(int(cap.seconds * rate / 8) for rate in rates.uplink.tolist())
+def _caps(settings: MethodSettings, links: Sequence[tuple[LinkProfile, LinkRates]], clients: int) -> tuple[Caps, ...]:
+    """Bytes that each client's link carries in the time that its messages may take."""
+
+    def most(cap: TimeCap | None) -> list[int | None]:
+        if cap is None:
+            return [None] * clients
+        rates = next(rates for profile, rates in links if profile.name == cap.link)
+        return [int(cap.seconds * rate / 8) for rate in rates.uplink.tolist()]
+
+    return tuple(map(Caps, most(settings.time_cap), most(settings.refinement_time_cap)))
 
 
 def _mean_examples(datasets: Sequence[Sequence[Any]]) -> int:

@@ -25,13 +25,13 @@ from torch import Tensor
 
 from fedfstq_hf.errors import FedFSTQError
 from fedfstq_hf.evaluation import Evaluator
-from fedfstq_hf.federation.budgets import open_budget
+from fedfstq_hf.federation.budgets import Budgets, open_budget, open_refinement_budget
 from fedfstq_hf.federation.client import Assignment, LocalResult, local_seed, store_message
 from fedfstq_hf.federation.local import FolderMailbox
 from fedfstq_hf.federation.mailbox import RECORD_FILE
 from fedfstq_hf.federation.record import RoundRecord
 from fedfstq_hf.federation.scaffold import read_variate
-from fedfstq_hf.federation.session import ClientSession
+from fedfstq_hf.federation.session import Caps, ClientSession
 from fedfstq_hf.federation.spec import FederationSpec
 from fedfstq_hf.simulation.processes import start_method, warm_up
 
@@ -52,13 +52,13 @@ class Job:
         folder: of the run.
         spec: as JSON.
         arguments: of its `TrainingArguments`.
-        caps: most bytes of each client's messages; None where there is no cap.
+        caps: of each client's messages.
     """
 
     folder: Path
     spec: bytes
     arguments: dict[str, Any]
-    caps: tuple[int | None, ...]
+    caps: tuple[Caps, ...]
 
 
 @dataclass(frozen=True)
@@ -81,10 +81,18 @@ class Batch:
     adapter: Tensor
 
 
-def open_session(folder: Path, index: int, spec: FederationSpec, schema: Any, cap: int | None) -> ClientSession:
-    """The session of client `index` of the run in `folder`, whose messages have at most `cap` bytes."""
+def open_session(folder: Path, index: int, spec: FederationSpec, schema: Any, caps: Caps) -> ClientSession:
+    """The session of client `index` of the run in `folder`, whose messages have at most `caps` bytes."""
     name = client_name(index)
-    return ClientSession(name, spec, schema, folder=folder / "clients" / name, durable=False, cap=cap)
+    return ClientSession(name, spec, schema, folder=folder / "clients" / name, durable=False, caps=caps)
+
+
+def open_budgets(spec: FederationSpec, schema: Any) -> Budgets:
+    """Of all clients of a federation, whose adapter has that schema."""
+    num_params = spec.travelling(schema).schema.num_params
+    return Budgets(
+        open_budget(spec.uplink_budget, num_params), open_refinement_budget(spec.refinement_budget, num_params)
+    )
 
 
 class WorkerPool:
@@ -207,7 +215,7 @@ class _WorkerParticipation:
         self.following: Task | None = first
         self.total_steps = self.spec.rounds * self.spec.local_steps * len(datasets)
         self._schema, self._datasets, self._inbox = schema, datasets, inbox
-        self._budget = open_budget(self.spec.uplink_budget, self.spec.travelling(schema).schema.num_params)
+        self._budgets = open_budgets(self.spec, schema)
         self._index, self._started = first.index, 0.0
 
     def next(self) -> Assignment | None:
@@ -237,7 +245,7 @@ class _WorkerParticipation:
         return read_variate(mailbox, record, self.spec, self._schema.num_params)
 
     def complete(self, assignment: Assignment, result: LocalResult) -> dict[str, float]:
-        store_message(assignment.session, self._budget, assignment, result)
+        store_message(assignment.session, self._budgets, assignment, result)
         assignment.session.close()
         self._inbox.results.put((self._index, time.perf_counter() - self._started, None))
         return {}

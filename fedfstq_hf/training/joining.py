@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fedfstq_hf.adapter import AdapterView, base_fingerprint, check_same_adapter, check_same_base
 from fedfstq_hf.config import FedFSTQConfig
 from fedfstq_hf.errors import BudgetError, ConfigError, MailboxError
-from fedfstq_hf.federation.budgets import open_budget
+from fedfstq_hf.federation.budgets import open_budget, open_refinement_budget
 from fedfstq_hf.federation.client import MailboxParticipation
 from fedfstq_hf.federation.key_files import client_signer
 from fedfstq_hf.federation.mailbox import ADAPTER_CONFIG_FILE, SPEC_FILE, open_mailbox
@@ -51,6 +51,7 @@ def join(
     Raises:
         AdapterMismatchError: another base model or LoRA configuration than the federation's.
         BudgetError: not even an empty message fits into the client's budget.
+        ConfigError: a budget for refinements in a federation that has none.
         MailboxError: no federation at the address.
         SessionBusyError: another process works in this client's state folder.
     """
@@ -65,6 +66,9 @@ def join(
     check_same_base(base_fingerprint(model), spec.base_fingerprint, spec.model)
     check_same_adapter(view.model.peft_config[view.name].to_dict(), theirs)
     budget = config.uplink_budget if config.uplink_budget is not None else spec.uplink_budget
+    if config.refinement_budget is not None and spec.refinement_budget is None:
+        raise ConfigError(f"The federation at {address} has no refinements: leave refinement_budget out.")
+    refinements = config.refinement_budget if config.refinement_budget is not None else spec.refinement_budget
     session = ClientSession(
         config.client_id,
         spec,
@@ -89,6 +93,7 @@ def join(
             mailbox,
             session,
             budget=open_budget(budget, session.schema.num_params),
+            refinements=open_refinement_budget(refinements, session.schema.num_params),
             poll_seconds=config.poll_seconds,
             wait_seconds=config.wait_seconds,
             saliency=pack_saliency if config.share_saliency else None,

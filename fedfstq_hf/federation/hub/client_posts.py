@@ -46,7 +46,7 @@ class ClientPosts:
         self._private = private
         self._layout: Layout | None = None
         self._warned: set[str] = set()
-        self._found: dict[tuple[int, str], UpdateRef] = {}
+        self._found: dict[tuple[int, bool, str], UpdateRef] = {}
         self._messages = MessageCache()
 
     def found(self, layout: str) -> bytes:
@@ -56,11 +56,13 @@ class ClientPosts:
 
     # -- messages ---------------------------------------------------------------------------------------------------
 
-    def post_update(self, round: int, client_id: str, message: bytes, *, patience: float | None) -> None:
+    def post_update(
+        self, round: int, client_id: str, message: bytes, *, patience: float | None, refinement: bool = False
+    ) -> None:
         """Post a client's message where its layout says."""
         layout, enrolment = self._layouts(), self._enrolments().enrolment(checked_name(client_id))
         place = layout.own_place(client_id, enrolment)
-        if place is None:
+        if place is None:  # a refinement follows a message that opened one
             repo = layout.repo(self._address.mailbox_repo)
             open_pull_request(
                 repo,
@@ -72,23 +74,23 @@ class ClientPosts:
                 seconds=patience,
             )
             return
-        post(place, round, client_id, message, seconds=patience)
+        post(place, round, client_id, message, seconds=patience, refinement=refinement)
 
-    def list_updates(self, round: int, clients: Sequence[str] | None) -> list[UpdateRef]:
+    def list_updates(self, round: int, clients: Sequence[str] | None, *, refinements: bool = False) -> list[UpdateRef]:
         """The round's messages: one request for each client that none was found of yet, or one for all."""
         layout = self._layouts()
-        listed = layout.list_folder(round)
+        listed = layout.list_folder(round, refinements)
         if listed is not None:
             for ref in listed:
-                self._found.setdefault((round, ref.client_id), ref)
+                self._found.setdefault((round, refinements, ref.client_id), ref)
         else:
             for client in layout.clients() if clients is None else clients:
-                if (round, client) not in self._found:
-                    self._look_for(round, client)
+                if (round, refinements, client) not in self._found:
+                    self._look_for(round, refinements, client)
         return sorted(
             ref
-            for (of_round, client), ref in self._found.items()
-            if of_round == round and (clients is None or client in clients)
+            for (of_round, second, client), ref in self._found.items()
+            if (of_round, second) == (round, refinements) and (clients is None or client in clients)
         )
 
     def read_update(self, ref: UpdateRef, *, max_bytes: int) -> bytes:
@@ -99,7 +101,7 @@ class ClientPosts:
         place = self._place(ref.client_id)
         if place is None:
             raise MailboxError(f"The pull request of client {ref.client_id} was closed; its update cannot be read.")
-        path = place.update_path(ref.round, ref.client_id)
+        path = place.update_path(ref.round, ref.client_id, ref.refinement)
         file = place.repo.read(path, revision=ref.location or place.revision, max_bytes=max_bytes, squashed=True)
         if file is None:  # the client squashed its history: the same file is on its branch
             file = place.repo.read(path, revision=place.revision, max_bytes=max_bytes)
@@ -195,12 +197,13 @@ class ClientPosts:
     def _place(self, client_id: str) -> Place | None:
         return self._layouts().place(client_id, self._enrolments().enrolment(client_id))
 
-    def _look_for(self, round: int, client: str) -> None:
+    def _look_for(self, round: int, refinements: bool, client: str) -> None:
         try:
             place = self._place(client)
             if place is None:
                 return
-            state = place.repo.state(place.update_path(round, client), revision=place.revision)
+            path = place.update_path(round, client, refinements)
+            state = place.repo.state(path, revision=place.revision)
         except MailboxUnavailableError:
             raise
         except MailboxError as error:  # one client's closed repo must not stop the others
@@ -210,4 +213,6 @@ class ClientPosts:
             return
         if state is not None:
             sha256 = state.etag if len(state.etag) == 64 else ""
-            self._found[round, client] = UpdateRef(client, round, state.size, sha256, state.commit)
+            self._found[round, refinements, client] = UpdateRef(
+                client, round, state.size, sha256, state.commit, refinements
+            )

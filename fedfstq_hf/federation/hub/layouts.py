@@ -24,6 +24,11 @@ _OPEN = ("open", "draft")
 _CLOSING_SECONDS = 10.0
 
 
+def round_folder(round: int, refinements: bool = False) -> str:
+    """Where a shared repo has the messages of a round, or their refinements."""
+    return f"rounds/{round:06d}/{'refinements' if refinements else 'deltas'}"
+
+
 @dataclass(frozen=True)
 class Place:
     """What one client may write: a branch or pull request of a repo, `shared` with others or its own."""
@@ -32,11 +37,11 @@ class Place:
     revision: str
     shared: bool = False
 
-    def update_path(self, round: int, client_id: str) -> str:
-        """Of the client's message for a round."""
-        return (
-            f"rounds/{round:06d}/deltas/{client_id}.safetensors" if self.shared else f"rounds/{round:06d}.safetensors"
-        )
+    def update_path(self, round: int, client_id: str, refinement: bool = False) -> str:
+        """Of the client's message for a round, or its second one."""
+        if self.shared:
+            return f"{round_folder(round, refinement)}/{client_id}.safetensors"
+        return f"{'refinements' if refinement else 'rounds'}/{round:06d}.safetensors"
 
     def metrics_path(self, client_id: str) -> str:
         """Of the metrics that the client posted."""
@@ -73,7 +78,7 @@ class Layout(ABC):
     def clients(self) -> list[str]:
         """Clients that have a place, where nobody is enrolled by name."""
 
-    def list_folder(self, round: int) -> list[UpdateRef] | None:
+    def list_folder(self, round: int, refinements: bool = False) -> list[UpdateRef] | None:
         """All messages of a round, where one request tells them; None where each client has to be asked for."""
         return None
 
@@ -138,14 +143,15 @@ class SharedRepo(Layout):
         """Nobody has a place of its own; the rounds' folders tell."""
         return []
 
-    def list_folder(self, round: int) -> list[UpdateRef]:
+    def list_folder(self, round: int, refinements: bool = False) -> list[UpdateRef]:
         """The round's folder, in one request."""
         refs = []
-        for entry in self._shared().list(f"rounds/{round:06d}/deltas"):
+        for entry in self._shared().list(round_folder(round, refinements)):
             client = entry.path.rsplit("/", 1)[-1]
             if client.endswith(".safetensors") and is_name(client.removesuffix(".safetensors")):
                 sha256 = entry.lfs.sha256 if entry.lfs is not None else ""
-                refs.append(UpdateRef(client.removesuffix(".safetensors"), round, entry.size, sha256, "main"))
+                name = client.removesuffix(".safetensors")
+                refs.append(UpdateRef(name, round, entry.size, sha256, "main", refinements))
         return sorted(refs)
 
     def _shared(self) -> HubRepo:

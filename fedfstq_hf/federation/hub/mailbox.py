@@ -5,8 +5,9 @@ ORG/RUN               adapter_model.safetensors adapter_config.json README.md   
                       fedfstq/  mailbox.json spec.json control.json round.json history.jsonl metrics.json
                                 server_optimizer.safetensors rounds/000012/{round.json,update.safetensors}
 ORG/RUN-CLIENT        rounds/000012.safetensors metrics.json                         layout own: one repo per client
+                      refinements/000012.safetensors                                 where the federation has them
 ORG/RUN-mailbox       rounds/000012/deltas/CLIENT.safetensors metrics/CLIENT.json    layout shared; and the repo that
-                                                                                     pull requests are made to
+                      rounds/000012/refinements/CLIENT.safetensors                   pull requests are made to
 ```
 
 One commit per round, on top of the one it was made from: two coordinators cannot both publish a round. The adapter and
@@ -109,13 +110,17 @@ class HubMailbox:
 
     # -- the clients' side ------------------------------------------------------------------------------------------
 
-    def post_update(self, round: int, client_id: str, message: bytes, *, patience: float | None = None) -> None:
+    def post_update(
+        self, round: int, client_id: str, message: bytes, *, patience: float | None = None, refinement: bool = False
+    ) -> None:
         """Post a client's message where its layout says."""
-        self._posts.post_update(round, client_id, message, patience=patience)
+        self._posts.post_update(round, client_id, message, patience=patience, refinement=refinement)
 
-    def list_updates(self, round: int, clients: Sequence[str] | None = None) -> list[UpdateRef]:
+    def list_updates(
+        self, round: int, clients: Sequence[str] | None = None, *, refinements: bool = False
+    ) -> list[UpdateRef]:
         """The round's messages: one request for each client that none was found of yet, or one for all."""
-        return self._posts.list_updates(round, clients)
+        return self._posts.list_updates(round, clients, refinements=refinements)
 
     def read_update(self, ref: UpdateRef, *, max_bytes: int) -> bytes:
         """One message; kept on disk, since a round reads it twice."""

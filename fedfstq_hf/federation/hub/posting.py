@@ -40,13 +40,15 @@ def push_file(place: Place, path: str, data: bytes, message: str, *, seconds: fl
     place.repo.call(f"send {path} to", request, seconds=seconds)
 
 
-def post(place: Place, round: int, client_id: str, data: bytes, *, seconds: float | None = None) -> None:
+def post(
+    place: Place, round: int, client_id: str, data: bytes, *, seconds: float | None = None, refinement: bool = False
+) -> None:
     """Post a message at its path; the same bytes again change nothing.
 
     Raises:
         UpdateConflictError: other bytes are there already.
     """
-    path = place.update_path(round, client_id)
+    path = place.update_path(round, client_id, refinement)
     there = place.repo.state(path, revision=place.revision, seconds=seconds)
     if there is not None:
         if there.size != len(data) or not has_digest(data, there.etag):
@@ -62,7 +64,7 @@ def post(place: Place, round: int, client_id: str, data: bytes, *, seconds: floa
                 lambda: place.repo.api.super_squash_history(place.repo.repo_id),
                 seconds=_TIDYING_SECONDS,
             )
-    push_file(place, path, data, f"Round {round}", seconds=seconds)
+    push_file(place, path, data, f"Round {round}{', refinement' if refinement else ''}", seconds=seconds)
 
 
 def open_pull_request(

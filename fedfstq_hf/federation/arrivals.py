@@ -1,0 +1,91 @@
+"""What lies in the mailbox when a round is closed: messages to use now, and those that came too late."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable
+
+from fedfstq_hf.federation.control import read_control
+from fedfstq_hf.federation.lateness import unnamed
+from fedfstq_hf.federation.mailbox import Mailbox, UpdateRef
+from fedfstq_hf.federation.record import RefusedUpdate, RoundRecord
+from fedfstq_hf.federation.spec import FederationSpec
+
+
+class Arrivals:
+    """The messages around one open round, without reading them; only what is refused unread is hashed.
+
+    Args:
+        round: the open one.
+        record: round -> its record, up to that of `round`.
+        max_bytes: larger messages are not read.
+    """
+
+    def __init__(
+        self,
+        mailbox: Mailbox,
+        spec: FederationSpec,
+        round: int,
+        record: Callable[[int], RoundRecord],
+        *,
+        max_bytes: int,
+    ) -> None:
+        self._mailbox = mailbox
+        self._spec = spec
+        self._round = round
+        self._record = record
+        self._max_bytes = max_bytes
+
+    def of(self, round: int, *, refinements: bool = False) -> list[UpdateRef]:
+        """Messages of enrolled clients for a round, in client-id order."""
+        control = read_control(self._mailbox)
+        clients = None if control.clients is None else sorted(control.clients)
+        return list(self._mailbox.list_updates(round, clients, refinements=refinements))
+
+    def updates(self, rounds_back: int) -> tuple[list[UpdateRef], list[UpdateRef]]:
+        """Updates to collect now, in client-id order, and late ones of up to `rounds_back` rounds that came too late.
+
+        A client counts once: beside a newer update, an old one of its own is not used.
+        """
+        earlier = unnamed(self._round, rounds_back, self.of, self._record)
+        oldest = self._oldest_usable()
+        in_time = [ref for ref in earlier if ref.round >= oldest]
+        newest = {ref.client_id: ref for ref in (*in_time, *self.of(self._round))}
+        usable = sorted(newest.values())
+        return usable, [ref for ref in earlier if ref not in usable]
+
+    def refinements(self) -> list[UpdateRef]:
+        """Second messages of the round before, which are used now."""
+        before = self._round - 1
+        return self.of(before, refinements=True) if before >= 0 and self._spec.refines(before) else []
+
+    def late_refinements(self) -> list[UpdateRef]:
+        """Second messages of the round before that one which no record names."""
+        round = self._round - 2
+        if round < 0 or not self._spec.refines(round):
+            return []
+        named = set().union(*(self._record(later).named(round, refinements=True) for later in (round + 1, round + 2)))
+        return [ref for ref in self.of(round, refinements=True) if ref.client_id not in named]
+
+    def late(self, refs: Iterable[UpdateRef]) -> tuple[RefusedUpdate, ...]:
+        """Their entries in a record."""
+        reason = "It arrived after round {} was closed."
+        return tuple(self.unused(ref, reason.format(ref.round + ref.refinement)) for ref in refs)
+
+    def unused(self, ref: UpdateRef, reason: str) -> RefusedUpdate:
+        """The entry of a message that is refused unread."""
+        other = ref.round if ref.round != self._round else None
+        return RefusedUpdate(
+            ref.client_id, ref.sha256 or self._sha256(ref), ref.num_bytes, reason, other, ref.refinement
+        )
+
+    def _oldest_usable(self) -> int:
+        """The earliest round whose updates may still be used: none from before a rollback, which is to undo them."""
+        oldest = max(self._round - self._spec.max_staleness, 0)
+        restored = (r for r in range(self._round, oldest, -1) if self._record(r).restored_from is not None)
+        return next(restored, oldest)
+
+    def _sha256(self, ref: UpdateRef) -> str:
+        if ref.num_bytes > self._max_bytes:
+            return ""
+        return hashlib.sha256(self._mailbox.read_update(ref, max_bytes=ref.num_bytes)).hexdigest()
