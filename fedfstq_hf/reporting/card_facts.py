@@ -162,7 +162,6 @@ def training(
     clients = f"at least {spec.min_clients}"
     if spec.clients_per_round is not None:
         clients += f", {spec.clients_per_round} clients are asked"
-    budget = spec.uplink_budget
     facts = {
         "Base model": base_model_text(spec.model),
         "Data sets": ", ".join(f"[{name}](https://huggingface.co/datasets/{name})" for name in datasets),
@@ -179,11 +178,8 @@ def training(
         "Codec": _join(
             code(spec.codec), *(_setting(name, value) for name, value in sorted(spec.codec_options.items()))
         ),
-        "Uplink budget per round" if str(budget).startswith("round:") else "Uplink budget per message": "no limit"
-        if budget is None
-        else format_bytes(budget)
-        if isinstance(budget, int)
-        else code(budget),
+        **_budget("Uplink budget", spec.uplink_budget),
+        **(_budget("Refinement budget", spec.refinement_budget) if spec.refinement_budget is not None else {}),
         "Error feedback": f"what a message leaves out is carried to the next with decay {spec.error_feedback:g}"
         if spec.error_feedback
         else "off",
@@ -219,6 +215,12 @@ def _sample(history: Sequence[HistoryRow]) -> list[HistoryRow]:
 def _best_covered(metrics: Metrics, name: str) -> tuple[str, dict[int, float]]:
     """The source that measured most rounds, and its values: a mean over changing sources would jump with them."""
     return max(series(metrics, name).items(), key=lambda item: len(item[1]))
+
+
+def _budget(name: str, budget: str | int | None) -> dict[str, str | None]:
+    """A line about a budget: of a message, or of a round's messages together."""
+    value = "no limit" if budget is None else format_bytes(budget) if isinstance(budget, int) else code(budget)
+    return {f"{name} per {'round' if str(budget).startswith('round:') else 'message'}": value}
 
 
 def _lora(config: Mapping[str, Any]) -> str | None:
