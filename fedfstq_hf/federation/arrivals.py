@@ -59,6 +59,13 @@ class Arrivals:
         before = self._round - 1
         return self.of(before, refinements=True) if before >= 0 and self._spec.refines(before) else []
 
+    def stopped(self) -> tuple[RefusedUpdate, ...]:
+        """Second messages of the open round, if it is the last one because the federation is stopped."""
+        if not self._spec.refines(self._round):
+            return ()
+        reason = "The federation was stopped, and this round's previews count in full."
+        return tuple(self.unused(ref, reason) for ref in self.of(self._round, refinements=True))
+
     def late_refinements(self) -> list[UpdateRef]:
         """Second messages of the round before that one which no record names."""
         round = self._round - 2

@@ -267,10 +267,11 @@ class Coordinator:
     def _publish_mean(self, collected: Collected, *, finished: bool) -> RoundRecord:
         server_state: bytes | None
         refined = self._refine()
+        stopped = self._arrivals.stopped() if finished else ()
         if collected.accepted or refined is not None:
             part, server_state = server_step(
                 self.travelling.take(self.adapter),
-                self._mean_update(collected, refined),
+                self._mean_update(collected, refined, finished),
                 self.spec.server,
                 self._server_state(self.record.round),
                 self.record.round / max(1, self.spec.rounds - 1),
@@ -298,17 +299,17 @@ class Coordinator:
             attached_bytes=attached_bytes,
             accepted=collected.accepted,
             refinements=refined.used if refined is not None else (),
-            refused=(*collected.refused, *(refined.refused if refined is not None else ())),
+            refused=(*collected.refused, *(refined.refused if refined is not None else ()), *stopped),
             late=collected.late,
             update_bytes=len(packed) if UPDATE_FILE in files else None,
             **scaffold.record_fields(files),
         )
         return self._publish(record, data, files, attached)
 
-    def _mean_update(self, collected: Collected, refined: Refined | None) -> Tensor:
+    def _mean_update(self, collected: Collected, refined: Refined | None, finished: bool) -> Tensor:
         """What the server steps along; see `federation.refining`."""
         mean = collected.mean.result() if collected.accepted else torch.zeros(self.travelling.schema.num_params)
-        if self.spec.refines(self.record.round):
+        if self.spec.refines(self.record.round) and not finished:  # else nothing follows
             mean = self.spec.preview_step * mean
         return mean if refined is None else mean + refined.change
 

@@ -6,6 +6,7 @@ from itertools import pairwise
 from statistics import fmean
 
 from fedfstq_hf.recipe.schema import Recipe
+from fedfstq_hf.reporting.comparison_ceiling import waited_for
 from fedfstq_hf.reporting.summary import Row
 from fedfstq_hf.simulation.network import LinkProfile, draw_rates
 
@@ -42,6 +43,7 @@ def _parts(rows: Sequence[Row], link: LinkProfile, num_clients: int) -> Iterator
                 row["client_air_bytes"],
                 row["client_downlink_bytes"],
             )
+            waited = waited_for(row)
             slowest = max(
                 (
                     (
@@ -50,6 +52,7 @@ def _parts(rows: Sequence[Row], link: LinkProfile, num_clients: int) -> Iterator
                         8 * fetched / float(rates.downlink[client]),
                     )
                     for client, computed, sent, fetched in zip(*columns, strict=True)
+                    if client in waited
                 ),
                 key=sum,
             )

@@ -28,6 +28,13 @@ def _knows_clients(row: Row, link: LinkProfile) -> bool:
     return "clients" in row and (link.upload_ratio is None or math.isinf(link.downlink_ratio))
 
 
+def waited_for(row: Row) -> list[int]:
+    """Clients without which the round could not end: not those whose link carried no preview, only a refinement."""
+    if "client_refinement_bytes" not in row:
+        return list(row["clients"])
+    return [client for client, sent in zip(row["clients"], row["client_air_bytes"], strict=True) if sent]
+
+
 def has_one_rate(link: LinkProfile) -> bool:
     """Whether every client has the same rate, so that `seconds_without_uplink` is no mere bound."""
     return not link.spread and not link.tail_fraction
@@ -45,7 +52,7 @@ def seconds_without_uplink(rows: Sequence[Row], link: LinkProfile, num_clients: 
             total += round_seconds(
                 link,
                 draw_rates(link, num_clients, row["seed"]),
-                uplink_bytes=dict.fromkeys(clients, 0),
+                uplink_bytes=dict.fromkeys(waited_for(row), 0),
                 downlink_bytes=dict(zip(clients, row["client_downlink_bytes"], strict=True)),
                 compute_seconds=dict(zip(clients, row["client_compute_seconds"], strict=True)),
             )

@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 import statistics
+from types import SimpleNamespace
 
 import pytest
 from metric_rows import make_rows, write_run
@@ -210,6 +211,19 @@ def test_seconds_without_uplink_are_exact_where_rows_hold_each_client():
         "client_downlink_bytes": list(down.values()),
     }
     assert seconds_without_uplink([{}, row, row], link, num_clients=10, clients_per_round=4) == pytest.approx(2 * zero)
+
+
+def test_who_could_send_no_preview_is_waited_for_neither_in_the_ceiling_nor_in_the_breakdown():
+    """Client 1 is the slower one; in a round without refinements, sending nothing or not, it holds the round."""
+    link = LinkProfile("link", uplink_mbps=8.0, downlink_ratio=1.0)
+    row = breakdown_row(1, seconds=2.5) | {"client_air_bytes": [1_000_000, 0]}
+    start = {"seconds": {"link": 0.0}, "seed": 0, "round": 0}
+    refined = row | {"client_refinement_bytes": [2_000_000, 2_000_000]}
+    assert seconds_without_uplink([start, row], link, 2, 2) == pytest.approx(3 + 1)
+    assert seconds_without_uplink([start, refined], link, 2, 2) == pytest.approx(1 + 0.5)
+    recipe = SimpleNamespace(federation=SimpleNamespace(clients=2))
+    assert mean_parts([[start, row]], link, recipe) == pytest.approx((3.0, 0.0, 1.0, 0.0))
+    assert mean_parts([[start, refined]], link, recipe) == pytest.approx((1.0, 1.0, 0.5, 0.0))
 
 
 def breakdown_row(round, seconds):

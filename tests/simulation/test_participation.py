@@ -184,7 +184,7 @@ def test_a_message_that_was_stored_but_not_posted_is_posted(tmp_path, monkeypatc
     straight = Run(tmp_path / "straight", plan).finish()
     stopped = Run(tmp_path / "stopped", plan)
     with monkeypatch.context() as patch:
-        patch.setattr(stopped.participation.mailbox, "post_update", lambda *arguments: 1 / 0)
+        patch.setattr(stopped.participation.mailbox, "post_update", lambda *arguments, **options: 1 / 0)
         stopped.step()
         stopped.step()
         with pytest.raises(ZeroDivisionError):

@@ -62,7 +62,7 @@ class ClientPosts:
         """Post a client's message where its layout says."""
         layout, enrolment = self._layouts(), self._enrolments().enrolment(checked_name(client_id))
         place = layout.own_place(client_id, enrolment)
-        if place is None:  # a refinement follows a message that opened one
+        if place is None:  # also for a refinement: its preview may not have come through
             repo = layout.repo(self._address.mailbox_repo)
             open_pull_request(
                 repo,
@@ -72,6 +72,7 @@ class ClientPosts:
                 message,
                 lambda: layout.own_place(client_id, enrolment),
                 seconds=patience,
+                refinement=refinement,
             )
             return
         post(place, round, client_id, message, seconds=patience, refinement=refinement)

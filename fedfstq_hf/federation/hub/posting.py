@@ -76,6 +76,7 @@ def open_pull_request(
     find: Callable[[], Place | None],
     *,
     seconds: float | None = None,
+    refinement: bool = False,
 ) -> None:
     """Open a client's pull request with its first message. `find` looks for one, since an answer may be lost."""
     found: list[Place] = []
@@ -85,7 +86,7 @@ def open_pull_request(
         if place is not None:
             found.append(place)
             return
-        path = Place(repo, "main").update_path(round, client_id)
+        path = Place(repo, "main").update_path(round, client_id, refinement)
         try:
             api.create_commit(
                 repo.repo_id, additions({path: data}), commit_message=PULL_REQUEST_TITLE + client_id, create_pr=True
@@ -97,4 +98,4 @@ def open_pull_request(
 
     repo.call("open a pull request to", request, seconds=seconds)
     if found:
-        post(found[0], round, client_id, data, seconds=seconds)
+        post(found[0], round, client_id, data, seconds=seconds, refinement=refinement)
