@@ -14,7 +14,7 @@ from fedfstq_hf.cli import app
 from fedfstq_hf.client_file import load_client_file
 from fedfstq_hf.codec import Schema, get_codec, message
 from fedfstq_hf.errors import BudgetError, ConfigError
-from fedfstq_hf.federation.budgets import Budgets, MessageBudget, open_refinement_budget
+from fedfstq_hf.federation.budgets import MessageBudget, open_refinement_budget
 from fedfstq_hf.federation.record import RoundRecord
 from fedfstq_hf.federation.spec import FederationSpec
 from fedfstq_hf.recipe import load_recipe, validate
@@ -139,15 +139,6 @@ def test_a_recipe_that_would_not_run_is_refused(recipe, changes, match):
 
 
 # Budgets
-
-
-def test_budgets_of_both_messages_are_read_together():
-    budgets = Budgets(MessageBudget(fixed=500), MessageBudget(fixed=400, shared=True))
-    assert (budgets.least(), budgets.least(4)) == (400, 100)
-    assert (budgets.shared, budgets.follow_losses) == (True, False)
-    assert Budgets(MessageBudget(fixed=300), MessageBudget(fixed=400)).least() == 300
-    assert Budgets(MessageBudget()).least() is None
-    assert not Budgets(MessageBudget()).shared
 
 
 def test_a_refinement_budget_is_that_of_the_round():

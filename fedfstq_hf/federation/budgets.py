@@ -109,21 +109,6 @@ class Budgets:
     first: MessageBudget
     refinement: MessageBudget = MessageBudget()
 
-    @property
-    def shared(self) -> bool:
-        """Whether one of them is a round's."""
-        return self.first.shared or self.refinement.shared
-
-    @property
-    def follow_losses(self) -> bool:
-        """Whether sizes depend on losses that were posted to the mailbox."""
-        return self.first.controller is not None
-
-    def least(self, messages: int = 1) -> int | None:
-        """Bytes of the smallest message they may ask for where a round has so many; None for no limit."""
-        sizes = [size for size in (self.first.least(messages), self.refinement.least(messages)) if size is not None]
-        return min(sizes, default=None)
-
 
 def open_refinement_budget(budget: str | int | None, num_params: int) -> MessageBudget:
     """Read the budget of refinements. Raises `BudgetError` where `open_budget` would, and where it follows losses."""

@@ -185,7 +185,7 @@ class MailboxParticipation:
 
     def complete(self, assignment: Assignment, result: LocalResult) -> dict[str, float]:
         """Store the message, then post it."""
-        posted = posted_losses(self.mailbox.read_metrics()) if self._budgets.follow_losses else ()
+        posted = posted_losses(self.mailbox.read_metrics()) if self._budgets.first.controller is not None else ()
         owed = self.session.residual_norm()
         pending = store_message(self.session, self._budgets, assignment, result, posted)
         self._post(self._record(assignment.round))
@@ -200,20 +200,21 @@ class MailboxParticipation:
         return self._fetch(self._newest_record())
 
     def _check_share(self, messages: int) -> None:
-        """Raise `BudgetError` unless the budget holds a message where a round has so many: better before training."""
-        least = self._budgets.least(messages)
-        if least is None or least >= self._smallest:
-            return
-        try:
-            self.session.check_budget(least)
-        except BudgetError as error:
-            if not self._budgets.shared:
-                raise
-            raise BudgetError(
-                f"{error}. The budget is a round's, which is expected to have {messages} messages: raise it by "
-                f"{messages} times that, or set this client's own uplink_budget without `round:`."
-            ) from error
-        self._smallest = least
+        """Raise `BudgetError` unless budgets hold a message where a round has so many: better before training."""
+        for name, budget in (("uplink_budget", self._budgets.first), ("refinement_budget", self._budgets.refinement)):
+            least = budget.least(messages)
+            if least is None or least >= self._smallest:
+                continue
+            try:
+                self.session.check_budget(least)
+            except BudgetError as error:
+                if not budget.shared:
+                    raise BudgetError(f"{name}: {error}") from error
+                raise BudgetError(
+                    f"{name}: {error}. The budget is a round's, which is expected to have {messages} messages: raise "
+                    f"it by {messages} times that, or set this client's own {name} without `round:`."
+                ) from error
+            self._smallest = least
 
     def _newest_record(self) -> RoundRecord:
         head = self.mailbox.head()

@@ -165,8 +165,20 @@ def fits(session, size):
 
 def test_a_refinement_budget_that_holds_no_message_is_refused_before_training(tmp_path):
     mailbox = found(tmp_path, **REFINED)
-    with pytest.raises(BudgetError, match="An uplink budget of 200 bytes"):
+    with pytest.raises(BudgetError, match=r"^refinement_budget: An uplink budget of 200 bytes"):
         RefiningClient(mailbox, "a", None, preview=4096, refinement=200)
+
+
+def test_of_a_shared_and_an_own_budget_the_one_that_is_too_small_is_named(tmp_path):
+    mailbox = found(tmp_path, **(REFINED | {"min_clients": 4}))
+    session = make_session(spec=make_spec(min_clients=4, **REFINED))
+    own, shared = MessageBudget(fixed=4096), MessageBudget(fixed=800, shared=True)
+    with pytest.raises(BudgetError, match=r"^refinement_budget: .*4 messages.*own refinement_budget without `round:`"):
+        MailboxParticipation(mailbox, session, budget=own, refinements=shared, sleep=pause)
+    with pytest.raises(BudgetError, match=r"^uplink_budget: .*4 messages.*own uplink_budget without `round:`"):
+        MailboxParticipation(mailbox, session, budget=shared, refinements=own, sleep=pause)
+    with pytest.raises(BudgetError, match=r"^uplink_budget: (?!.*messages)"):
+        MailboxParticipation(mailbox, session, budget=MessageBudget(fixed=100), refinements=shared, sleep=pause)
 
 
 def test_a_refinement_budget_that_a_round_shares_is_divided_by_its_messages(tmp_path):
