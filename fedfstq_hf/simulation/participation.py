@@ -151,7 +151,7 @@ class SimulatedParticipation:
         first = {index: stored.message for index, stored in pending.items() if not says_nothing_yet(stored)}
         first = first or {index: stored.message for index, stored in pending.items()}
         second = {index: stored.refinement for index, stored in pending.items() if stored.refinement is not None}
-        for messages, refinements in ((first, False), (second, True)):
+        for messages, refinements in ((first, False), *([(second, True)] if second else [])):
             sizes = json.dumps({index: len(message) for index, message in messages.items()})
             storage.replace_file(self._sent_file(round, refinements), sizes.encode(), durable=False)
             for index in self._deliver(round, refinements).arrived:
@@ -171,7 +171,7 @@ class SimulatedParticipation:
     def _sent(self, round: int, refinements: bool = False) -> dict[int, int]:
         """Bytes of each client's message of a round, or of its refinement."""
         path = self._sent_file(round, refinements)
-        if refinements and not path.exists():  # a run that an earlier version began
+        if refinements and not path.exists():
             return {}
         return {int(index): size for index, size in json.loads(path.read_bytes()).items()}
 

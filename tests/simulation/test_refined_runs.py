@@ -159,8 +159,7 @@ def test_killed_between_two_messages_of_a_round_it_sends_the_rest(tmp_path, monk
     assert len(stopped.trained) == 6  # no training was repeated
 
 
-def test_a_run_that_an_earlier_version_began_is_gone_on_with(tmp_path):
-    """It left no files about refinements."""
+def test_a_run_without_refinements_is_gone_on_with_and_has_no_files_about_them(tmp_path):
     plan = plan_of(ALL, ALL)
     straight = Run(tmp_path / "straight", plan).finish()
     begun = Run(tmp_path / "begun", plan)
@@ -169,7 +168,7 @@ def test_a_run_that_an_earlier_version_began_is_gone_on_with(tmp_path):
     with pytest.raises(ZeroDivisionError):  # killed before it wrote the row of round 1
         begun.finish()
     begun.participation.close()
-    (tmp_path / "begun/sent/000000-refinements.json").unlink()
+    assert [path.name for path in (tmp_path / "begun/sent").iterdir()] == ["000000.json"]
     begun.restart()
     begun.finish()
     assert without_clock(begun.rows) == without_clock(straight.rows)
