@@ -56,23 +56,16 @@ class Arrivals:
 
     def refinements(self) -> list[UpdateRef]:
         """Second messages of the round before, which are used now."""
-        before = self._round - 1
-        return self.of(before, refinements=True) if before >= 0 and self._spec.refines(before) else []
+        return self._refinements_of(self._round - 1) if self._round else []
 
     def stopped(self) -> tuple[RefusedUpdate, ...]:
         """Second messages of the open round, if it is the last one because the federation is stopped."""
-        if not self._spec.refines(self._round):
-            return ()
         reason = "The federation was stopped, and this round's previews count in full."
-        return tuple(self.unused(ref, reason) for ref in self.of(self._round, refinements=True))
+        return tuple(self.unused(ref, reason) for ref in self._refinements_of(self._round))
 
     def late_refinements(self) -> list[UpdateRef]:
         """Second messages of the round before that one which no record names."""
-        round = self._round - 2
-        if round < 0 or not self._spec.refines(round):
-            return []
-        named = set().union(*(self._record(later).named(round, refinements=True) for later in (round + 1, round + 2)))
-        return [ref for ref in self.of(round, refinements=True) if ref.client_id not in named]
+        return unnamed(self._round, 1, self._refinements_of, self._record, refinements=True)
 
     def late(self, refs: Iterable[UpdateRef]) -> tuple[RefusedUpdate, ...]:
         """Their entries in a record."""
@@ -85,6 +78,9 @@ class Arrivals:
         return RefusedUpdate(
             ref.client_id, ref.sha256 or self._sha256(ref), ref.num_bytes, reason, other, ref.refinement
         )
+
+    def _refinements_of(self, round: int) -> list[UpdateRef]:
+        return self.of(round, refinements=True) if self._spec.refines(round) else []
 
     def _oldest_usable(self) -> int:
         """The earliest round whose updates may still be used: none from before a rollback, which is to undo them."""

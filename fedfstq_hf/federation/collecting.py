@@ -21,7 +21,7 @@ from fedfstq_hf.federation.control import Control
 from fedfstq_hf.federation.mailbox import Mailbox, UpdateRef
 from fedfstq_hf.federation.record import AcceptedUpdate, RefusedUpdate
 from fedfstq_hf.federation.scaffold import VariateChanges
-from fedfstq_hf.federation.screening import Screening
+from fedfstq_hf.federation.screening import OpenedUpdate, Screening
 from fedfstq_hf.federation.weights import precision_weights
 
 logger = logging.getLogger(__name__)
@@ -42,10 +42,11 @@ class Collected:
 
 
 class Collector:
-    """Collects the updates of one open round. It remembers what it refused, so that waiting is quiet.
+    """Collects the updates of one round. It remembers what it refused, so that waiting is quiet.
 
     Args:
-        round: the open round.
+        round: the open round, or the one that is refined.
+        num_params: of what travels.
         base: round -> sha256 of the adapter that its updates start from.
         selected: round -> clients whose updates of it are wanted, None for all.
     """
@@ -61,7 +62,7 @@ class Collector:
     ) -> None:
         self.round = round
         self._mailbox = mailbox
-        self._num_params = num_params
+        self.num_params = num_params
         self._base = base
         self._selected = selected
         self._refused: dict[UpdateRef, RefusedUpdate] = {}
@@ -79,17 +80,16 @@ class Collector:
         screened = [(ref, self._screen(ref, screening)) for ref in refs if ref not in self._refused]
         found = [(ref, *result) for ref, result in screened if result is not None]
         accepted = self._weighed([entry for _, entry, _ in found], screening)
-        mean = WeightedMean(self._num_params, parts=screening.spec.coverage < 1)
+        mean = WeightedMean(self.num_params, parts=screening.spec.coverage < 1)
         lengths = [length for *_, length in found if length is not None]
-        variates = VariateChanges(self._num_params, lengths, screening.spec.clip) if lengths else None
+        variates = VariateChanges(self.num_params, lengths, screening.spec.clip) if lengths else None
         for (ref, *_), entry in zip(found, accepted, strict=True):
-            data = self._mailbox.read_update(ref, max_bytes=screening.max_bytes)
-            if hashlib.sha256(data).hexdigest() != entry.sha256:
+            opened = self.reopen(ref, entry.sha256, screening)
+            if opened is None:
                 raise MailboxError(
                     f"The message of client {ref.client_id} for round {ref.round} changed while it was being read. "
                     "Nothing was published; start the coordinator again."
                 )
-            opened = screening.open(ref, data, self._base(ref.round))
             mean.add(opened.update, entry.weight, entry.scale, opened.covers)
             if variates is not None and opened.variate is not None:
                 variates.add(opened.variate)
@@ -100,6 +100,17 @@ class Collector:
             tuple(self._refused[ref] for ref in refs if ref in self._refused),
             variates=None if variates is None else variates.sum,
         )
+
+    def reopen(self, ref: UpdateRef, sha256: str, screening: Screening) -> OpenedUpdate | None:
+        """A message that was read before; None if it is not the same any more.
+
+        Raises:
+            MessageError: it would be refused now.
+        """
+        data = self._mailbox.read_update(ref, max_bytes=screening.max_bytes)
+        if hashlib.sha256(data).hexdigest() != sha256:
+            return None
+        return screening.open(ref, data, self._base(ref.round))
 
     def _screen(self, ref: UpdateRef, screening: Screening) -> tuple[AcceptedUpdate, float | None] | None:
         """The entry of a message, and the norm of its change of a control variate; None where it was refused."""

@@ -43,7 +43,7 @@ from fedfstq_hf.federation.mailbox import (
 from fedfstq_hf.federation.publication import CardMaker, make_record, pack_change, root_files
 from fedfstq_hf.federation.record import RoundRecord
 from fedfstq_hf.federation.records import Records
-from fedfstq_hf.federation.refining import Refined, Refiner
+from fedfstq_hf.federation.refining import Refined, refine
 from fedfstq_hf.federation.screening import Screening, Unseal
 from fedfstq_hf.federation.spec import FederationSpec
 from fedfstq_hf.federation.travelling import Travelling
@@ -213,9 +213,12 @@ class Coordinator:
     def _open_round(self) -> None:
         max_bytes = self._screening().max_bytes
         self._arrivals = Arrivals(self.mailbox, self.spec, self.record.round, self._record, max_bytes=max_bytes)
-        self._collector = Collector(
+        self._collector = self._collector_of(self.record.round)
+
+    def _collector_of(self, round: int) -> Collector:
+        return Collector(
             self.mailbox,
-            self.record.round,
+            round,
             num_params=self.travelling.schema.num_params,
             base=lambda round: self._record(round).adapter_sha256,
             selected=lambda round: self._record(round).selected,
@@ -254,15 +257,9 @@ class Coordinator:
         record = self.record
         if not record.round or not self.spec.refines(record.round - 1) or record.restored_from is not None:
             return None
-        refiner = Refiner(
-            self.mailbox,
-            num_params=self.travelling.schema.num_params,
-            base=lambda round: self._record(round).adapter_sha256,
-            selected=lambda round: self._record(round).selected,
-        )
         previews = {ref.client_id: ref for ref in self._arrivals.of(record.round - 1)}
         refinements = {ref.client_id: ref for ref in self._arrivals.refinements()}
-        return refiner.refine(record, previews, refinements, self._screening())
+        return refine(self._collector_of(record.round - 1), record, previews, refinements, self._screening())
 
     def _publish_mean(self, collected: Collected, *, finished: bool) -> RoundRecord:
         server_state: bytes | None

@@ -14,21 +14,19 @@ and more of the update comes a round late. The last round has neither: its messa
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from fedfstq_hf.codec import SparseUpdate
 from fedfstq_hf.errors import MessageError
 from fedfstq_hf.federation.aggregation import WeightedMean
-from fedfstq_hf.federation.collecting import Collected, Collector
-from fedfstq_hf.federation.mailbox import Mailbox, UpdateRef
+from fedfstq_hf.federation.collecting import Collector
+from fedfstq_hf.federation.mailbox import UpdateRef
 from fedfstq_hf.federation.record import AcceptedUpdate, RefusedUpdate, RoundRecord
-from fedfstq_hf.federation.screening import Screening
+from fedfstq_hf.federation.screening import OpenedUpdate, Screening
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +35,7 @@ logger = logging.getLogger(__name__)
 class Refined:
     """What refinements change about the last round.
 
-    `change` is R_{t-1} - s P_{t-1}, (num_params,) float32.
+    `change` is R_{t-1} - s P_{t-1}, (num_params,) float32; `used` are the refinements in R_{t-1}, with their shares.
     """
 
     change: Tensor
@@ -45,95 +43,65 @@ class Refined:
     refused: tuple[RefusedUpdate, ...] = ()
 
 
-class Refiner:
-    """Refines the round that a record closed.
+def refine(
+    collector: Collector,
+    record: RoundRecord,
+    previews: Mapping[str, UpdateRef],
+    refinements: Mapping[str, UpdateRef],
+    screening: Screening,
+) -> Refined:
+    """Read both messages of every client of the round that `record` closed.
 
     Args:
-        base: round -> sha256 of the adapter that its updates start from.
-        selected: round -> clients whose updates of it are wanted, None for all.
+        collector: of that round.
+        record: names the previews that were used, and their weights.
+        previews: of that round, by client.
+        refinements: likewise.
     """
+    said, lost = _said(collector, record, previews, screening)
+    used = {entry.client_id: previews[entry.client_id] for entry in record.accepted if entry.client_id not in lost}
+    good = {client: ref for client, ref in refinements.items() if client not in lost}
+    collected = collector.collect(sorted({**used, **good}.values()), screening)
+    refused = tuple(
+        dataclasses.replace(update, round=collector.round) for update in collected.refused if update.refinement
+    )
+    if refused:  # the previews of these clients stand in
+        for update in refused:
+            del good[update.client_id]
+        collected = collector.collect(sorted({**used, **good}.values()), screening)
+    mean = collected.mean.result() if collected.accepted else torch.zeros(collector.num_params)
+    return Refined(
+        mean - screening.spec.preview_step * said,
+        tuple(entry for entry in collected.accepted if entry.client_id in good),
+        refused,
+    )
 
-    def __init__(
-        self,
-        mailbox: Mailbox,
-        *,
-        num_params: int,
-        base: Callable[[int], str],
-        selected: Callable[[int], tuple[str, ...] | None],
-    ) -> None:
-        self._mailbox = mailbox
-        self._num_params = num_params
-        self._base = base
-        self._selected = selected
 
-    def refine(
-        self,
-        record: RoundRecord,
-        previews: Mapping[str, UpdateRef],
-        refinements: Mapping[str, UpdateRef],
-        screening: Screening,
-    ) -> Refined:
-        """Read both messages of every client of the round that `record` closed.
+def _said(
+    collector: Collector, record: RoundRecord, previews: Mapping[str, UpdateRef], screening: Screening
+) -> tuple[Tensor, set[str]]:
+    """What those previews said in the mean that can be read again, and the clients whose preview cannot.
 
-        Args:
-            record: names the previews that were used, and their weights.
-            previews: of that round, by client.
-            refinements: likewise.
-        """
-        said, lost = self._previews(record, previews, screening)
-        used = {entry.client_id: previews[entry.client_id] for entry in record.accepted if entry.client_id not in lost}
-        wanted = {client: ref for client, ref in refinements.items() if client not in lost}
-        collected, refused = self._collect(record.round - 1, used, wanted, screening)
-        unused = {update.client_id for update in refused}
-        refined = (entry for entry in collected.accepted if entry.client_id in wanted)
-        mean = collected.mean.result() if collected.accepted else torch.zeros(self._num_params)
-        return Refined(
-            mean - screening.spec.preview_step * said,
-            tuple(entry for entry in refined if entry.client_id not in unused),
-            refused,
-        )
+    Theirs stays as it was: what cannot be taken back must not be said twice.
+    """
+    mean, lost = WeightedMean(collector.num_params), set()
+    for entry in record.accepted:
+        try:
+            opened = _opened(collector, entry, previews.get(entry.client_id), screening)
+        except MessageError as error:
+            logger.warning(
+                "The refinement of client %s for round %d is not used: %s", entry.client_id, collector.round, error
+            )
+            lost.add(entry.client_id)
+        else:
+            mean.add(opened.update, entry.weight, entry.scale)
+    return mean.total_weight * mean.result() if mean.total_weight else torch.zeros(collector.num_params), lost
 
-    def _collect(
-        self, round: int, used: Mapping[str, UpdateRef], refinements: Mapping[str, UpdateRef], screening: Screening
-    ) -> tuple[Collected, tuple[RefusedUpdate, ...]]:
-        """The mean of the refinements, and of previews where there is none or it is refused."""
-        collector = Collector(
-            self._mailbox, round, num_params=self._num_params, base=self._base, selected=self._selected
-        )
-        collected = collector.collect(sorted({**used, **refinements}.values()), screening)
-        refused = tuple(dataclasses.replace(update, round=round) for update in collected.refused if update.refinement)
-        if refused:
-            unused = {update.client_id for update in refused}
-            good = {client: ref for client, ref in refinements.items() if client not in unused}
-            collected = collector.collect(sorted({**used, **good}.values()), screening)
-        return collected, refused
 
-    def _previews(
-        self, record: RoundRecord, previews: Mapping[str, UpdateRef], screening: Screening
-    ) -> tuple[Tensor, set[str]]:
-        """What those previews said in the mean that can be read again, and the clients whose preview cannot.
-
-        Theirs stays as it was: what cannot be taken back must not be said twice.
-        """
-        mean, lost = WeightedMean(self._num_params), set()
-        for entry in record.accepted:
-            try:
-                mean.add(self._opened(entry, previews.get(entry.client_id), screening), entry.weight, entry.scale)
-            except MessageError as error:
-                logger.warning(
-                    "The refinement of client %s for round %d is not used: %s",
-                    entry.client_id,
-                    record.round - 1,
-                    error,
-                )
-                lost.add(entry.client_id)
-        said = mean.total_weight * mean.result() if mean.total_weight else torch.zeros(self._num_params)
-        return said, lost
-
-    def _opened(self, entry: AcceptedUpdate, ref: UpdateRef | None, screening: Screening) -> SparseUpdate:
-        if ref is None:
-            raise MessageError("Its preview is no longer in the mailbox.")
-        data = self._mailbox.read_update(ref, max_bytes=screening.max_bytes)
-        if hashlib.sha256(data).hexdigest() != entry.sha256:
-            raise MessageError("Its preview is not the one that was used.")
-        return screening.open(ref, data, self._base(ref.round)).update
+def _opened(collector: Collector, entry: AcceptedUpdate, ref: UpdateRef | None, screening: Screening) -> OpenedUpdate:
+    if ref is None:
+        raise MessageError("Its preview is no longer in the mailbox.")
+    opened = collector.reopen(ref, entry.sha256, screening)
+    if opened is None:
+        raise MessageError("Its preview is not the one that was used.")
+    return opened

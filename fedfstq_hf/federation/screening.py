@@ -95,7 +95,8 @@ class Screening:
         if header.num_examples < 1:
             raise MessageError(f"It says that it was trained on {header.num_examples} examples; expected at least 1.")
         if (header.params == message.REFINEMENT_PARAMS) != ref.refinement:
-            raise MessageError("It is a preview where a refinement was expected, or the other way round.")
+            wrong, right = ("first message", "refinement") if ref.refinement else ("refinement", "first message")
+            raise MessageError(f"It is a {wrong}, and lies where the round's {right} was expected.")
         signed = self._verified(ref.client_id, digest, signature)
         context = CodecContext(round=ref.round)
         variate: SparseUpdate | None = None

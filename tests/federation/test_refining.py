@@ -18,7 +18,6 @@ from fedfstq_hf.federation.record import RoundRecord
 from fedfstq_hf.federation.session import Caps
 
 S = 0.5
-MIXED_UP = "It is a preview where a refinement was expected, or the other way round."
 
 
 def federation(path, *, enrolled=None, **changes):
@@ -264,8 +263,12 @@ def test_a_damaged_refinement_is_refused_and_the_preview_stands_in(tmp_path):
     assert entry.sha256 != ""
 
 
+NO_REFINEMENT = "It is a first message, and lies where the round's refinement was expected."
+NO_PREVIEW = "It is a refinement, and lies where the round's first message was expected."
+
+
 def test_a_preview_posted_as_a_refinement_is_refused(tmp_path):
-    assert refused_refinement(tmp_path, lambda mailbox: write(mailbox, "b", 4, 0)).reason == MIXED_UP
+    assert refused_refinement(tmp_path, lambda mailbox: write(mailbox, "b", 4, 0)).reason == NO_REFINEMENT
 
 
 def test_a_refinement_of_another_round_is_refused(tmp_path):
@@ -284,7 +287,7 @@ def test_a_refinement_posted_as_a_preview_is_refused(tmp_path):
     previews(mailbox, 0, a=2, b=4)
     coordinator = Coordinator(mailbox)
     assert close(coordinator) == 1.75
-    assert [(u.client_id, u.reason, u.refinement) for u in coordinator.record.refused] == [("c", MIXED_UP, False)]
+    assert [(u.client_id, u.reason, u.refinement) for u in coordinator.record.refused] == [("c", NO_PREVIEW, False)]
 
 
 def test_of_clients_that_were_not_selected_or_are_not_enrolled_none_is_used(tmp_path):
