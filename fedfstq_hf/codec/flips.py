@@ -93,11 +93,13 @@ def standard(values: Float32, places: Places, size: Float64, seed: int) -> Float
     return sample
 
 
-def factors(places: Places, sample: Float32, minus: Minus, added: float) -> Float64:
+def factors(places: Places, sample: Float32, minus: Minus, added: float, emphasis: Float64 | None = None) -> Float64:
     """What each tensor's signs have to be multiplied by to be as long as its sample in its direction, (tensors,).
 
     Where a tensor has few coordinates, chance has a large part in that: of what the whole sample is like, a share
     `added` is counted as the tensor's own.
+
+    emphasis: how well each tensor's signs are expected to fit, relative to others', (tensors,); None for all alike.
     """
     squares, along = np.zeros(len(places.used)), np.zeros(len(places.used))
     for part in places.parts:
@@ -106,7 +108,12 @@ def factors(places: Places, sample: Float32, minus: Minus, added: float) -> Floa
         along[part.tensor] += np.where(minus(part.first, part.last), -piece, piece).sum()
     # chance may turn a small tensor's own against it; all signs together never are
     own, whole = np.maximum(along, 0.0), along.sum()
-    found: Float64 = (squares + added * squares.sum()) / (own + added * whole) if whole > 0 else np.zeros_like(own)
+    if whole <= 0:
+        return np.zeros_like(own)
+    if emphasis is None:
+        emphasis = np.ones_like(own)
+    expected = whole * emphasis / ((emphasis * squares).sum() / squares.sum())
+    found: Float64 = (squares + added * squares.sum()) / (own + added * expected)
     return found
 
 

@@ -6,6 +6,12 @@ the update's direction as such a pattern can: the nearest path through a trellis
 so all of it is used. What it gets wrong has no direction and differs from message to message (flips.py): clients draw
 apart.
 
+All tensors' signs count alike in the search for the nearest path, or as far as the loss depends on them: with
+`fisher_weighted`, a tensor whose coordinates have Fisher information F and mean square s^2 counts (F s^2)^(1/4) times.
+The signs of a tensor that counts w times fit about w times as well, which leaves an error of s^2 / w^2 in each of its
+coordinates, so that of all weights with the same sum of squares these leave the least sum of F times squared errors.
+One weight for a whole tensor keeps the mean of many messages right, and no decoder has to know it.
+
 Payload: one ANS stream (entropy.py), read in this order; an empty update is an empty payload.
 
 | symbols | model | meaning |
@@ -27,10 +33,10 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from ..errors import MessageError
+from ..errors import ConfigError, MessageError
 from .budget import check_empty_fits
 from .convolutional import nearest_path, registers, signs
-from .dense import read_delta
+from .dense import read_delta, read_fisher
 from .entropy import Adaptive, Reader, Writer, uniform
 from .flips import (
     MAGNITUDE_STEPS,
@@ -56,6 +62,7 @@ Int64 = npt.NDArray[np.int64]
 UInt16 = npt.NDArray[np.uint16]
 _TRIES = 4
 _SLACK = 0.002  # share of a budget that is not worth another try
+_LEAST, _MOST = 1 / 4, 4.0  # weights of tensors, so that none is left out by a poor estimate
 _STEPS_ADDED = 100  # to each tensor, so that chance makes its scale a tenth too large or small at most, as a rule
 
 
@@ -63,14 +70,17 @@ _STEPS_ADDED = 100  # to each tensor, so that chance makes its scale a tenth too
 class TrellisCodec:
     """Signs of all coordinates by a convolutional code.
 
-    bits: per parameter, where no `max_bytes` is given, at most 1. seed: with the round and update.
+    bits: per parameter, where no `max_bytes` is given, at most 1. seed: with the round and update. fisher_weighted:
+    whether tensors count by their Fisher information.
     """
 
     name = "trellis"
 
-    def __init__(self, bits: float = 0.1, seed: int = 0) -> None:
+    def __init__(self, bits: float = 0.1, seed: int = 0, fisher_weighted: bool = False) -> None:
         check_bits_and_seed("trellis", bits, seed)
-        self.bits, self.seed = bits, seed
+        if not isinstance(fisher_weighted, bool):
+            raise ConfigError(f"trellis fisher_weighted is {fisher_weighted!r}; expected true or false")
+        self.bits, self.seed, self.fisher_weighted = bits, seed, fisher_weighted
 
     def encode(
         self,
@@ -80,7 +90,10 @@ class TrellisCodec:
         max_bytes: int | None = None,
         context: CodecContext | None = None,
     ) -> Encoded:
-        """Code in as many steps as fit; `fisher` is not used. Raises BudgetError if `max_bytes` is negative."""
+        """Code in as many steps as fit. Raises BudgetError if `max_bytes` is negative.
+
+        `fisher` is used with `fisher_weighted` only.
+        """
         if max_bytes is not None:
             check_empty_fits(0, max_bytes)
         schema, vector = read_delta(delta)
@@ -90,7 +103,9 @@ class TrellisCodec:
             return Encoded(b"", nothing(schema))
         seed = draw_seed(values, self.seed, context.round if context else 0)
         places = _places(schema, size > 0)
-        source = _Source(schema, size, seed, places, standard(values, places, size, seed))
+        weights = read_fisher(schema, fisher) if self.fisher_weighted else None
+        emphasis = None if weights is None else _emphasis(schema, size, weights)
+        source = _Source(schema, size, seed, places, standard(values, places, size, seed), emphasis)
         if max_bytes is None:
             return source.written(max(1, round(self.bits * schema.num_params)))
         return source.filled(8 * max_bytes) or Encoded(b"", nothing(schema))
@@ -134,21 +149,26 @@ class _Rotated:
 
 @dataclass(frozen=True)
 class _Source:
-    """An update to code. size: root mean square of each tensor, 0 for one that is not sent. sample: (places.count,)."""
+    """An update to code.
+
+    size: root mean square of each tensor, 0 for one that is not sent. sample: (places.count,). emphasis: what each
+    tensor's signs count, (tensors,); None for all alike.
+    """
 
     schema: Schema
     size: Float64
     seed: int
     places: Places
     sample: Float32
+    emphasis: Float64 | None = None
 
     def written(self, steps: int) -> Encoded:
         """In so many steps, or one for each coordinate."""
         count = self.places.count
         steps = min(steps, count)
-        path = nearest_path(np.roll(self.sample, self.seed % count), steps)
+        path = nearest_path(np.roll(self._weighed(), self.seed % count), steps)
         minus = _Rotated(registers(path), self.seed, count)
-        magnitude = self.size * factors(self.places, self.sample, minus, _STEPS_ADDED / steps)
+        magnitude = self.size * factors(self.places, self.sample, minus, _STEPS_ADDED / steps, self.emphasis)
         symbols = self._symbols(magnitude)
         payload = self._head(steps, symbols).finish(tail=path)
         return Encoded(payload, reconstructed(self.places, self.seed, symbols, minus))
@@ -174,6 +194,14 @@ class _Source:
             spent = size - steps
         return best
 
+    def _weighed(self) -> Float32:
+        if self.emphasis is None:
+            return self.sample
+        weighed = self.sample.copy()
+        for part in self.places.parts:
+            weighed[part.first : part.last] *= np.float32(self.emphasis[part.tensor])
+        return weighed
+
     def _symbols(self, magnitude: Float64) -> Int64:
         return np.where(self.size > 0, 1 + nearest(magnitude, MAGNITUDE_STEPS), 0)
 
@@ -185,6 +213,22 @@ class _Source:
             [int(symbols[i]) for i, spec in enumerate(self.schema.tensors) if spec.size], Adaptive(MAGNITUDES)
         )
         return writer
+
+
+def _emphasis(schema: Schema, size: Float64, fisher: Tensor) -> Float64 | None:
+    """What each tensor's signs count, (tensors,), its mean square over the coordinates that are sent about 1.
+
+    None where no Fisher information is about them.
+    """
+    count = np.array([spec.size for spec in schema.tensors])
+    total = np.array([float(fisher[spec.offset :][: spec.size].double().sum()) for spec in schema.tensors])
+    wanted = np.sqrt(np.sqrt(total / np.maximum(count, 1)) * size)
+    count *= size > 0
+    typical = np.sqrt((count * wanted**2).sum() / count.sum())
+    if typical == 0:
+        return None
+    emphasis: Float64 = np.clip(wanted / typical, _LEAST, _MOST)
+    return emphasis
 
 
 def _places(schema: Schema, sent: Bool) -> Places:

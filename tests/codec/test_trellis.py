@@ -5,7 +5,7 @@ import torch
 
 from fedfstq_hf.codec import CodecContext, Schema, get_codec
 from fedfstq_hf.codec.entropy import Adaptive, Writer, uniform
-from fedfstq_hf.errors import MessageError
+from fedfstq_hf.errors import ConfigError, MessageError, NonFiniteError
 from tests.codec.conftest import make_update
 
 SHAPES = {"0.lora_A": (8, 512), "0.lora_B": (512, 8), "1.lora_A": (8, 512), "1.lora_B": (512, 8)}
@@ -108,3 +108,79 @@ def test_a_number_of_steps_that_cannot_be_is_refused(steps):
     writer.put_adaptive([0, 500, 0, 0], Adaptive(1025))
     with pytest.raises(MessageError, match=f"{steps} steps for 4096 coordinates"):
         get_codec("trellis").decode(writer.finish(), SCHEMA)
+
+
+# Tensors that count by their Fisher information
+
+SENSITIVE = {name: torch.full(shape, 256.0 if name == "0.lora_B" else 1.0) for name, shape in SHAPES.items()}
+
+
+def weighted(fisher, bits=0.1, delta=DELTA, seed=0, **more):
+    codec = get_codec("trellis", bits=bits, seed=seed, fisher_weighted=True)
+    return codec.encode(delta, fisher, **more)
+
+
+def of_one_size():
+    """An update whose tensors have one size, so that Fisher information alone is what they count by."""
+    normal = {name: torch.randn(shape, generator=torch.Generator().manual_seed(2)) for name, shape in SHAPES.items()}
+    return {name: tensor / tensor.square().mean().sqrt() for name, tensor in normal.items()}
+
+
+def test_what_is_sensitive_errs_less_and_the_fisher_weighted_error_is_smaller():
+    update = of_one_size()
+    vector, fisher = SCHEMA.flatten(update), SCHEMA.flatten(SENSITIVE)
+    sensitive = fisher > 1
+
+    def errors(given):
+        found = [weighted(given, delta=update, seed=seed).reconstruction.to_dense() for seed in range(10)]
+        return torch.stack([(dense - vector).square() for dense in found]).mean(0)
+
+    blind, seen = errors(None), errors(SENSITIVE)
+    # squared weights 16 and 1 where all alike have their mean, 4.75, and the error of few bits falls as one over them;
+    # where a step says some ten signs the light ones fit a little better than by their weight
+    assert float(blind[sensitive].sum() / seen[sensitive].sum()) == pytest.approx(16 / 4.75, rel=0.15)
+    assert 2.5 < float(seen[~sensitive].sum() / blind[~sensitive].sum()) < 4.75
+    assert float((fisher * seen).sum() / (fisher * blind).sum()) < 0.4
+
+
+def test_the_mean_of_many_messages_is_right_whatever_tensors_count():
+    mean = torch.stack([weighted(SENSITIVE, seed=seed).reconstruction.to_dense() for seed in range(150)]).mean(0)
+    for spec in SCHEMA.tensors:
+        found, exact = (x[spec.offset :][: spec.size] for x in (mean, VECTOR))
+        assert float(found @ exact / (exact @ exact)) == pytest.approx(1.0, abs=0.08)
+
+
+@pytest.mark.parametrize("fisher", [None, {name: torch.zeros(shape) for name, shape in SHAPES.items()}])
+def test_without_fisher_information_all_tensors_count_alike(fisher):
+    assert weighted(fisher, max_bytes=400).payload == get_codec("trellis").encode(DELTA, max_bytes=400).payload
+
+
+def test_equal_information_about_tensors_of_one_size_is_no_information():
+    update = of_one_size()
+    flat = {name: torch.full(shape, 3e-7) for name, shape in SHAPES.items()}
+    alike = get_codec("trellis").encode(update, max_bytes=400).reconstruction.to_dense()
+    found = weighted(flat, delta=update, max_bytes=400).reconstruction.to_dense()
+    assert float((found != alike).float().mean()) < 0.01
+
+
+def test_no_tensor_is_left_out_however_little_depends_on_it():
+    fisher = {name: torch.full(shape, 1.0 if name == "1.lora_A" else 1e-30) for name, shape in SHAPES.items()}
+    dense = weighted(fisher, bits=0.5).reconstruction.to_dense()
+    for spec in SCHEMA.tensors:
+        found, exact = (x[spec.offset :][: spec.size] for x in (dense, VECTOR))
+        assert float(found @ exact / (exact @ exact)) == pytest.approx(1.0, abs=0.25)
+
+
+def test_a_decoder_needs_to_know_nothing_of_it():
+    for size in (60, 400, 1500):
+        encoded = weighted(SENSITIVE, max_bytes=size)
+        assert size - max(2, 0.01 * size) <= len(encoded.payload) <= size
+        decoded = get_codec("trellis").decode(encoded.payload, SCHEMA)
+        assert torch.equal(decoded.to_dense(), encoded.reconstruction.to_dense())
+
+
+def test_what_is_no_switch_and_what_is_no_fisher_information_is_refused():
+    with pytest.raises(ConfigError, match="trellis fisher_weighted is 1; expected true or false"):
+        get_codec("trellis", fisher_weighted=1)
+    with pytest.raises(NonFiniteError, match=r"Fisher information of tensor '0\.lora_A'"):
+        weighted({**SENSITIVE, "0.lora_A": torch.full(SHAPES["0.lora_A"], float("nan"))})
