@@ -114,9 +114,15 @@ def check_weights(weights: object, *, scaffold: bool, coverage: float) -> None:
 
 
 def check_refinement(
-    refinement_budget: object, preview_step: object, *, error_feedback: float, scaffold: bool, coverage: float
+    refinement_budget: object,
+    preview_step: object,
+    preview_correction: object,
+    *,
+    error_feedback: float,
+    scaffold: bool,
+    coverage: float,
 ) -> None:
-    """Refuse a step out of range, and what does not go together with second messages of a round.
+    """Refuse shares out of range, and what does not go together with second messages of a round.
 
     A preview leaves out what its refinement says: nothing is left for a residual. Control variates travel as second
     payloads already; and with coverage below 1 the means of different tensors would have to be kept apart.
@@ -127,12 +133,16 @@ def check_refinement(
     valid = isinstance(preview_step, (int, float)) and not isinstance(preview_step, bool)
     if not valid or not 0 < preview_step <= 1:  # type: ignore[operator]
         raise ConfigError(f"preview_step must be a share of the server's step above 0 and at most 1: {preview_step!r}.")
+    valid = isinstance(preview_correction, (int, float)) and not isinstance(preview_correction, bool)
+    if not valid or not 0 <= preview_correction <= 1:  # type: ignore[operator]
+        raise ConfigError(f"preview_correction must be a share from 0 to 1 (all), not {preview_correction!r}.")
     if refinement_budget is None:
-        if preview_step != 1:
-            raise ConfigError(
-                f"preview_step is {preview_step!r}, but without refinements every message counts in full: set "
-                "refinement_budget too, such as 0.4bpp."
-            )
+        for name, given in (("preview_step", preview_step), ("preview_correction", preview_correction)):
+            if given != 1:
+                raise ConfigError(
+                    f"{name} is {given!r}, but without refinements every message counts in full: set "
+                    "refinement_budget too, such as 0.4bpp."
+                )
         return
     for name, given in (("error_feedback", error_feedback > 0), ("scaffold", scaffold), ("coverage", coverage != 1)):
         if given:

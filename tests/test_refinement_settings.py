@@ -32,7 +32,7 @@ def check(**given):
     settings = {"refinement_budget": "0.4bpp", "preview_step": 1, "error_feedback": 0.0, "scaffold": False}
     settings |= {"coverage": 1.0} | given
     budget, step = settings.pop("refinement_budget"), settings.pop("preview_step")
-    check_refinement(budget, step, **settings)
+    check_refinement(budget, step, settings.pop("preview_correction", 1.0), **settings)
 
 
 @pytest.mark.parametrize("step", [0, -0.5, 1.5, True, "0.5", None, float("nan")])
@@ -50,6 +50,18 @@ def test_a_preview_step_needs_refinements():
     with pytest.raises(ConfigError, match=r"preview_step is 0\.5, but without refinements every message counts in"):
         check(refinement_budget=None, preview_step=0.5)
     assert check(refinement_budget=None, error_feedback=1.0, scaffold=True, coverage=0.5) is None
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.1, True, "0.5", None, float("nan")])
+def test_a_preview_correction_is_a_share(share):
+    with pytest.raises(ConfigError, match=r"preview_correction must be a share from 0 to 1 \(all\), not "):
+        check(preview_correction=share)
+
+
+def test_a_preview_correction_needs_refinements():
+    assert check(preview_correction=0) is check(preview_correction=0.6) is check(preview_correction=1) is None
+    with pytest.raises(ConfigError, match=r"preview_correction is 0\.6, but without refinements every message counts"):
+        check(refinement_budget=None, preview_correction=0.6)
 
 
 @pytest.mark.parametrize(
@@ -87,6 +99,7 @@ def test_a_method_has_its_second_budget_and_cap():
         ({"coverage": 0.5}, "refinement_budget and coverage cannot be combined"),
         ({"scaffold": True}, "refinement_budget and scaffold cannot be combined"),
         ({"preview_step": 2}, "preview_step must be a share"),
+        ({"preview_correction": -1}, "preview_correction must be a share"),
         ({"refinement_budget": None}, "preview_step is 0.5, but without refinements"),
         (
             {"refinement_budget": None, "preview_step": 1.0, "refinement_cap": "1s@lte-20mbps"},
@@ -163,7 +176,7 @@ def test_a_spec_says_which_rounds_have_refinements():
 
 def test_a_spec_from_before_there_were_refinements_is_read():
     fields = json.loads(spec(refinement_budget=None, preview_step=1.0, id="x").to_json())
-    del fields["refinement_budget"], fields["preview_step"]
+    del fields["refinement_budget"], fields["preview_step"], fields["preview_correction"]
     assert FederationSpec.from_json(json.dumps(fields).encode()) == spec(
         refinement_budget=None, preview_step=1.0, id="x"
     )
@@ -177,6 +190,7 @@ def test_a_spec_from_before_there_were_refinements_is_read():
         ({"scaffold_clients": 3}, "refinement_budget and scaffold cannot be combined"),
         ({"coverage": 0.5}, "refinement_budget and coverage cannot be combined"),
         ({"preview_step": 0}, "preview_step must be a share"),
+        ({"preview_correction": 2}, "preview_correction must be a share"),
     ],
 )
 def test_a_spec_that_makes_no_sense_is_refused(changes, match):

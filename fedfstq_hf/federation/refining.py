@@ -4,11 +4,13 @@ Uplinks are idle while clients train. So a client says its update twice: in a *p
 a *refinement*, the whole update at more bits, which is sent from then on. Each round's step is what its previews say,
 taken in part, and what the round before is now known to have been (METHOD section 1, step 4, in two parts):
 
-    Theta_{t+1} = ServerOptimizer(Theta_t, -(s P_t + R_{t-1} - s P_{t-1}))
+    Theta_{t+1} = ServerOptimizer(Theta_t, -(s P_t + (1 - s) R_{t-1} + c s (R_{t-1} - P_{t-1})))
 
 P_t is the weighted mean of round t's previews, R_t the same of its refinements (of previews where none arrived), s the
 spec's `preview_step`. With s = 1 all of a preview's noise is there when the next round trains; with less, less of it,
-and more of the update comes a round late. The last round has neither: its messages are as long as refinements.
+and more of the update comes a round late. c is the spec's `preview_correction`: clients that start from a noisy adapter
+repair part of its noise, and what they have repaired must not be taken back again. The last round has neither: its
+messages are as long as refinements.
 """
 
 from __future__ import annotations
@@ -35,7 +37,8 @@ logger = logging.getLogger(__name__)
 class Refined:
     """What refinements change about the last round.
 
-    `change` is R_{t-1} - s P_{t-1}, (num_params,) float32; `used` are the refinements in R_{t-1}, with their shares.
+    `change` is (1 - s) R_{t-1} + c s (R_{t-1} - P_{t-1}), (num_params,) float32; `used` are the refinements in R_{t-1},
+    with their shares.
     """
 
     change: Tensor
@@ -70,8 +73,9 @@ def refine(
             del good[update.client_id]
         collected = collector.collect(sorted({**used, **good}.values()), screening)
     mean = collected.mean.result() if collected.accepted else torch.zeros(collector.num_params)
+    step, taken_back = screening.spec.preview_step, screening.spec.preview_correction
     return Refined(
-        mean - screening.spec.preview_step * said,
+        mean - step * (taken_back * said + (1 - taken_back) * mean),
         tuple(entry for entry in collected.accepted if entry.client_id in good),
         refused,
     )

@@ -56,6 +56,7 @@ class FederationSpec:
         refinement_budget: default budget of a second message of each client and round, which says the whole update
             again, better, and is sent while the next round's clients train (`federation.refining`); None for none.
         preview_step: what the first message counts for until then, as a share of the server's step.
+        preview_correction: how much of what the first message got wrong is then taken back, as a share.
         error_feedback: decay of the residual that a client carries to its next update; 0 switches it off.
         max_message_bytes: larger messages are refused unread.
         server: `{"optimizer": any torch.optim class, "lr": ..., ...}` on the pseudo-gradient; SGD with lr 1 is FedAvg.
@@ -105,6 +106,7 @@ class FederationSpec:
     mean_examples: int | None = None
     refinement_budget: str | int | None = None
     preview_step: float = 1.0
+    preview_correction: float = 1.0
     error_feedback: float = 1.0
     server: Mapping[str, Any] = field(default_factory=lambda: {"optimizer": "SGD", "lr": 1.0})
     training: Mapping[str, Any] = field(default_factory=dict)
@@ -177,6 +179,7 @@ class FederationSpec:
         check_refinement(
             self.refinement_budget,
             self.preview_step,
+            self.preview_correction,
             error_feedback=self.error_feedback,
             scaffold=self.scaffold_clients is not None,
             coverage=self.coverage,

@@ -82,6 +82,9 @@ class MethodSettings:
     round's clients train (`federation.refining`). The first is then a preview; None for none."""
     preview_step: float = 1.0
     """What a preview counts for until its refinement is there, as a share of the server's step."""
+    preview_correction: float = 1.0
+    """How much of what a preview got wrong is then taken back, as a share: clients that trained in between have
+    repaired the rest."""
     refinement_cap: str | None = None
     """As `uplink_cap`, for the second message."""
     error_feedback: bool | float = True
@@ -142,6 +145,7 @@ class MethodSettings:
         check_refinement(
             self.refinement_budget,
             self.preview_step,
+            self.preview_correction,
             error_feedback=self.feedback_decay,
             scaffold=self.scaffold,
             coverage=self.coverage,

@@ -6,6 +6,7 @@ of `evaluation/tuning`, whose `fedavg` makes the way to those rounds. Prints and
 - the change of the loss at each server step: negative is better, and what fp32 changes is the reference
 - cosine: between the mean of the messages and the mean of the updates
 - length: of the mean of the messages, relative to that of the updates along which it goes (1 / cosine at the best)
+- noise: what the error of that mean costs beside its direction, at server step 1: the mean over error and its negative
 
 One round says nothing about what adds up over rounds: a part that is left out each time, or noise.
 """
@@ -74,6 +75,7 @@ def comparer(
     def compare(round: int, base: Tensor, results: Sequence[LocalResult]) -> None:
         before, reference = loss_at(base), mean_of_messages("fp32", results, base, founding)
         alike = [float(torch.cosine_similarity(result.adapter - base, reference, dim=0)) for result in results]
+        exact = loss_at(base + reference)
         print(
             f"round {round}, loss before {before:.4f}; cosine of a client's update and their mean "
             f"{sum(alike) / len(alike):.2f}; change at server step {', '.join(map(str, options.steps))}"
@@ -82,17 +84,19 @@ def comparer(
             mean = mean_of_messages(spec, results, base, founding)
             changes = [round_(loss_at(base + step * mean) - before) for step in options.steps]
             along = float(mean @ reference / reference.square().sum())
+            off = [loss_at(base + reference + sign * (mean - reference)) for sign in (1, -1)]
             row = {
                 "round": round,
                 "codec": spec,
                 "change": changes,
                 "cosine": round_(float(torch.cosine_similarity(mean, reference, dim=0))),
                 "length": round_(float(mean.norm() / reference.norm()) / along),
+                "noise": round_(sum(off) / 2 - exact),
             }
             found.append(row)
             print(
                 f"  {spec:26} {'  '.join(f'{x:+.4f}' for x in changes)}   cosine {row['cosine']:.2f}  "
-                f"length {row['length']:.2f}",
+                f"length {row['length']:.2f}  noise {row['noise']:+.4f}",
                 flush=True,
             )
 

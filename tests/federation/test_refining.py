@@ -90,6 +90,26 @@ def test_a_round_takes_half_of_its_previews_and_the_next_one_puts_the_refinement
     assert coordinator.finished
 
 
+@pytest.mark.parametrize(("share", "expected"), [(0.0, 2.0), (0.5, 2.125), (0.75, 2.1875), (1.0, 2.25)])
+def test_part_of_what_previews_got_wrong_stays(tmp_path, share, expected):
+    mailbox = federation(tmp_path, rounds=3, preview_correction=share)
+    coordinator = Coordinator(mailbox)
+    previews(mailbox, 0, a=2, b=4)  # P = 3.5
+    assert close(coordinator) == 1.75
+    refinements(mailbox, 0, a=1, b=5)  # R = 4: half of it is still to come, and half of the 0.5 that P is short
+    previews(mailbox, 1, a=0, b=0)
+    assert close(coordinator) == 1.75 + expected
+
+
+def test_a_correction_of_nothing_leaves_previews_without_refinements_as_they_are(tmp_path):
+    mailbox = federation(tmp_path, rounds=3, preview_correction=0.0)
+    coordinator = Coordinator(mailbox)
+    previews(mailbox, 0, a=2, b=4)
+    close(coordinator)
+    previews(mailbox, 1, a=0, b=0)
+    assert close(coordinator) == 3.5  # the previews stand in for the refinements: the other half of them
+
+
 def test_the_record_names_both_with_their_weights_and_bytes(tmp_path):
     mailbox, coordinator = second_round(tmp_path)
     refinements(mailbox, 0, a=1, b=5)
