@@ -133,9 +133,7 @@ def check_refinement(
     valid = isinstance(preview_step, (int, float)) and not isinstance(preview_step, bool)
     if not valid or not 0 < preview_step <= 1:  # type: ignore[operator]
         raise ConfigError(f"preview_step must be a share of the server's step above 0 and at most 1: {preview_step!r}.")
-    valid = isinstance(preview_correction, (int, float)) and not isinstance(preview_correction, bool)
-    if not valid or not 0 <= preview_correction <= 1:  # type: ignore[operator]
-        raise ConfigError(f"preview_correction must be a share from 0 to 1 (all), not {preview_correction!r}.")
+    _check_number("preview_correction", preview_correction, 1, "1 takes back all that a preview got wrong")
     if refinement_budget is None:
         for name, given in (("preview_step", preview_step), ("preview_correction", preview_correction)):
             if given != 1:

@@ -54,7 +54,7 @@ def test_a_preview_step_needs_refinements():
 
 @pytest.mark.parametrize("share", [-0.1, 1.1, True, "0.5", None, float("nan")])
 def test_a_preview_correction_is_a_share(share):
-    with pytest.raises(ConfigError, match=r"preview_correction must be a share from 0 to 1 \(all\), not "):
+    with pytest.raises(ConfigError, match=r"preview_correction must be a number from 0 to 1 \(1 takes back all .*\), not "):
         check(preview_correction=share)
 
 
@@ -99,7 +99,7 @@ def test_a_method_has_its_second_budget_and_cap():
         ({"coverage": 0.5}, "refinement_budget and coverage cannot be combined"),
         ({"scaffold": True}, "refinement_budget and scaffold cannot be combined"),
         ({"preview_step": 2}, "preview_step must be a share"),
-        ({"preview_correction": -1}, "preview_correction must be a share"),
+        ({"preview_correction": -1}, "preview_correction must be a number from 0 to 1"),
         ({"refinement_budget": None}, "preview_step is 0.5, but without refinements"),
         (
             {"refinement_budget": None, "preview_step": 1.0, "refinement_cap": "1s@lte-20mbps"},
@@ -190,7 +190,7 @@ def test_a_spec_from_before_there_were_refinements_is_read():
         ({"scaffold_clients": 3}, "refinement_budget and scaffold cannot be combined"),
         ({"coverage": 0.5}, "refinement_budget and coverage cannot be combined"),
         ({"preview_step": 0}, "preview_step must be a share"),
-        ({"preview_correction": 2}, "preview_correction must be a share"),
+        ({"preview_correction": 2}, "preview_correction must be a number from 0 to 1"),
     ],
 )
 def test_a_spec_that_makes_no_sense_is_refused(changes, match):

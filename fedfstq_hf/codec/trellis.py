@@ -28,6 +28,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -166,7 +167,7 @@ class _Source:
         """In so many steps, or one for each coordinate."""
         count = self.places.count
         steps = min(steps, count)
-        path = nearest_path(np.roll(self._weighed(), self.seed % count), steps)
+        path = nearest_path(np.roll(self._weighed, self.seed % count), steps)
         minus = _Rotated(registers(path), self.seed, count)
         magnitude = self.size * factors(self.places, self.sample, minus, _STEPS_ADDED / steps, self.emphasis)
         symbols = self._symbols(magnitude)
@@ -194,7 +195,9 @@ class _Source:
             spent = size - steps
         return best
 
+    @cached_property
     def _weighed(self) -> Float32:
+        """The sample as the search for a path sees it, (places.count,)."""
         if self.emphasis is None:
             return self.sample
         weighed = self.sample.copy()

@@ -101,8 +101,9 @@ def test_part_of_what_previews_got_wrong_stays(tmp_path, share, expected):
     assert close(coordinator) == 1.75 + expected
 
 
-def test_a_correction_of_nothing_leaves_previews_without_refinements_as_they_are(tmp_path):
-    mailbox = federation(tmp_path, rounds=3, preview_correction=0.0)
+@pytest.mark.parametrize("share", [0.0, 0.6, 1.0])
+def test_whatever_is_taken_back_previews_without_refinements_count_once(tmp_path, share):
+    mailbox = federation(tmp_path, rounds=3, preview_correction=share)
     coordinator = Coordinator(mailbox)
     previews(mailbox, 0, a=2, b=4)
     close(coordinator)
