@@ -8,11 +8,11 @@ import logging
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from fedfstq_hf.errors import MailboxError
-from fedfstq_hf.federation.record import RoundRecord
+from fedfstq_hf.federation.record import RefusedUpdate, RoundRecord
 
 logger = logging.getLogger(__name__)
 
@@ -56,10 +56,11 @@ class HistoryRow:
         downlink_bytes: what a client that follows every round downloads: the packed change where it was published,
             else the adapter file; with it the control variate, where there is one.
         dense_downlink_bytes: the adapter file.
-        accepted, refused, late: numbers of updates.
+        accepted, refused, late: numbers of updates; refinements are not among them.
         reasons: class of reason -> number of updates refused for it.
         restored_from: the round whose adapter this one took over, None for a round made from updates.
         clipped: accepted updates that were scaled down for their norm.
+        refinements_unused: refinements that were refused or late; what their previews said was used.
     """
 
     round: int
@@ -75,6 +76,7 @@ class HistoryRow:
     reasons: Mapping[str, int] = field(default_factory=dict)
     restored_from: int | None = None
     clipped: int = 0
+    refinements_unused: int = 0
 
 
 _DEFAULTS: Mapping[str, object] = {
@@ -84,6 +86,7 @@ _DEFAULTS: Mapping[str, object] = {
     "reasons": {},
     "restored_from": None,
     "clipped": 0,
+    "refinements_unused": 0,
 }
 
 
@@ -96,27 +99,30 @@ def row(record: RoundRecord, previous: RoundRecord | None) -> HistoryRow:
     given = None if previous is None else previous.round
     if given != (record.round - 1 if record.round else None):
         raise MailboxError(f"The row of round {record.round} needs the record of the round before it, not of {given}.")
+    refused, late = (_first_messages(updates) for updates in (record.refused, record.late))
+    messages = len(record.accepted) + len(refused) + len(late)
     return HistoryRow(
         round=record.round,
         opened_at=record.opened_at,
         num_examples=sum(update.num_examples for update in record.accepted),
         uplink_bytes=sum(update.num_bytes for update in record.updates),
-        dense_uplink_bytes=previous.adapter_bytes * _adapters(record) if previous is not None else 0,
+        dense_uplink_bytes=0 if previous is None else previous.adapter_bytes * messages,
         downlink_bytes=record.variate_bytes
         + (record.adapter_bytes if record.update_bytes is None else record.update_bytes),
         dense_downlink_bytes=record.adapter_bytes,
         accepted=len(record.accepted),
-        refused=len(record.refused),
-        late=len(record.late),
-        reasons=_fewest(Counter(reason_class(update.reason) for update in record.refused)),
+        refused=len(refused),
+        late=len(late),
+        reasons=_fewest(Counter(reason_class(update.reason) for update in refused)),
         restored_from=record.restored_from,
         clipped=sum(update.scale < 1 for update in record.accepted),
+        refinements_unused=len(record.refused) + len(record.late) - len(refused) - len(late),
     )
 
 
-def _adapters(record: RoundRecord) -> int:
-    """How many plain adapter files would have been sent: a refinement says again what its preview said."""
-    return len(record.accepted) + sum(not update.refinement for update in (*record.refused, *record.late))
+def _first_messages(updates: Sequence[RefusedUpdate]) -> list[RefusedUpdate]:
+    """Without refinements, which say again what their previews said: no plain adapter file would have been sent."""
+    return [update for update in updates if not update.refinement]
 
 
 def reason_class(reason: str) -> str:

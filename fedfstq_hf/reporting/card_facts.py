@@ -137,8 +137,9 @@ def refusals(history: Sequence[HistoryRow]) -> list[Line]:
 
 def fate(history: Sequence[HistoryRow]) -> str | None:
     """What became of the updates that arrived; None while there are none."""
-    used, refused, late, clipped = (
-        sum(getattr(row, name) for row in history) for name in ("accepted", "refused", "late", "clipped")
+    used, refused, late, clipped, unused = (
+        sum(getattr(row, name) for row in history)
+        for name in ("accepted", "refused", "late", "clipped", "refinements_unused")
     )
     arrived = used + refused + late
     if not arrived:
@@ -152,6 +153,8 @@ def fate(history: Sequence[HistoryRow]) -> str | None:
         text += (
             f". {_count(clipped, 'update')} {_were(clipped)} scaled down, the norm being far above the round's median"
         )
+    if unused:
+        text += f". {_count(unused, 'refinement')} came too late or {_were(unused)} refused: the preview alone was used"
     return f"{text}."
 
 

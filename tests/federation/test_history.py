@@ -28,6 +28,7 @@ ROW = st.builds(
     reasons=st.dictionaries(st.text(max_size=20), COUNT, max_size=3),
     restored_from=st.none() | COUNT,
     clipped=COUNT,
+    refinements_unused=COUNT,
 )
 
 
@@ -69,6 +70,18 @@ def test_late_updates_cost_bytes_too():
     made = history.row(record(3, accepted=1, late=late), record(2))
     assert (made.late, made.refused, made.reasons) == (1, 0, {})
     assert (made.uplink_bytes, made.dense_uplink_bytes) == (50 + 60, 2000)
+
+
+def test_refinements_that_were_not_used_are_no_updates_that_were_not_used():
+    late = (
+        RefusedUpdate("slow", "e" * 64, 60, "It arrived after round 1 was closed.", 1),
+        RefusedUpdate("slow", "f" * 64, 600, "It arrived after round 1 was closed.", 1, refinement=True),
+    )
+    refused = (RefusedUpdate("odd", "0" * 64, 500, "It has 500 bytes; at most 400 are taken.", 2, refinement=True),)
+    made = history.row(record(3, accepted=1, late=late, refused=refused), record(2))
+    assert (made.accepted, made.refused, made.late, made.refinements_unused) == (1, 0, 1, 2)
+    assert made.reasons == {}
+    assert (made.uplink_bytes, made.dense_uplink_bytes) == (50 + 60 + 600 + 500, 2000)
 
 
 def test_clipped_updates_are_counted():

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import logging
 import re
@@ -157,6 +158,14 @@ def test_a_budget_of_a_round_is_not_called_one_of_a_message():
     check_card(card)
     assert "- Uplink budget per round: `round:1bpp`" in card
     assert "per message" not in card
+
+
+def test_refinements_that_were_not_used_are_told_apart_from_updates():
+    one, *others = make_history(3)
+    card = render(3, history=[dataclasses.replace(one, refinements_unused=2), *others])
+    check_card(card)
+    assert "Of 12 updates that arrived, 12 were used. 2 refinements" in card
+    assert "2 refinements came too late or were refused: the preview alone was used." in card
 
 
 def test_results_name_metric_source_and_round():
