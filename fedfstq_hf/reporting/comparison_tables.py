@@ -140,7 +140,9 @@ def _to_targets(comparison: Comparison) -> Table:
 
 def _time(comparison: Comparison) -> Table:
     rows = []
+    reference = comparison.find(comparison.reference)
     for link in comparison.workload.recipe.links:
+        reference_is_exact = reference is not None and all(is_exact(rows, link) for rows in reference.series.values())
         for figures in comparison.methods:
             reached, floor = figures.reached[TIGHT], figures.reached[TIGHT].floor[link.name]
             exact = all(is_exact(rows, link) for rows in figures.series.values())
@@ -152,16 +154,19 @@ def _time(comparison: Comparison) -> Table:
                     NONE if floor.mean is None else ("" if exact else "≥ ") + with_spread(floor, format_seconds),
                     ratio_text(reached.ceiling[link.name], "" if exact else "≤ "),
                     _share(reached.share[link.name], "" if exact else "≥ "),
+                    _share(reached.reference_share[link.name], "" if reference_is_exact else "≥ "),
                 ]
             )
     head = ["link, method", "time", "sooner", "time with zero uplink", "ceiling", "share of the ceiling"]
+    head.append(f"share in {comparison.reference}'s rounds")
     return Table(f"Simulated time to {target_name(comparison, TIGHT)}", head, rows, _ceiling_note(comparison))
 
 
 def _ceiling_note(comparison: Comparison) -> str:
     note = (
         f"Sooner: {comparison.reference}'s time over the method's. Ceiling: {comparison.reference}'s time over the "
-        "method's with messages of zero bytes, which is as far as saving uplink can go in as many rounds. "
+        "method's with messages of zero bytes, which is as far as saving uplink can go in as many rounds. Share in "
+        f"{comparison.reference}'s rounds: {comparison.reference}'s time with zero uplink over the method's time. "
     )
     links = comparison.workload.recipe.links
     rows = [rows for figures in comparison.methods for rows in figures.series.values()]

@@ -22,6 +22,8 @@ class Reached:
         floor: the same with zero uplink bytes; a lower bound on links whose clients differ.
         ceiling: reference's seconds over the floor: what no compression could exceed in as many rounds.
         share: of the ceiling that was reached: the floor over the method's own seconds.
+        reference_share: the reference's floor over the method's seconds: what is reached of what messages of zero
+            bytes give in as many rounds as the reference needs. Above 1 for a method that needs fewer.
     """
 
     uplink: Estimate
@@ -31,6 +33,7 @@ class Reached:
     floor: dict[str, Estimate]
     ceiling: dict[str, Estimate]
     share: dict[str, Estimate]
+    reference_share: dict[str, Estimate]
 
 
 def reach(series: Series, reference: Series, targets: Mapping[int, float], rule: TargetRule, recipe: Recipe) -> Reached:
@@ -40,7 +43,11 @@ def reach(series: Series, reference: Series, targets: Mapping[int, float], rule:
     ours = {seed: to_target(series[seed], targets[seed], rule, higher_is_better=higher) for seed in seeds}
     theirs = {seed: to_target(reference[seed], targets[seed], rule, higher_is_better=higher) for seed in seeds}
     links = [link.name for link in recipe.links]
-    floors = {link: {seed: _floor(series[seed], targets[seed], rule, recipe, link) for seed in seeds} for link in links}
+
+    def floors_of(rows: Series) -> dict[str, dict[int, float | None]]:
+        return {link: {seed: _floor(rows[seed], targets[seed], rule, recipe, link) for seed in seeds} for link in links}
+
+    floors, their_floors = floors_of(series), floors_of(reference)
 
     def seconds(tree: Mapping[int, Mapping[str, Mapping[str, float | None]]], seed: int, link: str) -> float | None:
         return tree[seed]["seconds_to_target"][link]
@@ -62,6 +69,10 @@ def reach(series: Series, reference: Series, targets: Mapping[int, float], rule:
         },
         share={
             link: estimate(quotient(floors[link][seed], seconds(ours, seed, link)) for seed in seeds) for link in links
+        },
+        reference_share={
+            link: estimate(quotient(their_floors[link][seed], seconds(ours, seed, link)) for seed in seeds)
+            for link in links
         },
     )
 

@@ -83,6 +83,7 @@ def _reached(reached: Reached) -> dict[str, Any]:
         "times_sooner": {link: _pair(reached.seconds_ratio[link]) for link in links},
         "ceiling": {link: _pair(reached.ceiling[link]) for link in links},
         "share_of_ceiling": {link: _pair(reached.share[link]) for link in links},
+        "share_in_reference_rounds": {link: _pair(reached.reference_share[link]) for link in links},
     }
 
 

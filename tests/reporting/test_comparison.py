@@ -264,10 +264,21 @@ def test_ceiling_in_the_table_by_hand(tmp_path):
     rows = make_rows("fedavg", FEDAVG, bytes_per_round=2_000_000)
     (comparison,) = comparisons(write_run(tmp_path / "a", rows))
     cells = line(comparison, "Simulated time", "lte-20mbps, fedavg")
-    assert cells[1:] == ["6.00 s", "1.00×", "5.40 s", "1.11×", "90 %"]
+    assert cells[1:] == ["6.00 s", "1.00×", "5.40 s", "1.11×", "90 %", "90 %"]
     cells = line(comparison, "Simulated time", "straggler-tail, fedavg")
     # On the tail a round lasts at least its mean compute, 1 s: 3 s of 18 s.
-    assert cells[1:] == ["18.0 s", "1.00×", "≥ 3.00 s", "≤ 6.00×", "≥ 17 %"]
+    assert cells[1:] == ["18.0 s", "1.00×", "≥ 3.00 s", "≤ 6.00×", "≥ 17 %", "≥ 17 %"]
+
+
+def test_a_round_more_than_the_reference_counts_against_the_share_in_its_rounds(tmp_path):
+    # Half of the improvement: fedavg in a round of 2 s, of which 0.2 s are uplink; the other in two rounds.
+    rows = make_rows("fedavg", FEDAVG, bytes_per_round=2_000_000)
+    rows += make_rows("fstq", [4.0, 3.9, 3.4, 3.2, 3.05], bytes_per_round=1_000_000)
+    (comparison,) = comparisons(write_run(tmp_path / "a", rows))
+    reached = {figures.label: figures.reached[0.5] for figures in comparison.methods}
+    assert reached["fstq"].share["lte-20mbps"].mean == pytest.approx(3.8 / 4)
+    assert reached["fstq"].reference_share["lte-20mbps"].mean == pytest.approx(1.8 / 4)
+    assert reached["fedavg"].reference_share == reached["fedavg"].share
 
 
 def test_bad_input_is_named(tmp_path):
