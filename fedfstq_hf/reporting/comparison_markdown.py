@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from fedfstq_hf.reporting.comparison_figures import Comparison
 from fedfstq_hf.reporting.comparison_notes import CAVEATS, notes, settings
+from fedfstq_hf.reporting.comparison_overview import overview
 from fedfstq_hf.reporting.comparison_sweep import Sweep, sweep_tables
 from fedfstq_hf.reporting.comparison_tables import Table, figure_tables, link_table, run_table
 
@@ -16,6 +17,8 @@ def render_markdown(
 ) -> str:
     """The text of the file beside the page `page`."""
     parts = [MARK, f"# {escape(title)}", f"```\n{command}\n```", f"With plots: [{escape(page)}]({page})"]
+    if (table := overview(comparisons, sweeps)) is not None:
+        parts += ["## Overview", _table(table)]
     for sweep in sweeps:
         parts += [f"## {escape(sweep.title)}", *map(_table, sweep_tables(sweep))]
     for comparison in comparisons:

@@ -129,7 +129,7 @@ def _to_targets(comparison: Comparison) -> Table:
         row = [figures.label]
         for fraction in comparison.targets:
             reached = figures.reached[fraction]
-            row += [_reached(reached.uplink, format_bytes, figures), ratio_text(reached.uplink_ratio)]
+            row += [reached_text(reached.uplink, format_bytes, figures), ratio_text(reached.uplink_ratio)]
         rows.append(row)
     note = (
         f"Cumulative uplink of all clients until a share of {comparison.reference}'s improvement is made and held in "
@@ -149,12 +149,12 @@ def _time(comparison: Comparison) -> Table:
             rows.append(
                 [
                     f"{link.name}, {figures.label}",
-                    _reached(reached.seconds[link.name], format_seconds, figures),
+                    reached_text(reached.seconds[link.name], format_seconds, figures),
                     ratio_text(reached.seconds_ratio[link.name]),
                     NONE if floor.mean is None else ("" if exact else "≥ ") + with_spread(floor, format_seconds),
                     ratio_text(reached.ceiling[link.name], "" if exact else "≤ "),
-                    _share(reached.share[link.name], "" if exact else "≥ "),
-                    _share(reached.reference_share[link.name], "" if reference_is_exact else "≥ "),
+                    share_text(reached.share[link.name], "" if exact else "≥ "),
+                    share_text(reached.reference_share[link.name], "" if reference_is_exact else "≥ "),
                 ]
             )
     head = ["link, method", "time", "sooner", "time with zero uplink", "ceiling", "share of the ceiling"]
@@ -216,7 +216,8 @@ def with_spread(value: Estimate, text_of: Callable[[float | None], str]) -> str:
     return text_of(value.mean) + (f" ± {text_of(value.spread)}" if shown else "")
 
 
-def _reached(value: Estimate, text_of: Callable[[float | None], str], figures: MethodFigures) -> str:
+def reached_text(value: Estimate, text_of: Callable[[float | None], str], figures: MethodFigures) -> str:
+    """What was needed to a target, or in how many seeds it was reached."""
     if value.mean is not None:
         return with_spread(value, text_of)
     if not value.count:
@@ -226,7 +227,8 @@ def _reached(value: Estimate, text_of: Callable[[float | None], str], figures: M
     return f"in {value.known} of {value.count} seeds"
 
 
-def _share(value: Estimate, sign: str) -> str:
+def share_text(value: Estimate, sign: str = "") -> str:
+    """A share in percent, a dash where a seed lacks it; `sign` goes before it."""
     return NONE if value.mean is None else f"{sign}{100 * value.mean:.0f} %"
 
 

@@ -7,6 +7,7 @@ from typing import Any
 from fedfstq_hf import __version__
 from fedfstq_hf.reporting.comparison_figures import Comparison
 from fedfstq_hf.reporting.comparison_notes import CAVEATS, notes, settings
+from fedfstq_hf.reporting.comparison_overview import overview
 from fedfstq_hf.reporting.comparison_sweep import Sweep, sweep_tables
 from fedfstq_hf.reporting.comparison_tables import figure_tables, link_table, run_table
 from fedfstq_hf.reporting.page_chart import Chart, draw, draw_swatch
@@ -33,6 +34,7 @@ def render_page(comparisons: Sequence[Comparison], sweeps: Sequence[Sweep], *, t
         version=__version__,
         generator=GENERATOR,
         chart_style=chart_style(),
+        overview=overview(comparisons, sweeps),
         sections=sections,
         caveats=CAVEATS,
     )
