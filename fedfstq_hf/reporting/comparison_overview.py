@@ -24,7 +24,7 @@ def overview(comparisons: Sequence[Comparison], sweeps: Sequence[Sweep]) -> Tabl
     metrics = {one.workload.recipe.evaluation.metric for one in shown}
     references = {one.reference for one in shown}
     reference = references.pop() if len(references) == 1 else "the reference"
-    head = ["workload, method", "uplink", f"fewer than {reference}"]
+    head = ["workload, method", "seeds", "uplink", f"fewer than {reference}"]
     head += [f"{name}, sooner" for name in names]
     head.append(f"final {metrics.pop() if len(metrics) == 1 else 'metric'}")
     rows = [_row(one, figures, names) for one in shown for figures in one.methods]
@@ -37,8 +37,8 @@ def overview(comparisons: Sequence[Comparison], sweeps: Sequence[Sweep]) -> Tabl
 
 def _row(comparison: Comparison, figures: MethodFigures, links: Sequence[str]) -> list[str]:
     reached = figures.reached[TIGHT]
-    cells = [f"{comparison.workload.name}, {figures.label}", reached_text(reached.uplink, format_bytes, figures)]
-    cells.append(ratio_text(reached.uplink_ratio))
+    cells = [f"{comparison.workload.name}, {figures.label}", str(len(figures.series))]
+    cells += [reached_text(reached.uplink, format_bytes, figures), ratio_text(reached.uplink_ratio)]
     profiles = {link.name: link for link in comparison.workload.recipe.links}
     reference = comparison.find(comparison.reference)
     for name in links:

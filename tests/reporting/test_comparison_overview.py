@@ -33,13 +33,13 @@ def test_a_line_for_each_workload_and_method(tmp_path):
     table = made(*two_workloads(tmp_path))
     links = ("lte-20mbps, sooner", "straggler-tail, sooner")
     assert table.title == "To 90 % of fedavg's improvement"
-    assert table.head == ["workload, method", "uplink", "fewer than fedavg", *links, "final eval_loss"]
+    assert table.head == ["workload, method", "seeds", "uplink", "fewer than fedavg", *links, "final eval_loss"]
     lines = {row[0]: list(row[1:]) for row in table.rows}
     # 4 clients send 500 kB each at 20 Mbit/s: of a round's 2 s 1.8 s are left without uplink; the other takes 1.9 s.
-    assert lines["one, fedavg"][:3] == ["6.00 MB", "1.00×", "1.00× (90 %)"]
-    assert lines["one, fstq"][:3] == ["300 B", "20000×", "1.05× (95 %)"]
-    assert lines["one, fstq"][3].startswith("1.05× (≥ ")  # rows of before clients' bytes were in them, unequal links
-    assert lines["two, fstq"] == ["not reached", "–", "–", "–", "3.6000"]
+    assert lines["one, fedavg"][:4] == ["1", "6.00 MB", "1.00×", "1.00× (90 %)"]
+    assert lines["one, fstq"][:4] == ["1", "300 B", "20000×", "1.05× (95 %)"]
+    assert lines["one, fstq"][4].startswith("1.05× (≥ ")  # rows of before clients' bytes were in them, unequal links
+    assert lines["two, fstq"] == ["1", "not reached", "–", "–", "–", "3.6000"]
 
 
 def test_links_whose_compute_was_measured_are_left_out_beside_those_where_it_is_set(tmp_path):
@@ -60,6 +60,6 @@ def test_page_and_text_begin_with_it(tmp_path):
     assert page.read_text().index('<h2 id="overview">') < page.read_text().index('<h2 id="w1">')
     assert '<a href="#overview">' in page.read_text()
     written = text.read_text()
-    assert written.index("## Overview") < written.index("| one, fstq | 300 B |") < written.index("### Quality")
+    assert written.index("## Overview") < written.index("| one, fstq | 1 | 300 B |") < written.index("### Quality")
     (alone,) = {write_comparison([tmp_path / "one"], tmp_path / "alone.html", command="c")[1].read_text()}
     assert "Overview" not in alone
