@@ -134,6 +134,7 @@ def make_spec(
         refinement_budget=settings.refinement_budget,
         preview_step=settings.preview_step,
         preview_correction=settings.preview_correction,
+        preview_rounds=settings.preview_rounds,
         mean_examples=mean_examples if settings.budget_by_examples else None,
         error_feedback=settings.feedback_decay,
         server=settings.server.to_yaml(),

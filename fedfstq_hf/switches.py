@@ -117,12 +117,13 @@ def check_refinement(
     refinement_budget: object,
     preview_step: object,
     preview_correction: object,
+    preview_rounds: object,
     *,
     error_feedback: float,
     scaffold: bool,
     coverage: float,
 ) -> None:
-    """Refuse shares out of range, and what does not go together with second messages of a round.
+    """Refuse shares and numbers of rounds out of range, and what does not go together with second messages of a round.
 
     A preview leaves out what its refinement says: nothing is left for a residual. Control variates travel as second
     payloads already; and with coverage below 1 the means of different tensors would have to be kept apart.
@@ -134,6 +135,10 @@ def check_refinement(
     if not valid or not 0 < preview_step <= 1:  # type: ignore[operator]
         raise ConfigError(f"preview_step must be a share of the server's step above 0 and at most 1: {preview_step!r}.")
     _check_number("preview_correction", preview_correction, 1, "1 takes back all that a preview got wrong")
+    if preview_rounds is not None and (type(preview_rounds) is not int or preview_rounds < 1):
+        raise ConfigError(
+            f"preview_rounds must be a whole number of rounds, at least 1, or null for all: {preview_rounds!r}."
+        )
     if refinement_budget is None:
         for name, given in (("preview_step", preview_step), ("preview_correction", preview_correction)):
             if given != 1:
@@ -141,6 +146,11 @@ def check_refinement(
                     f"{name} is {given!r}, but without refinements every message counts in full: set "
                     "refinement_budget too, such as 0.4bpp."
                 )
+        if preview_rounds is not None:
+            raise ConfigError(
+                f"preview_rounds is {preview_rounds!r}, but without refinements no message is a preview: set "
+                "refinement_budget too, such as 0.4bpp."
+            )
         return
     for name, given in (("error_feedback", error_feedback > 0), ("scaffold", scaffold), ("coverage", coverage != 1)):
         if given:

@@ -32,7 +32,8 @@ def check(**given):
     settings = {"refinement_budget": "0.4bpp", "preview_step": 1, "error_feedback": 0.0, "scaffold": False}
     settings |= {"coverage": 1.0} | given
     budget, step = settings.pop("refinement_budget"), settings.pop("preview_step")
-    check_refinement(budget, step, settings.pop("preview_correction", 1.0), **settings)
+    correction, rounds = settings.pop("preview_correction", 1.0), settings.pop("preview_rounds", None)
+    check_refinement(budget, step, correction, rounds, **settings)
 
 
 @pytest.mark.parametrize("step", [0, -0.5, 1.5, True, "0.5", None, float("nan")])
@@ -62,6 +63,18 @@ def test_a_preview_correction_needs_refinements():
     assert check(preview_correction=0) is check(preview_correction=0.6) is check(preview_correction=1) is None
     with pytest.raises(ConfigError, match=r"preview_correction is 0\.6, but without refinements every message counts"):
         check(refinement_budget=None, preview_correction=0.6)
+
+
+@pytest.mark.parametrize("rounds", [0, -1, True, 2.0, "3"])
+def test_preview_rounds_are_a_number_of_rounds(rounds):
+    with pytest.raises(ConfigError, match="preview_rounds must be a whole number of rounds, at least 1, or null for"):
+        check(preview_rounds=rounds)
+
+
+def test_preview_rounds_need_refinements():
+    assert check(preview_rounds=1) is None
+    with pytest.raises(ConfigError, match="preview_rounds is 3, but without refinements no message is a preview: set"):
+        check(refinement_budget=None, preview_rounds=3)
 
 
 @pytest.mark.parametrize(
@@ -100,6 +113,7 @@ def test_a_method_has_its_second_budget_and_cap():
         ({"scaffold": True}, "refinement_budget and scaffold cannot be combined"),
         ({"preview_step": 2}, "preview_step must be a share"),
         ({"preview_correction": -1}, "preview_correction must be a number from 0 to 1"),
+        ({"preview_rounds": 0}, "preview_rounds must be a whole number of rounds"),
         ({"refinement_budget": None}, "preview_step is 0.5, but without refinements"),
         (
             {"refinement_budget": None, "preview_step": 1.0, "refinement_cap": "1s@lte-20mbps"},
@@ -174,9 +188,17 @@ def test_a_spec_says_which_rounds_have_refinements():
     assert FederationSpec.from_json(spec(id="x").to_json()) == spec(id="x")
 
 
+@pytest.mark.parametrize(("given", "refined"), [(1, 1), (2, 2), (3, 3), (4, 3), (100, 3)])
+def test_a_spec_says_after_which_round_there_are_no_more_previews(given, refined):
+    limited = spec(rounds=4, preview_rounds=given)
+    assert [limited.refines(round) for round in range(4)] == [round < refined for round in range(4)]
+    assert FederationSpec.from_json(limited.to_json()) == limited
+
+
 def test_a_spec_from_before_there_were_refinements_is_read():
     fields = json.loads(spec(refinement_budget=None, preview_step=1.0, id="x").to_json())
-    del fields["refinement_budget"], fields["preview_step"], fields["preview_correction"]
+    for name in ("refinement_budget", "preview_step", "preview_correction", "preview_rounds"):
+        del fields[name]
     assert FederationSpec.from_json(json.dumps(fields).encode()) == spec(
         refinement_budget=None, preview_step=1.0, id="x"
     )
@@ -191,6 +213,7 @@ def test_a_spec_from_before_there_were_refinements_is_read():
         ({"coverage": 0.5}, "refinement_budget and coverage cannot be combined"),
         ({"preview_step": 0}, "preview_step must be a share"),
         ({"preview_correction": 2}, "preview_correction must be a number from 0 to 1"),
+        ({"preview_rounds": -1}, "preview_rounds must be a whole number of rounds"),
     ],
 )
 def test_a_spec_that_makes_no_sense_is_refused(changes, match):

@@ -9,8 +9,8 @@ taken in part, and what the round before is now known to have been (METHOD secti
 P_t is the weighted mean of round t's previews, R_t the same of its refinements (of previews where none arrived), s the
 spec's `preview_step`. With s = 1 all of a preview's noise is there when the next round trains; with less, less of it,
 and more of the update comes a round late. c is the spec's `preview_correction`: clients that start from a noisy adapter
-repair part of its noise, and what they have repaired must not be taken back again. The last round has neither: its
-messages are as long as refinements.
+repair part of its noise, and what they have repaired must not be taken back again. The last round has neither, nor
+have those after the spec's `preview_rounds`: their messages are as long as refinements, and waited for.
 """
 
 from __future__ import annotations

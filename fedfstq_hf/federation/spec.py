@@ -57,6 +57,8 @@ class FederationSpec:
             again, better, and is sent while the next round's clients train (`federation.refining`); None for none.
         preview_step: what the first message counts for until then, as a share of the server's step.
         preview_correction: how much of what the first message got wrong is then taken back, as a share.
+        preview_rounds: rounds that begin with previews; messages of later ones are as long as refinements, and waited
+            for. None for all rounds but the last.
         error_feedback: decay of the residual that a client carries to its next update; 0 switches it off.
         max_message_bytes: larger messages are refused unread.
         server: `{"optimizer": any torch.optim class, "lr": ..., ...}` on the pseudo-gradient; SGD with lr 1 is FedAvg.
@@ -107,6 +109,7 @@ class FederationSpec:
     refinement_budget: str | int | None = None
     preview_step: float = 1.0
     preview_correction: float = 1.0
+    preview_rounds: int | None = None
     error_feedback: float = 1.0
     server: Mapping[str, Any] = field(default_factory=lambda: {"optimizer": "SGD", "lr": 1.0})
     training: Mapping[str, Any] = field(default_factory=dict)
@@ -180,6 +183,7 @@ class FederationSpec:
             self.refinement_budget,
             self.preview_step,
             self.preview_correction,
+            self.preview_rounds,
             error_feedback=self.error_feedback,
             scaffold=self.scaffold_clients is not None,
             coverage=self.coverage,
@@ -219,8 +223,9 @@ class FederationSpec:
         return math.sqrt(min(num_examples / self.mean_examples, self.weight_cap or math.inf))
 
     def refines(self, round: int) -> bool:
-        """Whether messages of `round` are previews, whose refinements follow; those of the last round are not."""
-        return self.refinement_budget is not None and round < self.rounds - 1
+        """Whether messages of `round` are previews, whose refinements follow; those of the last round never are."""
+        last = self.rounds - 1 if self.preview_rounds is None else min(self.preview_rounds, self.rounds - 1)
+        return self.refinement_budget is not None and round < last
 
     def turn(self, schema: Schema, client_id: str, round: int) -> Turn:
         """What a client's message of a round is about, of what travels (`schema`)."""

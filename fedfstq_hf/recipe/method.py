@@ -85,6 +85,9 @@ class MethodSettings:
     preview_correction: float = 1.0
     """How much of what a preview got wrong is then taken back, as a share: clients that trained in between have
     repaired the rest."""
+    preview_rounds: int | None = None
+    """Rounds that begin with previews, None for all but the last. Later ones wait for messages as long as refinements:
+    no preview's noise is then in what is published."""
     refinement_cap: str | None = None
     """As `uplink_cap`, for the second message."""
     error_feedback: bool | float = True
@@ -146,6 +149,7 @@ class MethodSettings:
             self.refinement_budget,
             self.preview_step,
             self.preview_correction,
+            self.preview_rounds,
             error_feedback=self.feedback_decay,
             scaffold=self.scaffold,
             coverage=self.coverage,

@@ -111,6 +111,25 @@ def test_whatever_is_taken_back_previews_without_refinements_count_once(tmp_path
     assert close(coordinator) == 3.5  # the previews stand in for the refinements: the other half of them
 
 
+def test_after_the_rounds_with_previews_messages_count_in_full_at_once(tmp_path):
+    mailbox = federation(tmp_path, rounds=4, preview_rounds=1)
+    coordinator = Coordinator(mailbox)
+    previews(mailbox, 0, a=2, b=4)  # 3.5
+    assert close(coordinator) == 1.75
+    refinements(mailbox, 0, a=1, b=5)  # 4
+    previews(mailbox, 1, a=-2, b=2)  # 1, no longer a preview
+    assert close(coordinator) == 1.75 + 1 + (4 - 1.75)
+    assert [entry.client_id for entry in coordinator.record.refinements] == ["a", "b"]
+    refinements(mailbox, 1, a=8, b=8)  # that nobody asked for
+    previews(mailbox, 2, a=0, b=4)  # 3
+    assert close(coordinator) == 5 + 3
+    record = coordinator.record
+    assert record.refinements == record.refused == record.late == ()
+    previews(mailbox, 3, a=4, b=4)
+    assert close(coordinator) == 8 + 4
+    assert coordinator.finished
+
+
 def test_the_record_names_both_with_their_weights_and_bytes(tmp_path):
     mailbox, coordinator = second_round(tmp_path)
     refinements(mailbox, 0, a=1, b=5)

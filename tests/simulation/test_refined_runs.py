@@ -29,8 +29,8 @@ REFINED = {
 THREE = (ALL, ALL, ALL)
 
 
-def refined(folder, plan, loss=(0.0, 0, 0)):
-    return Run(folder, plan, loss, **REFINED)
+def refined(folder, plan, loss=(0.0, 0, 0), **changes):
+    return Run(folder, plan, loss, **(REFINED | changes))
 
 
 def record(run, round):
@@ -67,6 +67,15 @@ def test_uplink_bytes_count_both_messages_of_the_round_s_clients(tmp_path):
         assert (row["num_updates"], row["num_lost"]) == (2, 0)
     assert total == sum(record(run, round).uplink_bytes for round in (1, 2, 3))  # counted once, whoever counts
     assert [used(run, round) for round in (1, 2, 3)] == [[], *[["client-0000", "client-0001"]] * 2]
+
+
+def test_rounds_after_those_with_previews_have_one_message_of_each_client_as_long_as_a_refinement(tmp_path):
+    run = refined(tmp_path, plan_of(*THREE), preview_rounds=1).finish()
+    assert [len(sizes(run, round, True)) for round in range(3)] == [2, 0, 0]
+    assert all(size <= 400 for size in sizes(run, 0).values())
+    assert all(400 < size <= 480 for round in (1, 2) for size in sizes(run, round).values())
+    assert [used(run, round) for round in (1, 2, 3)] == [[], ["client-0000", "client-0001"], []]
+    assert ["client_refinement_bytes" in row for row in run.rows] == [False, True, False, False]
 
 
 def test_the_backlog_of_a_round_is_part_of_the_next_one(tmp_path):
