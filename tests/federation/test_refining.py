@@ -273,7 +273,7 @@ def test_one_that_arrives_after_the_next_round_was_closed_is_late_once(tmp_path)
     assert records[1].late == ()
     assert records[0].uplink_bytes - records[1].uplink_bytes == len(late)
     row = history.load(mailbox.read_root("history.jsonl"))[3]
-    assert (row.uplink_bytes, row.late) == (records[0].uplink_bytes, 1)
+    assert (row.uplink_bytes, row.late, row.refinements_unused) == (records[0].uplink_bytes, 0, 1)
     assert row.dense_uplink_bytes == 2 * records[0].adapter_bytes
 
 
@@ -293,7 +293,8 @@ def refused_refinement(path, data):
     assert close(coordinator) == 4.5
     assert (coordinator.record.refused, coordinator.record.late) == ((), ())  # it is counted once
     row = history.load(mailbox.read_root("history.jsonl"))[2]
-    assert (row.refused, row.dense_uplink_bytes) == (1, 2 * coordinator.record.adapter_bytes)
+    assert (row.refused, row.refinements_unused) == (0, 1)
+    assert row.dense_uplink_bytes == 2 * coordinator.record.adapter_bytes
     return entry
 
 
