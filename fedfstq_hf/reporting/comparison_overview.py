@@ -2,10 +2,9 @@
 
 from collections.abc import Sequence
 
-from fedfstq_hf.reporting.comparison_ceiling import is_exact
 from fedfstq_hf.reporting.comparison_figures import TIGHT, Comparison, MethodFigures
 from fedfstq_hf.reporting.comparison_sweep import Sweep
-from fedfstq_hf.reporting.comparison_tables import NONE, Table, ratio_text, reached_text, share_text
+from fedfstq_hf.reporting.comparison_tables import NONE, Table, ratio_text, reached_text, reference_share_text
 from fedfstq_hf.reporting.units import format_bytes, format_figure
 
 
@@ -40,12 +39,10 @@ def _row(comparison: Comparison, figures: MethodFigures, links: Sequence[str]) -
     cells = [f"{comparison.workload.name}, {figures.label}", str(len(figures.series))]
     cells += [reached_text(reached.uplink, format_bytes, figures), ratio_text(reached.uplink_ratio)]
     profiles = {link.name: link for link in comparison.workload.recipe.links}
-    reference = comparison.find(comparison.reference)
     for name in links:
         if name not in profiles or reached.seconds_ratio[name].mean is None:
             cells.append(NONE)
         else:
-            exact = reference is not None and all(is_exact(r, profiles[name]) for r in reference.series.values())
-            share = share_text(reached.reference_share[name], "" if exact else "≥ ")
+            share = reference_share_text(comparison, reached, profiles[name])
             cells.append(f"{ratio_text(reached.seconds_ratio[name])} ({share})")
     return [*cells, format_figure(figures.final.mean, figures.final.spread, digits=4)]

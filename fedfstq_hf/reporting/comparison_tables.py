@@ -8,6 +8,7 @@ from fedfstq_hf.reporting.comparison_ceiling import has_one_rate, is_exact, know
 from fedfstq_hf.reporting.comparison_estimate import Estimate
 from fedfstq_hf.reporting.comparison_figures import TIGHT, Comparison, MethodFigures
 from fedfstq_hf.reporting.comparison_runs import Run
+from fedfstq_hf.reporting.comparison_targets import Reached
 from fedfstq_hf.reporting.comparison_workloads import settings_text
 from fedfstq_hf.reporting.units import format_bytes, format_figure, format_ratio, format_seconds
 from fedfstq_hf.simulation.network import LinkProfile
@@ -140,9 +141,7 @@ def _to_targets(comparison: Comparison) -> Table:
 
 def _time(comparison: Comparison) -> Table:
     rows = []
-    reference = comparison.find(comparison.reference)
     for link in comparison.workload.recipe.links:
-        reference_is_exact = reference is not None and all(is_exact(rows, link) for rows in reference.series.values())
         for figures in comparison.methods:
             reached, floor = figures.reached[TIGHT], figures.reached[TIGHT].floor[link.name]
             exact = all(is_exact(rows, link) for rows in figures.series.values())
@@ -153,8 +152,8 @@ def _time(comparison: Comparison) -> Table:
                     ratio_text(reached.seconds_ratio[link.name]),
                     NONE if floor.mean is None else ("" if exact else "≥ ") + with_spread(floor, format_seconds),
                     ratio_text(reached.ceiling[link.name], "" if exact else "≤ "),
-                    share_text(reached.share[link.name], "" if exact else "≥ "),
-                    share_text(reached.reference_share[link.name], "" if reference_is_exact else "≥ "),
+                    _share(reached.share[link.name], "" if exact else "≥ "),
+                    reference_share_text(comparison, reached, link),
                 ]
             )
     head = ["link, method", "time", "sooner", "time with zero uplink", "ceiling", "share of the ceiling"]
@@ -227,8 +226,14 @@ def reached_text(value: Estimate, text_of: Callable[[float | None], str], figure
     return f"in {value.known} of {value.count} seeds"
 
 
-def share_text(value: Estimate, sign: str = "") -> str:
-    """A share in percent, a dash where a seed lacks it; `sign` goes before it."""
+def reference_share_text(comparison: Comparison, reached: Reached, link: LinkProfile) -> str:
+    """What was reached of the reference's time with zero uplink, in percent; marked where that is a mere bound."""
+    reference = comparison.find(comparison.reference)
+    exact = reference is not None and all(is_exact(rows, link) for rows in reference.series.values())
+    return _share(reached.reference_share[link.name], "" if exact else "≥ ")
+
+
+def _share(value: Estimate, sign: str) -> str:
     return NONE if value.mean is None else f"{sign}{100 * value.mean:.0f} %"
 
 
