@@ -60,7 +60,7 @@ class HistoryRow:
         reasons: class of reason -> number of updates refused for it.
         restored_from: the round whose adapter this one took over, None for a round made from updates.
         clipped: accepted updates that were scaled down for their norm.
-        refinements_unused: refinements that were refused or late; what their previews said was used.
+        refinements_unused: refinements that were refused or late. Where their previews were used, those alone count.
     """
 
     round: int

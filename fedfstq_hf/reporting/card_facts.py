@@ -154,7 +154,7 @@ def fate(history: Sequence[HistoryRow]) -> str | None:
             f". {_count(clipped, 'update')} {_were(clipped)} scaled down, the norm being far above the round's median"
         )
     if unused:
-        text += f". {_count(unused, 'refinement')} came too late or {_were(unused)} refused: the preview alone was used"
+        text += f". {_count(unused, 'refinement')} {_were(unused)} late or refused, and not used"
     return f"{text}."
 
 
