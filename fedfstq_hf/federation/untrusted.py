@@ -1,0 +1,84 @@
+"""JSON that somebody else wrote: parsed within bounds, or refused. Everything a mailbox holds is such a file."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+from fedfstq_hf.errors import MailboxError
+from fedfstq_hf.text import printable
+
+MAX_DEPTH = 16
+"""Deepest nesting of a file that this package writes is 6."""
+
+
+def parse_object(data: bytes, what: str, *, max_bytes: int) -> dict[str, Any]:
+    """Parse one JSON object.
+
+    Args:
+        data: UTF-8 text.
+        what: names the file in errors, such as "The mailbox's spec".
+        max_bytes: larger files are refused unread.
+
+    Raises:
+        MailboxError: it is too large, no JSON object, nested deeper than `MAX_DEPTH`, names a key twice, or holds a
+            number that is not finite or a whole number beyond 64 bits.
+    """
+    if len(data) > max_bytes:
+        raise MailboxError(f"{what} has {len(data)} bytes; expected at most {max_bytes}.")
+    try:
+        found = json.loads(
+            data.decode("utf-8"),
+            object_pairs_hook=_distinct,
+            parse_constant=_no_constant,
+            parse_float=_finite,
+            parse_int=_bounded,
+        )
+    except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
+        raise MailboxError(f"{what} cannot be read: {printable(error)}") from error
+    if not isinstance(found, dict):
+        raise MailboxError(f"{what} cannot be read: it is a {type(found).__name__}; expected an object.")
+    if _depth(found) > MAX_DEPTH:
+        raise MailboxError(f"{what} cannot be read: it is nested deeper than {MAX_DEPTH}.")
+    return found
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"the key {key!r:.60} stands twice in one object")
+        found[key] = value
+    return found
+
+
+def _no_constant(name: str) -> float:
+    raise ValueError(f"{name} is no number of JSON")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text[:40]} is beyond the largest number")
+    return value
+
+
+def _bounded(text: str) -> int:
+    if len(text) > 20 or not -(2**63) <= int(text) < 2**64:
+        raise ValueError(f"{text[:40]} has more than 64 bits")
+    return int(text)
+
+
+def _depth(value: object) -> int:
+    level, deepest = [value], 0
+    while level and deepest <= MAX_DEPTH:
+        deepest += 1
+        level = [
+            child
+            for item in level
+            if isinstance(item, (dict, list))
+            for child in (item.values() if isinstance(item, dict) else item)
+            if isinstance(child, (dict, list))
+        ]
+    return deepest
