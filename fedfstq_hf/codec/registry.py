@@ -37,7 +37,7 @@ _BUILTIN = {
     "sparseloco": ".baselines.sparseloco",
     "topk": ".baselines.topk",
     "trellis": ".trellis",
-    "uniform": ".uniform",
+    "uniform": ".uniform.codec",
     "uniform-fisher": ".baselines.uniform_fisher",
 }
 _REGISTRY: dict[str, Callable[..., Codec]] = {}

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from .uniform import (
+from .grid import (
     CLASSES,
     FINE,
     LOWEST,

@@ -13,12 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import BudgetError
-from .dense import read_delta, read_fisher
-from .registry import Encoded
-from .schema import Schema, TensorSpec
-from .uniform import MAX_MAGNITUDE, Float32, as_groups, assemble, is_tall, shape_of, step_grid
-from .uniform_search import Found, search, tables_of
+from ...errors import BudgetError
+from ..dense import read_delta, read_fisher
+from ..registry import Encoded
+from ..schema import Schema, TensorSpec
+from .grid import MAX_MAGNITUDE, Float32, as_groups, assemble, is_tall, shape_of, step_grid
+from .search import Found, search, tables_of
 
 
 @dataclass(frozen=True)
