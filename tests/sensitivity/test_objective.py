@@ -138,6 +138,15 @@ def test_unbiased_draws_one_number_per_example():
     assert torch.equal(token_weights("unbiased", *wider, ratio=0.5, generator=seeded(5))[:, :12], weights)
 
 
+def test_unbiased_draws_by_the_exponent_that_is_asked_for():
+    scores, valid = window([1.0, 9.0, 25.0, 49.0, 4.0, 16.0])
+    for gamma in (0.5, 1.0):
+        weights = token_weights("unbiased", scores, valid, ratio=0.5, generator=seeded(3), gamma=gamma)[0]
+        chance = keep_probabilities(scores[0], 0.5, gamma)
+        assert int((weights > 0).sum()) == 3
+        assert torch.allclose(weights[weights > 0], 1 / chance[weights > 0])
+
+
 def test_unbiased_draws_each_example_by_itself():
     """Eight examples of the same scores: of one draw for all of them each would keep the same tokens."""
     scores, valid = window(*[spread(12, 1).tolist()] * 8)
