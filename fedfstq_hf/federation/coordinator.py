@@ -1,7 +1,8 @@
 """The coordinator: collects a round's messages, aggregates them, publishes the next adapter.
 
 It keeps nothing of its own. Everything is read from the mailbox, so it can be killed anywhere and started anywhere:
-for the same set of messages the published adapter is the same, bit for bit.
+for the same set of messages the published adapter is the same, bit for bit (`server_step` says for which optimizers on
+any processor).
 """
 
 from __future__ import annotations

@@ -58,6 +58,13 @@ def test_budgets():
     assert budgets(mask, None, 12).tolist() == [12, 7]
 
 
+def test_budgets_are_those_of_the_decimal_ratio():
+    """0.07 x 100 is 7.000000000000001 in floating point, and 7 tokens for whoever wrote 0.07."""
+    mask = torch.ones(1, 100)
+    assert 0.07 * 100 > 7
+    assert [budgets(mask, ratio, None).item() for ratio in (0.07, 0.0701, 0.55, 0.001)] == [7, 8, 55, 1]
+
+
 def test_spans_beyond_the_budget_name_the_row():
     always = torch.tensor([[True, False, False, True]] * 2)
     spans = torch.tensor([[False] * 4, [False, True, True, False]])

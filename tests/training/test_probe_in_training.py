@@ -30,7 +30,8 @@ def hand_fitted(model, batch):
     )
     output.loss.backward()
     fit = ProbeFit(32, layer=1)
-    fit.update(output.hidden_states[1], embeddings.grad.square().sum(-1), batch["attention_mask"])
+    summed = embeddings.grad * int(batch["labels"][:, 1:].ne(-100).sum())  # the loss is the mean over targets
+    fit.update(output.hidden_states[1], summed.square().sum(-1), batch["attention_mask"])
     model.zero_grad()
     return fit
 
