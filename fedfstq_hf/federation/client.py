@@ -293,7 +293,15 @@ class MailboxParticipation:
         if data is None:
             return
         try:
-            self.mailbox.post_attachment(self.session.client_id, SALIENCY_FILE, data)
+            header = message.attachment_header(
+                SALIENCY_FILE,
+                client_id=self.session.client_id,
+                round=round,
+                base=self._record(round).adapter_sha256,
+                schema=self.session.schema.fingerprint,
+            )
+            sent = self.session.envelope(header, data)
+            self.mailbox.post_attachment(self.session.client_id, SALIENCY_FILE, sent)
         except MailboxError as error:  # the update must not wait for it
             logger.warning("The token sensitivities could not be sent: %s", error)
 

@@ -289,7 +289,9 @@ class Coordinator:
         attached: Mapping[str, bytes] = {}
         attached_bytes = 0
         if finished and self.spec.share_saliency and self._saliency is not None:
-            attached, attached_bytes = join_attachments(self.mailbox, collected.accepted, self._saliency)
+            attached, attached_bytes = join_attachments(
+                self.mailbox, self.record, collected.accepted, self._screening(), self._saliency
+            )
         record = self._next_record(
             data,
             finished=finished,

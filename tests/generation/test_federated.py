@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from fedfstq_hf.codec import message
 from fedfstq_hf.federation.coordinator import Coordinator
 from fedfstq_hf.federation.local import FolderMailbox
 from fedfstq_hf.generation.federated import client_saliency, join_saliency
@@ -88,7 +89,10 @@ def test_sent_once_if_asked_and_counted_as_uplink(tmp_path, asked: bool) -> None
     assert (mailbox.read_root("saliency.safetensors") is not None) == asked
     assert (mailbox.read_root("custom_generate/generate.py") is not None) == asked
     record = coordinator.record
-    assert record.attached_bytes == (2 * len(packed([1, 2, 3])) if asked else 0)
+    sent = list((tmp_path / "attachments").rglob("*.safetensors"))
+    assert len(sent) == (2 if asked else 0)
+    assert all(message.unpack(path.read_bytes())[1] == packed([1, 2, 3]) for path in sent)
+    assert record.attached_bytes == sum(path.stat().st_size for path in sent)
     assert record.uplink_bytes == record.attached_bytes + sum(update.num_bytes for update in record.accepted)
 
 
