@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 from fedfstq_hf.codec.message import MAX_CONTAINER
-from fedfstq_hf.errors import MessageError
+from fedfstq_hf.errors import FedFSTQError, MessageError
 from fedfstq_hf.federation.keys import SEAL_OVERHEAD
 from fedfstq_hf.federation.mailbox import SALIENCY_FILE, Mailbox
 from fedfstq_hf.federation.record import AcceptedUpdate, RoundRecord
 from fedfstq_hf.federation.screening import Screening
+from fedfstq_hf.text import printable
 
 logger = logging.getLogger(__name__)
 
@@ -22,7 +24,25 @@ MAX_BYTES = 2 * 10**6
 """Of an attached file; what it travels in comes on top."""
 
 SaliencyMaker = Callable[[Sequence[tuple[bytes, float]]], Mapping[str, bytes]]
-"""Joins token sensitivities, each with its weight, into the files that are published at the root."""
+"""Joins token sensitivities, each with its weight, into the files that are published at the root.
+
+It raises a `FedFSTQError` that says why, where nothing may be published.
+"""
+
+
+@dataclass(frozen=True)
+class Joined:
+    """What became of attachments.
+
+    Attributes:
+        files: to publish at the root.
+        num_bytes: that clients sent, usable or not.
+        unpublished: why there are no files although clients sent some; empty otherwise.
+    """
+
+    files: Mapping[str, bytes]
+    num_bytes: int
+    unpublished: str = ""
 
 
 def join_attachments(
@@ -31,8 +51,8 @@ def join_attachments(
     accepted: Iterable[AcceptedUpdate],
     screening: Screening,
     join: SaliencyMaker,
-) -> tuple[Mapping[str, bytes], int]:
-    """The joined token sensitivities of the clients whose updates are used, and the bytes they sent for it.
+) -> Joined:
+    """Join the token sensitivities of the clients whose updates are used.
 
     Args:
         record: of the open round, which attachments must be for.
@@ -56,4 +76,10 @@ def join_attachments(
             logger.warning("The attachment of client %s is left out: %s", client, error)
             continue
         found.append((file, entry.weight))
-    return (join(found) if found else {}), num_bytes
+    if not num_bytes:
+        return Joined({}, 0)
+    try:
+        return Joined(join(found), num_bytes)
+    except FedFSTQError as error:  # the round does not wait for it
+        logger.warning("No token sensitivities are published: %s", error)
+        return Joined({}, num_bytes, printable(error))

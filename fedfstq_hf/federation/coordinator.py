@@ -26,7 +26,7 @@ from fedfstq_hf.errors import (
 from fedfstq_hf.federation import adapter_file, history, scaffold
 from fedfstq_hf.federation.aggregation import server_step
 from fedfstq_hf.federation.arrivals import Arrivals
-from fedfstq_hf.federation.attachments import SaliencyMaker, join_attachments
+from fedfstq_hf.federation.attachments import Joined, SaliencyMaker, join_attachments
 from fedfstq_hf.federation.collecting import Collected, Collector
 from fedfstq_hf.federation.control import read_control
 from fedfstq_hf.federation.mailbox import (
@@ -286,16 +286,16 @@ class Coordinator:
         data = adapter_file.dump(self.schema.unflatten(adapter))
         packed = pack_change(change, self.record, self.schema, sum(entry.num_examples for entry in collected.accepted))
         files = self._files(server_state, packed if len(packed) < len(data) else None, collected.variates)
-        attached: Mapping[str, bytes] = {}
-        attached_bytes = 0
+        attached = Joined({}, 0)
         if finished and self.spec.share_saliency and self._saliency is not None:
-            attached, attached_bytes = join_attachments(
+            attached = join_attachments(
                 self.mailbox, self.record, collected.accepted, self._screening(), self._saliency
             )
         record = self._next_record(
             data,
             finished=finished,
-            attached_bytes=attached_bytes,
+            attached_bytes=attached.num_bytes,
+            unpublished=attached.unpublished,
             accepted=collected.accepted,
             refinements=refined.used if refined is not None else (),
             refused=(*collected.refused, *(refined.refused if refined is not None else ()), *stopped),
@@ -303,7 +303,7 @@ class Coordinator:
             update_bytes=len(packed) if UPDATE_FILE in files else None,
             **scaffold.record_fields(files),
         )
-        return self._publish(record, data, files, attached)
+        return self._publish(record, data, files, attached.files)
 
     def _mean_update(self, collected: Collected, refined: Refined | None, finished: bool) -> Tensor:
         """What the server steps along; see `federation.refining`."""

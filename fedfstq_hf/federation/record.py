@@ -72,6 +72,7 @@ class RoundRecord:
         restored_from: the earlier round whose adapter this round published again, after a rollback.
         variate_sha256, variate_bytes: of the published control variate (SCAFFOLD); None and 0 without one.
         attached_bytes: what clients sent beside their updates (token sensitivities) and this round took in.
+        unpublished: why nothing was published of it; empty where something was, or nothing was sent.
         package_version: of the coordinator.
     """
 
@@ -90,6 +91,7 @@ class RoundRecord:
     selected: tuple[str, ...] | None = None
     restored_from: int | None = None
     attached_bytes: int = 0
+    unpublished: str = ""
     variate_sha256: str | None = None
     variate_bytes: int = 0
     package_version: str = __version__

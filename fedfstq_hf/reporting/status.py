@@ -8,6 +8,7 @@ from fedfstq_hf.federation.mailbox import RECORD_FILE, SPEC_FILE, Mailbox
 from fedfstq_hf.federation.record import RoundRecord
 from fedfstq_hf.federation.spec import FederationSpec
 from fedfstq_hf.reporting.units import format_bytes
+from fedfstq_hf.text import printable
 
 
 def describe_round(record: RoundRecord, spec: FederationSpec) -> str:
@@ -23,6 +24,8 @@ def describe_round(record: RoundRecord, spec: FederationSpec) -> str:
         line += f", rolled back to round {record.restored_from}"
     others = [f"  refused {update.client_id}: {update.reason}" for update in record.refused]
     others += [f"  late {update.client_id}: {update.reason}" for update in record.late]
+    if record.unpublished:
+        others.append(f"  no token sensitivities published: {printable(record.unpublished)}")
     clipped = [f"{update.client_id} ({update.scale:.3g}x)" for update in record.accepted if update.scale < 1]
     if clipped:
         others.append(f"  clipped {', '.join(clipped)}")

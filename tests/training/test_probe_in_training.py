@@ -107,7 +107,7 @@ def test_a_federation_publishes_it(tmp_path):
     assert own.probe is not None
     assert own.probe.layer == 1
     assert torch.allclose(own.probe.weight, weight, rtol=1e-2, atol=1e-2)
-    joined = join_saliency([(table, 1.0), (table, 1.0)])
+    joined = join_saliency([(table, 1.0)] * 3)
     assert unpack(joined["saliency.safetensors"]).probe is not None
 
 
