@@ -82,7 +82,7 @@ class Coordinator:
         self._card = card
         self._unseal = unseal
         self._saliency = saliency
-        self._record = Records(mailbox)
+        self._record = Records(mailbox, unseal)
         self._collector: Collector
         self._arrivals: Arrivals
         self._history: list[history.HistoryRow] = []
@@ -257,6 +257,11 @@ class Coordinator:
         record = self.record
         if not record.round or not self.spec.refines(record.round - 1) or record.restored_from is not None:
             return None
+        if record.hides_figures:
+            raise MailboxError(
+                f"What the updates of round {record.round - 1} weighed is sealed to {self.spec.sealing_key}: start the "
+                "coordinator with its key file."
+            )
         previews = {ref.client_id: ref for ref in self._arrivals.of(record.round - 1)}
         refinements = {ref.client_id: ref for ref in self._arrivals.refinements()}
         return refine(self._collector_of(record.round - 1), record, previews, refinements, self._screening())
@@ -284,7 +289,8 @@ class Coordinator:
                 "nothing was published. Start a federation with a smaller server learning rate."
             )
         data = adapter_file.dump(self.schema.unflatten(adapter))
-        packed = pack_change(change, self.record, self.schema, sum(entry.num_examples for entry in collected.accepted))
+        shown = () if self.spec.sealing_key is not None else collected.accepted
+        packed = pack_change(change, self.record, self.schema, sum(entry.num_examples for entry in shown))
         files = self._files(server_state, packed if len(packed) < len(data) else None, collected.variates)
         attached = Joined({}, 0)
         if finished and self.spec.share_saliency and self._saliency is not None:

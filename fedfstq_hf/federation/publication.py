@@ -15,6 +15,7 @@ from fedfstq_hf.errors import MailboxError
 from fedfstq_hf.federation import adapter_file, history
 from fedfstq_hf.federation.mailbox import CARD_FILE, HISTORY_FILE, RootFiles, RootReader
 from fedfstq_hf.federation.record import RoundRecord
+from fedfstq_hf.federation.sealed_figures import seal_figures
 from fedfstq_hf.federation.spec import FederationSpec
 
 
@@ -61,7 +62,7 @@ def make_record(
     schema = Schema.from_state_dict(adapter_file.load(adapter))
     if schema.fingerprint != spec.schema:
         raise MailboxError("The adapter to publish has other names or shapes than the federation's spec says.")
-    return RoundRecord(
+    record = RoundRecord(
         round=round,
         adapter_sha256=hashlib.sha256(adapter).hexdigest(),
         adapter_bytes=len(adapter),
@@ -71,10 +72,18 @@ def make_record(
         finished=finished,
         **fields,
     )
+    return (
+        record
+        if spec.sealing_key is None or not (record.accepted or record.refinements)
+        else seal_figures(record, spec.sealing_key)
+    )
 
 
 def pack_change(change: Tensor, base: RoundRecord, schema: Schema, num_examples: int) -> bytes:
-    """The global change of a round, (num_params,), as a lossless message based on the adapter before it."""
+    """The global change of a round, (num_params,), as a lossless message based on the adapter before it.
+
+    num_examples: behind it, 0 where that is not published.
+    """
     encoded = get_codec("sparse32").encode(schema.unflatten(change))
     header = message.Header(
         round=base.round + 1,
