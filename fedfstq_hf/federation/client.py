@@ -185,7 +185,9 @@ class MailboxParticipation:
 
     def complete(self, assignment: Assignment, result: LocalResult) -> dict[str, float]:
         """Store the message, then post it."""
-        posted = posted_losses(self.mailbox.read_metrics()) if self._budgets.first.controller is not None else ()
+        # anybody who can write the mailbox posts metrics: where messages need signatures, they steer nothing
+        follows = self._budgets.first.controller is not None and not self.session.spec.signatures
+        posted = posted_losses(self.mailbox.read_metrics()) if follows else ()
         owed = self.session.residual_norm()
         pending = store_message(self.session, self._budgets, assignment, result, posted)
         self._post(self._record(assignment.round))

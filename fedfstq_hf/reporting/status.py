@@ -52,6 +52,7 @@ def render_status(mailbox: Mailbox) -> str:
     uplink = 0
     control = read_control(mailbox)
     measured = mailbox.read_metrics(sorted(control.clients or ()))
+    unsigned = "unsigned: " if spec.signatures else ""  # as all metrics are
     for round in range(head + 1):
         record = RoundRecord.from_json(mailbox.read(round, RECORD_FILE))
         uplink += record.uplink_bytes
@@ -61,7 +62,7 @@ def render_status(mailbox: Mailbox) -> str:
             for name, value in metrics.items()
             if isinstance(value, float)
         ]
-        lines.append(describe_round(record, spec) + (f"  [{'; '.join(posted)}]" if posted else ""))
+        lines.append(describe_round(record, spec) + (f"  [{unsigned}{'; '.join(posted)}]" if posted else ""))
     lines.append(f"uplink in total: {format_bytes(uplink)}")
     if record.finished:
         lines.append("finished")
