@@ -76,8 +76,10 @@ class Header:
         for key, value in _items(self.params):
             if not isinstance(key, str) or not isinstance(value, (str, int, float, bool, type(None))):
                 raise MessageError(f"codec parameter {key!r:.60} is {value!r:.60}; expected text, number, bool or null")
-            if isinstance(value, float) and not math.isfinite(value):
-                raise MessageError(f"codec parameter {key!r:.60} is {value!r}; expected a finite number")
+            if isinstance(value, (int, float)) and not -_MAX_INT <= value <= _MAX_INT:
+                raise MessageError(
+                    f"codec parameter {key!r:.60} is {value!r:.60}; expected a number within +-(2**53 - 1)"
+                )
 
 
 class Unpacked(NamedTuple):

@@ -74,12 +74,14 @@ class Screening:
         """Decode a message.
 
         Args:
-            ref: where it lay: the client it must come from and the round it must be for.
+            ref: where it lay: the client it must come from, the round it must be for, and the size it was listed with.
             base: sha256 of the adapter file that it must be based on.
 
         Raises:
             MessageError: it is malformed, or not what `ref` and the federation say.
         """
+        if len(data) != ref.num_bytes:  # a weight may follow from it
+            raise MessageError(f"It has {len(data)} bytes; the mailbox listed it with {ref.num_bytes}.")
         data = self._unsealed(data)
         header, payload, digest, signature = message.unpack_signed(data, max_bytes=self.spec.max_message_bytes)
         self._check_origin(header, ref.client_id, ref.round, base, self.spec.codec)
@@ -88,10 +90,15 @@ class Screening:
         if (header.params == message.REFINEMENT_PARAMS) != ref.refinement:
             wrong, right = ("first message", "refinement") if ref.refinement else ("refinement", "first message")
             raise MessageError(f"It is a {wrong}, and lies where the round's {right} was expected.")
+        pair = self.spec.scaffold_clients is not None
+        if not pair and header.params not in ({}, message.REFINEMENT_PARAMS):
+            raise MessageError(
+                f"It has parameters {header.params!r:.80}; this federation's messages have none of these."
+            )
         signed = self._verified(ref.client_id, digest, signature)
         context = CodecContext(round=ref.round)
         variate: SparseUpdate | None = None
-        if self.spec.scaffold_clients is not None:
+        if pair:
             if header.params != PAIR_PARAMS:
                 raise MessageError("It carries no control variate; this federation's messages have two payloads.")
             payload, second = split_pair(payload)

@@ -36,3 +36,9 @@ def test_to_dense_does_not_alias():
     values = torch.ones(3)
     SparseUpdate(3, None, values).to_dense()[0] = 7.0
     assert values[0] == 1.0
+
+
+@pytest.mark.parametrize("value", [3e38, 1e25, 1e-30])
+@pytest.mark.parametrize("size", [4, 2**18 + 5])
+def test_a_norm_is_finite_and_right_where_squares_are_beyond_float32(value, size):
+    assert SparseUpdate(size, None, torch.full((size,), value)).norm() == pytest.approx(value * size**0.5, rel=1e-6)
