@@ -140,7 +140,7 @@ class MailboxParticipation:
         self._saliency = saliency
         self._held: tuple[RoundRecord, Tensor] | None = None
         self._posted_round = -1
-        self._record = Records(mailbox)
+        self._record = Records(mailbox, session.spec)
         self._smallest = math.inf  # bytes of the smallest message that was checked
         self._check_share(session.spec.min_clients)
 

@@ -45,6 +45,7 @@ from fedfstq_hf.federation.record import RoundRecord
 from fedfstq_hf.federation.records import Records
 from fedfstq_hf.federation.refining import Refined, refine
 from fedfstq_hf.federation.screening import Screening, Unseal
+from fedfstq_hf.federation.signed_records import Sign
 from fedfstq_hf.federation.spec import FederationSpec
 from fedfstq_hf.federation.travelling import Travelling
 
@@ -61,6 +62,7 @@ class Coordinator:
         clock: seconds since the epoch; a simulation passes its own.
         card: makes the root's readable files for each round.
         unseal: opens sealed messages.
+        sign: signs records with the founder's key, where the spec names one.
         saliency: joins the token sensitivities that clients attached to the last round; None leaves them.
     """
 
@@ -71,6 +73,7 @@ class Coordinator:
         clock: Callable[[], float] = time.time,
         card: CardMaker | None = None,
         unseal: Unseal | None = None,
+        sign: Sign | None = None,
         saliency: SaliencyMaker | None = None,
     ) -> None:
         self.mailbox = mailbox
@@ -82,7 +85,7 @@ class Coordinator:
         self._card = card
         self._unseal = unseal
         self._saliency = saliency
-        self._record = Records(mailbox, unseal)
+        self._sign = sign
         self._collector: Collector
         self._arrivals: Arrivals
         self._history: list[history.HistoryRow] = []
@@ -92,6 +95,7 @@ class Coordinator:
                 f"{mailbox.address} holds no federation yet. Make one with `fedfstq init {mailbox.address} ...`."
             )
         self.spec = FederationSpec.from_json(mailbox.read(0, SPEC_FILE))
+        self._record = Records(mailbox, self.spec, unseal)
         self._adapter_config = mailbox.read(0, ADAPTER_CONFIG_FILE)
         self._load_head(head)
         self._history = history.complete(mailbox.read_root(HISTORY_FILE), self.record.round, self._record)
@@ -329,7 +333,8 @@ class Coordinator:
         selected = None
         if not finished:
             selected = read_control(self.mailbox).select(round, self.spec.seed, self.spec.clients_per_round)
-        return make_record(self.spec, adapter, round, self._clock(), finished=finished, selected=selected, **fields)
+        fields |= {"finished": finished, "selected": selected, "sign": self._sign}
+        return make_record(self.spec, adapter, round, self._clock(), **fields)
 
     def _publish(
         self,

@@ -16,6 +16,7 @@ from fedfstq_hf.federation import adapter_file, history
 from fedfstq_hf.federation.mailbox import CARD_FILE, HISTORY_FILE, RootFiles, RootReader
 from fedfstq_hf.federation.record import RoundRecord
 from fedfstq_hf.federation.sealed_figures import seal_figures
+from fedfstq_hf.federation.signed_records import Sign, sign_record
 from fedfstq_hf.federation.spec import FederationSpec
 
 
@@ -56,9 +57,21 @@ def root_files(
 
 
 def make_record(
-    spec: FederationSpec, adapter: bytes, round: int, now: float, *, finished: bool = False, **fields: Any
+    spec: FederationSpec,
+    adapter: bytes,
+    round: int,
+    now: float,
+    *,
+    finished: bool = False,
+    sign: Sign | None = None,
+    **fields: Any,
 ) -> RoundRecord:
-    """The record of an adapter to publish. Raises `MailboxError` if the adapter has not the spec's schema."""
+    """The record of an adapter to publish, sealed and signed as the spec says.
+
+    Raises:
+        MailboxError: the adapter has not the spec's schema.
+        ConfigError: records are signed, and there is no `sign`.
+    """
     schema = Schema.from_state_dict(adapter_file.load(adapter))
     if schema.fingerprint != spec.schema:
         raise MailboxError("The adapter to publish has other names or shapes than the federation's spec says.")
@@ -72,11 +85,9 @@ def make_record(
         finished=finished,
         **fields,
     )
-    return (
-        record
-        if spec.sealing_key is None or not (record.accepted or record.refinements)
-        else seal_figures(record, spec.sealing_key)
-    )
+    if spec.sealing_key is not None and (record.accepted or record.refinements):
+        record = seal_figures(record, spec.sealing_key)
+    return sign_record(record, spec, sign)
 
 
 def pack_change(change: Tensor, base: RoundRecord, schema: Schema, num_examples: int) -> bytes:

@@ -78,6 +78,7 @@ class RoundRecord:
         attached_bytes: what clients sent beside their updates (token sensitivities) and this round took in.
         unpublished: why nothing was published of it; empty where something was, or nothing was sent.
         sealed: in a sealed federation a box with the `FIGURES` of its updates (`federation.sealed_figures`), base64.
+        signature: of the founder (`federation.signed_records`), 128 hex digits; empty without one.
         package_version: of the coordinator.
     """
 
@@ -100,6 +101,7 @@ class RoundRecord:
     variate_sha256: str | None = None
     variate_bytes: int = 0
     sealed: str | None = None
+    signature: str = ""
     package_version: str = __version__
     format: int = field(default=FORMAT)
 

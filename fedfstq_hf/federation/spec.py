@@ -88,6 +88,7 @@ class FederationSpec:
         clip: an update whose norm exceeds that many times the round's median norm is scaled down to it; None for none.
         weight_cap: an update weighs at most that many times the round's median; None for no cap.
         signatures: True refuses updates without a valid signature of an enrolled key.
+        founder_key: public key whose holder signs each round's record; clients refuse records without. None for none.
         sealing_key: public key that clients seal their messages to; None sends them readable.
         tag_every: the Hub repo is tagged at every that many rounds.
         share_saliency: clients that agree may send their token sensitivities, which are published in aggregate.
@@ -141,6 +142,7 @@ class FederationSpec:
     clip: float | None = 10.0
     weight_cap: float | None = 10.0
     signatures: bool = False
+    founder_key: str | None = None
     sealing_key: str | None = None
     tag_every: int = 10
     share_saliency: bool = False
@@ -171,6 +173,8 @@ class FederationSpec:
             limit = getattr(self, name)
             if limit is not None and not (1 <= limit < math.inf):
                 raise ConfigError(f"{name} is a multiple of the round's median: at least 1, or null; not {limit!r}.")
+        if self.founder_key is not None:
+            parse_public_key(self.founder_key, "ed25519")
         if self.sealing_key is not None:
             parse_public_key(self.sealing_key, "x25519")
         if not isinstance(self.salt, str) or len(self.salt) > 64:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from fedfstq_hf.errors import MailboxError
 from fedfstq_hf.federation.control import read_control
-from fedfstq_hf.federation.mailbox import RECORD_FILE, SPEC_FILE, Mailbox
+from fedfstq_hf.federation.mailbox import SPEC_FILE, Mailbox
 from fedfstq_hf.federation.record import RoundRecord
+from fedfstq_hf.federation.records import Records
 from fedfstq_hf.federation.spec import FederationSpec
 from fedfstq_hf.reporting.units import format_bytes
 from fedfstq_hf.text import printable
@@ -53,8 +54,9 @@ def render_status(mailbox: Mailbox) -> str:
     control = read_control(mailbox)
     measured = mailbox.read_metrics(sorted(control.clients or ()))
     unsigned = "unsigned: " if spec.signatures else ""  # as all metrics are
+    records = Records(mailbox, spec)
     for round in range(head + 1):
-        record = RoundRecord.from_json(mailbox.read(round, RECORD_FILE))
+        record = records(round)
         uplink += record.uplink_bytes
         posted = [
             f"{source} {name} {value:.4f}"
