@@ -10,8 +10,8 @@ from fedfstq_hf.adapter import AdapterView, base_fingerprint, check_same_base
 from fedfstq_hf.errors import ConfigError, DataError
 from fedfstq_hf.evaluation import Evaluator
 from fedfstq_hf.federation import adapter_file
-from fedfstq_hf.federation.mailbox import ADAPTER_CONFIG_FILE, ADAPTER_FILE, RECORD_FILE, Mailbox
-from fedfstq_hf.federation.record import RoundRecord
+from fedfstq_hf.federation.mailbox import ADAPTER_CONFIG_FILE, ADAPTER_FILE, Mailbox
+from fedfstq_hf.federation.records import Records
 from fedfstq_hf.federation.spec import FederationSpec
 from fedfstq_hf.founding import load_base, wrap_base
 from fedfstq_hf.recipe import build
@@ -63,7 +63,7 @@ def measure(
     adapted = wrap_base(base, mailbox.read(0, ADAPTER_CONFIG_FILE))
     check_same_base(base_fingerprint(adapted), spec.base_fingerprint, spec.model)
     examples = _examples(config, tokenizer, held_out="path" in data)
-    record = RoundRecord.from_json(mailbox.read(chosen, RECORD_FILE))
+    record = Records(mailbox, spec)(chosen)
     state = adapter_file.load(mailbox.read(chosen, ADAPTER_FILE), expected_sha256=record.adapter_sha256)
     view = AdapterView(adapted)
     view.write(view.schema.flatten(state))

@@ -168,7 +168,9 @@ def test_a_signed_and_sealed_federation(launcher, tiny_recipe, found, tmp_path):
 def test_a_key_where_none_is_needed(launcher, found, tmp_path):
     box, _ = found()
     launcher.run("keys", "new", tmp_path / "key")
-    assert "are not sealed: leave --key out." in fails(launcher, "serve", box, "--key", tmp_path / "key")
+    assert "are not sealed, nor its records signed: leave --key out." in fails(
+        launcher, "serve", box, "--key", tmp_path / "key"
+    )
 
 
 def test_sealing_to_a_public_key(launcher, found, tmp_path):

@@ -61,7 +61,7 @@ def evaluate(
     values = ", ".join(f"{metric} {value:.4f}" for metric, value in measured.metrics.items())
     typer.echo(f"round {measured.round}, {measured.num_examples} examples of {name}: {values}")
     if client_id is None:
-        make_coordinator(mailbox, reads_messages=False)  # which renews the card
+        make_coordinator(mailbox, reads_messages=False, publishes=False)  # which renews the card
 
 
 def _source_name(path: str) -> str:

@@ -1,33 +1,85 @@
-"""What clients send beside their updates, and how the coordinator joins it."""
+"""What clients send beside their updates, and how the coordinator joins it.
+
+An attachment is a file in a message's container, so it is signed and sealed as messages are, and bound to its client,
+round and name.
+"""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
-from fedfstq_hf.errors import MessageError
+from fedfstq_hf.codec.message import MAX_CONTAINER
+from fedfstq_hf.errors import FedFSTQError, MessageError
+from fedfstq_hf.federation.keys import SEAL_OVERHEAD
 from fedfstq_hf.federation.mailbox import SALIENCY_FILE, Mailbox
-from fedfstq_hf.federation.record import AcceptedUpdate
+from fedfstq_hf.federation.record import AcceptedUpdate, RoundRecord
+from fedfstq_hf.federation.screening import Screening
+from fedfstq_hf.text import printable
 
 logger = logging.getLogger(__name__)
 
 MAX_BYTES = 2 * 10**6
+"""Of an attached file; what it travels in comes on top."""
 
 SaliencyMaker = Callable[[Sequence[tuple[bytes, float]]], Mapping[str, bytes]]
-"""Joins token sensitivities, each with its weight, into the files that are published at the root."""
+"""Joins token sensitivities, each with its weight, into the files that are published at the root.
+
+It raises a `FedFSTQError` that says why, where nothing may be published.
+"""
+
+
+@dataclass(frozen=True)
+class Joined:
+    """What became of attachments.
+
+    Attributes:
+        files: to publish at the root.
+        num_bytes: that clients sent, usable or not.
+        unpublished: why there are no files although clients sent some; empty otherwise.
+    """
+
+    files: Mapping[str, bytes]
+    num_bytes: int
+    unpublished: str = ""
 
 
 def join_attachments(
-    mailbox: Mailbox, accepted: Iterable[AcceptedUpdate], join: SaliencyMaker
-) -> tuple[Mapping[str, bytes], int]:
-    """The joined token sensitivities of the clients whose updates are used, and the bytes they sent for it."""
+    mailbox: Mailbox,
+    record: RoundRecord,
+    accepted: Iterable[AcceptedUpdate],
+    screening: Screening,
+    join: SaliencyMaker,
+) -> Joined:
+    """Join the token sensitivities of the clients whose updates are used.
+
+    Args:
+        record: of the open round, which attachments must be for.
+        accepted: the updates that are used.
+        screening: opens attachments.
+        join: makes the files to publish.
+    """
     found: list[tuple[bytes, float]] = []
+    num_bytes = 0
     for entry in accepted:
+        client = entry.client_id
         try:
-            data = mailbox.read_attachment(entry.client_id, SALIENCY_FILE, max_bytes=MAX_BYTES)
+            data = mailbox.read_attachment(client, SALIENCY_FILE, max_bytes=MAX_BYTES + MAX_CONTAINER + SEAL_OVERHEAD)
+            if data is None:
+                continue
+            num_bytes += len(data)
+            file = screening.open_attachment(
+                client, SALIENCY_FILE, data, round=record.round, base=record.adapter_sha256, max_bytes=MAX_BYTES
+            )
         except MessageError as error:
-            logger.warning("The attachment of client %s is left out: %s", entry.client_id, error)
+            logger.warning("The attachment of client %s is left out: %s", client, error)
             continue
-        if data is not None:
-            found.append((data, entry.weight))
-    return (join(found) if found else {}), sum(len(data) for data, _ in found)
+        found.append((file, entry.weight))
+    if not num_bytes:
+        return Joined({}, 0)
+    try:
+        return Joined(join(found), num_bytes)
+    except FedFSTQError as error:  # the round does not wait for it
+        logger.warning("No token sensitivities are published: %s", error)
+        return Joined({}, num_bytes, printable(error))

@@ -140,7 +140,7 @@ class MailboxParticipation:
         self._saliency = saliency
         self._held: tuple[RoundRecord, Tensor] | None = None
         self._posted_round = -1
-        self._record = Records(mailbox)
+        self._record = Records(mailbox, session.spec)
         self._smallest = math.inf  # bytes of the smallest message that was checked
         self._check_share(session.spec.min_clients)
 
@@ -185,7 +185,9 @@ class MailboxParticipation:
 
     def complete(self, assignment: Assignment, result: LocalResult) -> dict[str, float]:
         """Store the message, then post it."""
-        posted = posted_losses(self.mailbox.read_metrics()) if self._budgets.first.controller is not None else ()
+        # anybody who can write the mailbox posts metrics: where messages need signatures, they steer nothing
+        follows = self._budgets.first.controller is not None and not self.session.spec.signatures
+        posted = posted_losses(self.mailbox.read_metrics()) if follows else ()
         owed = self.session.residual_norm()
         pending = store_message(self.session, self._budgets, assignment, result, posted)
         self._post(self._record(assignment.round))
@@ -293,7 +295,15 @@ class MailboxParticipation:
         if data is None:
             return
         try:
-            self.mailbox.post_attachment(self.session.client_id, SALIENCY_FILE, data)
+            header = message.attachment_header(
+                SALIENCY_FILE,
+                client_id=self.session.client_id,
+                round=round,
+                base=self._record(round).adapter_sha256,
+                schema=self.session.schema.fingerprint,
+            )
+            sent = self.session.envelope(header, data)
+            self.mailbox.post_attachment(self.session.client_id, SALIENCY_FILE, sent)
         except MailboxError as error:  # the update must not wait for it
             logger.warning("The token sensitivities could not be sent: %s", error)
 

@@ -27,7 +27,7 @@ from fedfstq_hf.errors import (
 from fedfstq_hf.federation import adapter_file, history, scaffold
 from fedfstq_hf.federation.aggregation import server_step
 from fedfstq_hf.federation.arrivals import Arrivals
-from fedfstq_hf.federation.attachments import SaliencyMaker, join_attachments
+from fedfstq_hf.federation.attachments import Joined, SaliencyMaker, join_attachments
 from fedfstq_hf.federation.collecting import Collected, Collector
 from fedfstq_hf.federation.control import read_control
 from fedfstq_hf.federation.mailbox import (
@@ -46,6 +46,7 @@ from fedfstq_hf.federation.record import RoundRecord
 from fedfstq_hf.federation.records import Records
 from fedfstq_hf.federation.refining import Refined, refine
 from fedfstq_hf.federation.screening import Screening, Unseal
+from fedfstq_hf.federation.signed_records import Sign
 from fedfstq_hf.federation.spec import FederationSpec
 from fedfstq_hf.federation.travelling import Travelling
 
@@ -62,6 +63,7 @@ class Coordinator:
         clock: seconds since the epoch; a simulation passes its own.
         card: makes the root's readable files for each round.
         unseal: opens sealed messages.
+        sign: signs records with the founder's key, where the spec names one.
         saliency: joins the token sensitivities that clients attached to the last round; None leaves them.
     """
 
@@ -72,6 +74,7 @@ class Coordinator:
         clock: Callable[[], float] = time.time,
         card: CardMaker | None = None,
         unseal: Unseal | None = None,
+        sign: Sign | None = None,
         saliency: SaliencyMaker | None = None,
     ) -> None:
         self.mailbox = mailbox
@@ -83,7 +86,7 @@ class Coordinator:
         self._card = card
         self._unseal = unseal
         self._saliency = saliency
-        self._record = Records(mailbox)
+        self._sign = sign
         self._collector: Collector
         self._arrivals: Arrivals
         self._history: list[history.HistoryRow] = []
@@ -93,6 +96,7 @@ class Coordinator:
                 f"{mailbox.address} holds no federation yet. Make one with `fedfstq init {mailbox.address} ...`."
             )
         self.spec = FederationSpec.from_json(mailbox.read(0, SPEC_FILE))
+        self._record = Records(mailbox, self.spec, unseal)
         self._adapter_config = mailbox.read(0, ADAPTER_CONFIG_FILE)
         self._load_head(head)
         self._history = history.complete(mailbox.read_root(HISTORY_FILE), self.record.round, self._record)
@@ -258,6 +262,11 @@ class Coordinator:
         record = self.record
         if not record.round or not self.spec.refines(record.round - 1) or record.restored_from is not None:
             return None
+        if record.hides_figures:
+            raise MailboxError(
+                f"What the updates of round {record.round - 1} weighed is sealed to {self.spec.sealing_key}: start the "
+                "coordinator with its key file."
+            )
         previews = {ref.client_id: ref for ref in self._arrivals.of(record.round - 1)}
         refinements = {ref.client_id: ref for ref in self._arrivals.refinements()}
         return refine(self._collector_of(record.round - 1), record, previews, refinements, self._screening())
@@ -285,16 +294,19 @@ class Coordinator:
                 "nothing was published. Start a federation with a smaller server learning rate."
             )
         data = adapter_file.dump(self.schema.unflatten(adapter))
-        packed = pack_change(change, self.record, self.schema, sum(entry.num_examples for entry in collected.accepted))
+        shown = () if self.spec.sealing_key is not None else collected.accepted
+        packed = pack_change(change, self.record, self.schema, sum(entry.num_examples for entry in shown))
         files = self._files(server_state, packed if len(packed) < len(data) else None, collected.variates)
-        attached: Mapping[str, bytes] = {}
-        attached_bytes = 0
+        attached = Joined({}, 0)
         if finished and self.spec.share_saliency and self._saliency is not None:
-            attached, attached_bytes = join_attachments(self.mailbox, collected.accepted, self._saliency)
+            attached = join_attachments(
+                self.mailbox, self.record, collected.accepted, self._screening(), self._saliency
+            )
         record = self._next_record(
             data,
             finished=finished,
-            attached_bytes=attached_bytes,
+            attached_bytes=attached.num_bytes,
+            unpublished=attached.unpublished,
             accepted=collected.accepted,
             refinements=refined.used if refined is not None else (),
             refused=(*collected.refused, *(refined.refused if refined is not None else ()), *stopped),
@@ -302,7 +314,7 @@ class Coordinator:
             update_bytes=len(packed) if UPDATE_FILE in files else None,
             **scaffold.record_fields(files),
         )
-        return self._publish(record, data, files, attached)
+        return self._publish(record, data, files, attached.files)
 
     def _mean_update(self, collected: Collected, refined: Refined | None, finished: bool) -> Tensor:
         """What the server steps along; see `federation.refining`."""
@@ -322,7 +334,8 @@ class Coordinator:
         selected = None
         if not finished:
             selected = read_control(self.mailbox).select(round, self.spec.seed, self.spec.clients_per_round)
-        return make_record(self.spec, adapter, round, self._clock(), finished=finished, selected=selected, **fields)
+        fields |= {"finished": finished, "selected": selected, "sign": self._sign}
+        return make_record(self.spec, adapter, round, self._clock(), **fields)
 
     def _publish(
         self,

@@ -12,6 +12,7 @@ from fedfstq_hf.federation.control import Control
 from fedfstq_hf.federation.mailbox import ADAPTER_CONFIG_FILE, ADAPTER_FILE, RECORD_FILE, SPEC_FILE, Mailbox
 from fedfstq_hf.federation.publication import CardMaker, make_record, root_files
 from fedfstq_hf.federation.record import RoundRecord
+from fedfstq_hf.federation.signed_records import Sign
 from fedfstq_hf.federation.spec import FederationSpec
 
 
@@ -24,6 +25,7 @@ def found_federation(
     control: Control | None = None,
     now: float | None = None,
     card: CardMaker | None = None,
+    sign: Sign | None = None,
 ) -> RoundRecord:
     """Publish round 0: the spec and the initial adapter.
 
@@ -33,8 +35,10 @@ def found_federation(
         control: who is enrolled; None lets anybody join who can write to the mailbox.
         now: seconds since the epoch; the wall clock when None.
         card: makes the root's readable files.
+        sign: signs the record with the spec's founder key (`keys.signer`), where it names one.
 
     Raises:
+        ConfigError: the spec asks for more clients than are enrolled, or for a signature that cannot be made.
         RoundConflictError: the mailbox already holds a federation.
     """
     check_server(spec.server)
@@ -61,6 +65,7 @@ def found_federation(
         0,
         time.time() if now is None else now,
         selected=control.select(0, spec.seed, spec.clients_per_round),
+        sign=sign,
     )
     files = {
         SPEC_FILE: spec.to_json(),

@@ -50,7 +50,8 @@ class HistoryRow:
     Attributes:
         round: 0 is the initial adapter.
         opened_at: seconds since the epoch by the coordinator's clock.
-        num_examples: training examples behind the accepted updates.
+        num_examples: training examples behind the accepted updates; None in a sealed federation, where the totals of
+            rounds with different clients would tell those of single clients.
         uplink_bytes: all messages that arrived for this round: accepted, refused and late ones, and refinements.
         dense_uplink_bytes: what as many plain adapter files would have weighed.
         downlink_bytes: what a client that follows every round downloads: the packed change where it was published,
@@ -59,13 +60,13 @@ class HistoryRow:
         accepted, refused, late: numbers of updates; refinements are not among them.
         reasons: class of reason -> number of updates refused for it.
         restored_from: the round whose adapter this one took over, None for a round made from updates.
-        clipped: accepted updates that were scaled down for their norm.
+        clipped: accepted updates that were scaled down for their norm; None in a sealed federation.
         refinements_unused: refinements that were refused or late. Where their previews were used, those alone count.
     """
 
     round: int
     opened_at: float
-    num_examples: int
+    num_examples: int | None
     uplink_bytes: int
     dense_uplink_bytes: int
     downlink_bytes: int
@@ -75,7 +76,7 @@ class HistoryRow:
     late: int = 0
     reasons: Mapping[str, int] = field(default_factory=dict)
     restored_from: int | None = None
-    clipped: int = 0
+    clipped: int | None = 0
     refinements_unused: int = 0
 
 
@@ -104,7 +105,7 @@ def row(record: RoundRecord, previous: RoundRecord | None) -> HistoryRow:
     return HistoryRow(
         round=record.round,
         opened_at=record.opened_at,
-        num_examples=sum(update.num_examples for update in record.accepted),
+        num_examples=None if record.sealed else sum(update.num_examples for update in record.accepted),
         uplink_bytes=sum(update.num_bytes for update in record.updates),
         dense_uplink_bytes=0 if previous is None else previous.adapter_bytes * messages,
         downlink_bytes=record.variate_bytes
@@ -115,7 +116,7 @@ def row(record: RoundRecord, previous: RoundRecord | None) -> HistoryRow:
         late=len(late),
         reasons=_fewest(Counter(reason_class(update.reason) for update in refused)),
         restored_from=record.restored_from,
-        clipped=sum(update.scale < 1 for update in record.accepted),
+        clipped=None if record.sealed else sum(update.scale < 1 for update in record.accepted),
         refinements_unused=len(record.refused) + len(record.late) - len(refused) - len(late),
     )
 
@@ -214,7 +215,7 @@ def _check(entry: HistoryRow) -> None:
                 valid = type(value) in (int, float) and math.isfinite(value)
             case "reasons":
                 valid = isinstance(value, dict) and all(_is_count(count) for count in value.values())
-            case "restored_from":
+            case "restored_from" | "num_examples" | "clipped":
                 valid = value is None or _is_count(value)
             case _:
                 valid = _is_count(value)

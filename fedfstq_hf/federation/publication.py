@@ -15,6 +15,8 @@ from fedfstq_hf.errors import MailboxError
 from fedfstq_hf.federation import adapter_file, history
 from fedfstq_hf.federation.mailbox import CARD_FILE, HISTORY_FILE, RootFiles, RootReader
 from fedfstq_hf.federation.record import RoundRecord
+from fedfstq_hf.federation.sealed_figures import seal_figures
+from fedfstq_hf.federation.signed_records import Sign, sign_record
 from fedfstq_hf.federation.spec import FederationSpec
 
 
@@ -55,13 +57,25 @@ def root_files(
 
 
 def make_record(
-    spec: FederationSpec, adapter: bytes, round: int, now: float, *, finished: bool = False, **fields: Any
+    spec: FederationSpec,
+    adapter: bytes,
+    round: int,
+    now: float,
+    *,
+    finished: bool = False,
+    sign: Sign | None = None,
+    **fields: Any,
 ) -> RoundRecord:
-    """The record of an adapter to publish. Raises `MailboxError` if the adapter has not the spec's schema."""
+    """The record of an adapter to publish, sealed and signed as the spec says.
+
+    Raises:
+        MailboxError: the adapter has not the spec's schema.
+        ConfigError: records are signed, and there is no `sign`.
+    """
     schema = Schema.from_state_dict(adapter_file.load(adapter))
     if schema.fingerprint != spec.schema:
         raise MailboxError("The adapter to publish has other names or shapes than the federation's spec says.")
-    return RoundRecord(
+    record = RoundRecord(
         round=round,
         adapter_sha256=hashlib.sha256(adapter).hexdigest(),
         adapter_bytes=len(adapter),
@@ -71,10 +85,16 @@ def make_record(
         finished=finished,
         **fields,
     )
+    if spec.sealing_key is not None and (record.accepted or record.refinements):
+        record = seal_figures(record, spec.sealing_key)
+    return sign_record(record, spec, sign)
 
 
 def pack_change(change: Tensor, base: RoundRecord, schema: Schema, num_examples: int) -> bytes:
-    """The global change of a round, (num_params,), as a lossless message based on the adapter before it."""
+    """The global change of a round, (num_params,), as a lossless message based on the adapter before it.
+
+    num_examples: behind it, 0 where that is not published.
+    """
     encoded = get_codec("sparse32").encode(schema.unflatten(change))
     header = message.Header(
         round=base.round + 1,

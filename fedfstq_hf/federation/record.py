@@ -11,11 +11,15 @@ from fedfstq_hf import __version__
 from fedfstq_hf.errors import MailboxError
 
 FORMAT = 2
+FIGURES = ("num_examples", "weight", "norm", "scale")
+"""Of an `AcceptedUpdate`; public records of sealed federations leave them out."""
 
 
 @dataclass(frozen=True)
 class AcceptedUpdate:
     """One client's share of a round.
+
+    `FIGURES` are 0 (scale: 1) in the record of a sealed federation that was read without the coordinator's key.
 
     Attributes:
         sha256: of the message as it lay in the mailbox; names it in the record.
@@ -30,9 +34,9 @@ class AcceptedUpdate:
     client_id: str
     sha256: str
     num_bytes: int
-    num_examples: int
-    weight: float
-    norm: float
+    num_examples: int = 0
+    weight: float = 0.0
+    norm: float = 0.0
     scale: float = 1.0
     staleness: int = 0
     signed: bool = False
@@ -72,6 +76,9 @@ class RoundRecord:
         restored_from: the earlier round whose adapter this round published again, after a rollback.
         variate_sha256, variate_bytes: of the published control variate (SCAFFOLD); None and 0 without one.
         attached_bytes: what clients sent beside their updates (token sensitivities) and this round took in.
+        unpublished: why nothing was published of it; empty where something was, or nothing was sent.
+        sealed: in a sealed federation a box with the `FIGURES` of its updates (`federation.sealed_figures`), base64.
+        signature: of the founder (`federation.signed_records`), 128 hex digits; empty without one.
         package_version: of the coordinator.
     """
 
@@ -90,8 +97,11 @@ class RoundRecord:
     selected: tuple[str, ...] | None = None
     restored_from: int | None = None
     attached_bytes: int = 0
+    unpublished: str = ""
     variate_sha256: str | None = None
     variate_bytes: int = 0
+    sealed: str | None = None
+    signature: str = ""
     package_version: str = __version__
     format: int = field(default=FORMAT)
 
@@ -104,6 +114,12 @@ class RoundRecord:
     def uplink_bytes(self) -> int:
         """Bytes that arrived from all clients together since the previous record, refused and late ones included."""
         return self.attached_bytes + sum(update.num_bytes for update in self.updates)
+
+    @property
+    def hides_figures(self) -> bool:
+        """Whether it has updates whose `FIGURES` are sealed, and was read without the key."""
+        used = (*self.accepted, *self.refinements)
+        return self.sealed is not None and bool(used) and not any(update.weight for update in used)
 
     def fate(self, client_id: str, sha256: str) -> AcceptedUpdate | RefusedUpdate | None:
         """What became of a client's message; None when the record does not name it (late or lost)."""
@@ -129,8 +145,13 @@ class RoundRecord:
         return in_time | others
 
     def to_json(self) -> bytes:
-        """Readable JSON with sorted keys."""
-        return (json.dumps(dataclasses.asdict(self), indent=1, sort_keys=True) + "\n").encode()
+        """Readable JSON with sorted keys; `FIGURES` are left out where `sealed` holds them."""
+        fields = dataclasses.asdict(self)
+        if self.sealed is not None:
+            for update in (*fields["accepted"], *fields["refinements"]):
+                for name in FIGURES:
+                    del update[name]
+        return (json.dumps(fields, indent=1, sort_keys=True) + "\n").encode()
 
     @classmethod
     def from_json(cls, data: bytes) -> RoundRecord:

@@ -247,6 +247,10 @@ class ClientSession:
             self._lock.close()
             self._lock = None
 
+    def envelope(self, header: message.Header, payload: bytes) -> bytes:
+        """What travels of a message of this client: signed with its key, and sealed where the federation is."""
+        return self._sealed(message.pack(header, payload, sign=self._sign))
+
     def _sealed(self, readable: bytes) -> bytes:
         seal_key = self.spec.sealing_key
         return readable if seal_key is None else keys.seal(seal_key, readable)

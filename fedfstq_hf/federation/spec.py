@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import math
-import uuid
+import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from fedfstq_hf import __version__
@@ -20,7 +22,7 @@ from fedfstq_hf.federation.turns import Turn, turn_of
 from fedfstq_hf.sensitivity.options import check_fisher, check_objective
 from fedfstq_hf.switches import check_coverage, check_freeze_a, check_refinement, check_switches, check_weights
 
-FORMAT = 2
+FORMAT = 3
 
 # TrainingArguments that every client must share; batch size, precision, logging and the like are a client's own.
 SHARED_TRAINING_ARGUMENTS = (
@@ -86,11 +88,12 @@ class FederationSpec:
         clip: an update whose norm exceeds that many times the round's median norm is scaled down to it; None for none.
         weight_cap: an update weighs at most that many times the round's median; None for no cap.
         signatures: True refuses updates without a valid signature of an enrolled key.
+        founder_key: public key whose holder signs each round's record; clients refuse records without. None for none.
         sealing_key: public key that clients seal their messages to; None sends them readable.
         tag_every: the Hub repo is tagged at every that many rounds.
         share_saliency: clients that agree may send their token sensitivities, which are published in aggregate.
         package_version: of the founder.
-        id: drawn when the federation is founded, so that no client brings the state of another one of the same shape.
+        salt: drawn when the federation is founded, so that no two of the same settings have the same `id`.
     """
 
     name: str
@@ -139,11 +142,12 @@ class FederationSpec:
     clip: float | None = 10.0
     weight_cap: float | None = 10.0
     signatures: bool = False
+    founder_key: str | None = None
     sealing_key: str | None = None
     tag_every: int = 10
     share_saliency: bool = False
     package_version: str = __version__
-    id: str = field(default_factory=lambda: uuid.uuid4().hex)
+    salt: str = field(default_factory=lambda: secrets.token_hex(16))
     format: int = FORMAT
 
     def __post_init__(self) -> None:
@@ -169,8 +173,12 @@ class FederationSpec:
             limit = getattr(self, name)
             if limit is not None and not (1 <= limit < math.inf):
                 raise ConfigError(f"{name} is a multiple of the round's median: at least 1, or null; not {limit!r}.")
+        if self.founder_key is not None:
+            parse_public_key(self.founder_key, "ed25519")
         if self.sealing_key is not None:
             parse_public_key(self.sealing_key, "x25519")
+        if not isinstance(self.salt, str) or len(self.salt) > 64:
+            raise ConfigError(f"salt must be text of at most 64 characters, not {self.salt!r:.80}.")
         check_objective(self.objective, self.token_keep_ratio)
         check_fisher(self.fisher, self.fisher_objective, self.objective, self.proximal_mu)
         check_switches(self, scaffold=self.scaffold_clients is not None)
@@ -206,6 +214,15 @@ class FederationSpec:
                 f"{', '.join(SHARED_TRAINING_ARGUMENTS)}."
             )
 
+    @cached_property
+    def id(self) -> str:
+        """Hex sha256 over the canonical JSON of all fields: who copies a federation's id copies all of its settings.
+
+        Signatures are good for one id. Client states belong to one.
+        """
+        content = json.dumps(dataclasses.asdict(self), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(b"fedfstq federation\n" + content.encode()).hexdigest()
+
     def travelling(self, schema: Schema) -> Travelling:
         """What of an adapter with that schema travels."""
         return Travelling.of(schema, freeze_a=self.freeze_a)
@@ -232,16 +249,29 @@ class FederationSpec:
         return turn_of(schema, self.coverage, seed=self.seed, client_id=client_id, round=round)
 
     def to_json(self) -> bytes:
-        """Readable JSON with sorted keys."""
-        return (json.dumps(dataclasses.asdict(self), indent=1, sort_keys=True) + "\n").encode()
+        """Readable JSON with sorted keys, `id` among them."""
+        fields = {**dataclasses.asdict(self), "id": self.id}
+        return (json.dumps(fields, indent=1, sort_keys=True) + "\n").encode()
 
     @classmethod
     def from_json(cls, data: bytes) -> FederationSpec:
-        """Parse `spec.json`. Raises `MailboxError` for another format, unknown fields or impossible values."""
+        """Parse `spec.json`.
+
+        Raises:
+            MailboxError: it is of another format, has unknown fields or impossible values, or its `id` is not that of
+                its content.
+        """
         try:
             fields = json.loads(data)
             if fields.get("format") != FORMAT:
                 raise other_version("spec", fields, FORMAT)
-            return cls(**fields)
+            stored = fields.pop("id", None)
+            spec = cls(**fields)
+            if stored != spec.id:
+                raise MailboxError(
+                    f"The mailbox's spec says that its id is {stored!r:.80}, but its content has id {spec.id}: it was "
+                    "altered after the founding, or has the id of another federation. Ask who founded it."
+                )
+            return spec
         except (ValueError, TypeError, AttributeError) as error:
             raise MailboxError(f"The mailbox's spec cannot be read: {error}") from error

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from fedfstq_hf.errors import MailboxError
 from fedfstq_hf.federation.control import read_control
-from fedfstq_hf.federation.mailbox import RECORD_FILE, SPEC_FILE, Mailbox
+from fedfstq_hf.federation.mailbox import SPEC_FILE, Mailbox
 from fedfstq_hf.federation.record import RoundRecord
+from fedfstq_hf.federation.records import Records
 from fedfstq_hf.federation.spec import FederationSpec
 from fedfstq_hf.reporting.units import format_bytes
+from fedfstq_hf.text import printable
 
 
 def describe_round(record: RoundRecord, spec: FederationSpec) -> str:
@@ -23,6 +25,8 @@ def describe_round(record: RoundRecord, spec: FederationSpec) -> str:
         line += f", rolled back to round {record.restored_from}"
     others = [f"  refused {update.client_id}: {update.reason}" for update in record.refused]
     others += [f"  late {update.client_id}: {update.reason}" for update in record.late]
+    if record.unpublished:
+        others.append(f"  no token sensitivities published: {printable(record.unpublished)}")
     clipped = [f"{update.client_id} ({update.scale:.3g}x)" for update in record.accepted if update.scale < 1]
     if clipped:
         others.append(f"  clipped {', '.join(clipped)}")
@@ -49,8 +53,10 @@ def render_status(mailbox: Mailbox) -> str:
     uplink = 0
     control = read_control(mailbox)
     measured = mailbox.read_metrics(sorted(control.clients or ()))
+    unsigned = "unsigned: " if spec.signatures else ""  # as all metrics are
+    records = Records(mailbox, spec)
     for round in range(head + 1):
-        record = RoundRecord.from_json(mailbox.read(round, RECORD_FILE))
+        record = records(round)
         uplink += record.uplink_bytes
         posted = [
             f"{source} {name} {value:.4f}"
@@ -58,7 +64,7 @@ def render_status(mailbox: Mailbox) -> str:
             for name, value in metrics.items()
             if isinstance(value, float)
         ]
-        lines.append(describe_round(record, spec) + (f"  [{'; '.join(posted)}]" if posted else ""))
+        lines.append(describe_round(record, spec) + (f"  [{unsigned}{'; '.join(posted)}]" if posted else ""))
     lines.append(f"uplink in total: {format_bytes(uplink)}")
     if record.finished:
         lines.append("finished")

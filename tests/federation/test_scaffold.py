@@ -188,7 +188,7 @@ def test_refusals(tmp_path):
     with pytest.raises(MailboxError, match=r"control variates \(SCAFFOLD\), and the client's is missing"):
         client.participation.complete(assignment, LocalResult(assignment.adapter, None, 1, {}))
     # a message of a client that knows nothing of control variates
-    plain = ClientSession("b", make_spec(id=coordinator.spec.id), SCHEMA)
+    plain = ClientSession("b", make_spec(), SCHEMA)
     sent = plain.finish(
         0, coordinator.record.adapter_sha256, torch.ones(SIZE), fisher=None, num_examples=1, max_bytes=None
     )

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 
 import pytest
 from light import make_spec
@@ -48,7 +49,7 @@ def test_a_spec_of_another_format_says_which_version_to_install():
         (None, "Install the fedfstq_hf version that the federation's coordinator runs"),
     ):
         data = json.dumps(fields | {"package_version": version}).encode()
-        with pytest.raises(MailboxError, match=rf"spec has format 99; fedfstq_hf .* reads format 2\. {remedy}"):
+        with pytest.raises(MailboxError, match=rf"spec has format 99; fedfstq_hf .* reads format 3\. {remedy}"):
             FederationSpec.from_json(data)
         with pytest.raises(MailboxError, match=rf"round record has format 99; .* reads format 2\. {remedy}"):
             RoundRecord.from_json(data)
@@ -98,3 +99,19 @@ def test_record_round_trip_and_fate():
 def test_foreign_records_are_named(data):
     with pytest.raises(MailboxError, match="round record"):
         RoundRecord.from_json(data)
+
+
+def test_the_id_is_that_of_the_content():
+    spec = make_spec(salt="s")
+    assert spec.id == make_spec(salt="s").id
+    assert re.fullmatch("[0-9a-f]{64}", spec.id)
+    assert FederationSpec.from_json(spec.to_json()).id == spec.id
+    assert json.loads(spec.to_json())["id"] == spec.id
+    assert dataclasses.replace(spec, rounds=9).id == make_spec(salt="s", rounds=9).id != spec.id
+
+
+def test_salts_are_drawn_and_bounded():
+    assert re.fullmatch("[0-9a-f]{32}", make_spec().salt)
+    for salt in ("x" * 65, 7):
+        with pytest.raises(ConfigError, match="salt must be text of at most 64 characters"):
+            make_spec(salt=salt)

@@ -36,10 +36,10 @@ def head_record(hub: LoopbackHub) -> dict[str, object]:
 def test_a_federation_gives_the_adapter_of_the_folder_mailbox(
     hub_here: LoopbackHub, tmp_path: Path, layout: str
 ) -> None:
-    federation = HubFederation(hub_here, layout, id="same")
+    federation = HubFederation(hub_here, layout, salt="same")
     run_rounds(federation.coordinator(), [federation.client(name) for name in CLIENTS])
 
-    folder = found(tmp_path / "folder", codec="fp32", min_clients=3, rounds=3, id="same")
+    folder = found(tmp_path / "folder", codec="fp32", min_clients=3, rounds=3, salt="same")
     run_rounds(Coordinator(folder, clock=lambda: 0.0), [LightClient(folder, name, None) for name in CLIENTS])
     assert hub_here.read("org/run", ADAPTER) == folder.read_root(ADAPTER)
     record = head_record(hub_here)
@@ -47,7 +47,7 @@ def test_a_federation_gives_the_adapter_of_the_folder_mailbox(
 
 
 def test_control_variates_are_those_of_the_folder_mailbox(hub_here: LoopbackHub, tmp_path: Path) -> None:
-    shared = {"codec": "fp32", "min_clients": 3, "rounds": 3, "id": "same", "scaffold_clients": 4, "clip": None}
+    shared = {"codec": "fp32", "min_clients": 3, "rounds": 3, "salt": "same", "scaffold_clients": 4, "clip": None}
     federation = HubFederation(hub_here, "own", **shared)
     run_rounds(federation.coordinator(), [federation.client(name) for name in CLIENTS])
     folder = found(tmp_path / "folder", **shared)

@@ -90,10 +90,10 @@ def test_where_they_lie_in_a_shared_repo(hub_here: LoopbackHub) -> None:
 def test_a_federation_gives_the_adapter_of_the_folder_mailbox(
     hub_here: LoopbackHub, tmp_path: Path, layout: str
 ) -> None:
-    federation = HubFederation(hub_here, layout, id="same", **REFINED)
+    federation = HubFederation(hub_here, layout, salt="same", **REFINED)
     run_rounds(federation.coordinator(), [refining(federation.client(name)) for name in CLIENTS])
 
-    folder = found(tmp_path / "folder", id="same", **REFINED)
+    folder = found(tmp_path / "folder", salt="same", **REFINED)
     run_rounds(Coordinator(folder, clock=lambda: 0.0), [refining(LightClient(folder, name, None)) for name in CLIENTS])
     assert hub_here.read("org/run", ADAPTER) == folder.read_root(ADAPTER)
     records = federation.records()

@@ -256,7 +256,7 @@ def test_hostile_names_stay_text():
 def test_files_are_the_same_bytes_every_time():
     def files():
         return root_files(
-            make_spec(id="x"),
+            make_spec(salt="x"),
             make_record(3),
             make_history(3),
             make_metrics(3),
