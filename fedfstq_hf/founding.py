@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +15,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments,
 from fedfstq_hf.adapter import AdapterView, base_fingerprint, config_json
 from fedfstq_hf.errors import ConfigError, MailboxError
 from fedfstq_hf.federation import adapter_file
+from fedfstq_hf.federation.limits import CLIENT_DEFAULTS, SHARED_DATA, SHARED_TRAINING_ARGUMENTS
 from fedfstq_hf.federation.mailbox import ADAPTER_CONFIG_FILE
-from fedfstq_hf.federation.spec import SHARED_TRAINING_ARGUMENTS, FederationSpec
+from fedfstq_hf.federation.spec import FederationSpec
 from fedfstq_hf.recipe import MethodSettings, Recipe
 
 EMBEDDED_MODEL = "demo"
@@ -157,11 +157,8 @@ def make_spec(
         refresh_steps=training.refresh_steps,
         rho=training.rho,
         seed=seed,
-        data=dataclasses.asdict(recipe.data),
-        client_defaults={
-            "per_device_train_batch_size": training.per_device_train_batch_size,
-            "gradient_accumulation_steps": training.gradient_accumulation_steps,
-        },
+        data={name: getattr(recipe.data, name) for name in SHARED_DATA},
+        client_defaults={name: getattr(training, name) for name in CLIENT_DEFAULTS},
         **rules,
     )
 

@@ -11,9 +11,9 @@ from fedfstq_hf.errors import DataError, MailboxError
 from fedfstq_hf.federation.mailbox import ADAPTER_CONFIG_FILE, SPEC_FILE, Mailbox, open_mailbox
 from fedfstq_hf.federation.spec import FederationSpec
 from fedfstq_hf.founding import load_base, quiet_arguments, wrap_base
-from fedfstq_hf.recipe import build
+from fedfstq_hf.own_data import own_data
 from fedfstq_hf.trainer import FedFSTQTrainer
-from fedfstq_hf.workloads import Collator, DataConfig, load_workload
+from fedfstq_hf.workloads import Collator, load_workload
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ def run_client(settings: ClientFile) -> FedFSTQTrainer:
 def _trainer(settings: ClientFile, mailbox: Mailbox, spec: FederationSpec) -> FedFSTQTrainer:
     base, tokenizer = load_base(settings.model or spec.model, settings.dtype)
     model = wrap_base(base, mailbox.read(0, ADAPTER_CONFIG_FILE))
-    data = build(DataConfig, {**spec.data, **settings.data}, f"data of client {settings.client_id}")
+    data = own_data(spec.data, settings.data, f"data of client {settings.client_id}")
     examples = load_workload(data, tokenizer, need_test=False).train
     if not examples:
         raise DataError(f"{data.path} holds no training examples for client {settings.client_id!r}.")
