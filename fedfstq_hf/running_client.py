@@ -10,7 +10,7 @@ from fedfstq_hf.config import FedFSTQConfig
 from fedfstq_hf.errors import DataError, MailboxError
 from fedfstq_hf.federation.mailbox import ADAPTER_CONFIG_FILE, SPEC_FILE, Mailbox, open_mailbox
 from fedfstq_hf.federation.spec import FederationSpec
-from fedfstq_hf.founding import load_base, quiet_arguments, wrap_base
+from fedfstq_hf.founding import load_base, load_shared_base, quiet_arguments, wrap_base
 from fedfstq_hf.own_data import own_data
 from fedfstq_hf.trainer import FedFSTQTrainer
 from fedfstq_hf.workloads import Collator, load_workload
@@ -35,7 +35,10 @@ def run_client(settings: ClientFile) -> FedFSTQTrainer:
 
 
 def _trainer(settings: ClientFile, mailbox: Mailbox, spec: FederationSpec) -> FedFSTQTrainer:
-    base, tokenizer = load_base(settings.model or spec.model, settings.dtype)
+    if settings.model is not None:
+        base, tokenizer = load_base(settings.model, settings.dtype)
+    else:
+        base, tokenizer = load_shared_base(spec.model, settings.dtype)
     model = wrap_base(base, mailbox.read(0, ADAPTER_CONFIG_FILE))
     data = own_data(spec.data, settings.data, f"data of client {settings.client_id}")
     examples = load_workload(data, tokenizer, need_test=False).train

@@ -13,7 +13,7 @@ from fedfstq_hf.federation import adapter_file
 from fedfstq_hf.federation.mailbox import ADAPTER_CONFIG_FILE, ADAPTER_FILE, RECORD_FILE, Mailbox
 from fedfstq_hf.federation.record import RoundRecord
 from fedfstq_hf.federation.spec import FederationSpec
-from fedfstq_hf.founding import load_base, wrap_base
+from fedfstq_hf.founding import load_base, load_shared_base, wrap_base
 from fedfstq_hf.own_data import own_data
 from fedfstq_hf.workloads import DataConfig
 from fedfstq_hf.workloads.formats import read_text
@@ -59,7 +59,7 @@ def measure(
     if not 0 <= chosen <= head:
         raise ConfigError(f"There is no round {chosen} yet: the newest is {head}. Give a round from 0 to {head}.")
     config = own_data(spec.data, data, "the evaluation")
-    base, tokenizer = load_base(model or spec.model, dtype)
+    base, tokenizer = load_base(model, dtype) if model is not None else load_shared_base(spec.model, dtype)
     adapted = wrap_base(base, mailbox.read(0, ADAPTER_CONFIG_FILE))
     check_same_base(base_fingerprint(adapted), spec.base_fingerprint, spec.model)
     examples = _examples(config, tokenizer)
