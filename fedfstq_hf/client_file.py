@@ -18,8 +18,9 @@ class ClientFile:
     Attributes:
         mailbox: address of the federation.
         client_id: this client's name, unique in the federation.
-        data: changes to the federation's data section; at least `path`, this client's own data.
-        model: base model, where it lies elsewhere than the federation's spec says.
+        data: which data are trained on (see `own_data`): at least `path`, and what columns are read where those are not
+            `prompt` and `answer`.
+        model: base model, where the federation's spec names none on the Hub.
         uplink_budget: most bytes per message; the federation's default when not given.
         refinement_budget: likewise of second messages, in a federation that has them.
         output_dir: of the trainer; the client's state goes to `OUTPUT_DIR/fedfstq`.

@@ -203,7 +203,7 @@ def test_a_spec_says_after_which_round_there_are_no_more_previews(given, refined
         ({"coverage": 0.5}, "refinement_budget and coverage cannot be combined"),
         ({"preview_step": 0}, "preview_step must be a share"),
         ({"preview_correction": 2}, "preview_correction must be a number from 0 to 1"),
-        ({"preview_rounds": -1}, "preview_rounds must be a whole number of rounds"),
+        ({"preview_rounds": -1}, "preview_rounds must be a whole number of at least 1"),
     ],
 )
 def test_a_spec_that_makes_no_sense_is_refused(changes, match):

@@ -22,11 +22,9 @@ def evaluate(
     mailbox: Annotated[str, typer.Argument(help="Address of a federation: hf://ORG/REPO or a folder.")],
     data: Annotated[
         str | None,
-        typer.Option(metavar="FILE", help="Held-out examples; the test part of the federation's data if left out."),
+        typer.Option(metavar="FILE", help="Held-out examples: a file, a data set of the Hub, or demo."),
     ] = None,
-    model: Annotated[
-        str | None, typer.Option(help="Base model, where it lies elsewhere than the federation says.")
-    ] = None,
+    model: Annotated[str | None, typer.Option(help="Base model, where the federation names none on the Hub.")] = None,
     round: Annotated[int | None, typer.Option(help="Round to evaluate; the newest if left out.")] = None,
     source: Annotated[str | None, typer.Option(help="What to call the data; the file's name if left out.")] = None,
     client_id: Annotated[
@@ -37,7 +35,7 @@ def evaluate(
 ) -> None:
     """Measure a published adapter on held-out examples, and post what came out: status and card show it.
 
-    How the examples are read is the federation's choice; keys of its data section can be changed: --data.format jsonl
+    Which columns of the examples are read is your choice: prompt and answer, or others with --data.format fed_med
     """
     overrides = parse_overrides(context.args)
     changes = {name.removeprefix("data."): value for name, value in overrides.items() if name.startswith("data.")}
@@ -54,7 +52,7 @@ def evaluate(
     from fedfstq_hf.running_evaluation import measure
 
     box, spec = open_federation(mailbox)
-    name = checked_name(source or _source_name(changes.get("path") or str(spec.data.get("path", "data"))))
+    name = checked_name(source or _source_name(changes.get("path", "data")))
     section = apply_overrides({}, {f"data.{key}": value for key, value in changes.items()}).get("data", {})
     measured = measure(box, spec, section, model=model, round=round, batch_size=batch_size, dtype=dtype)
     box.post_metric(measured.round, name, measured.metrics, client_id=client_id)

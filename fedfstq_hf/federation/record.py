@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -180,7 +181,8 @@ def other_version(what: str, fields: dict[str, Any], expected: int) -> MailboxEr
     version = fields.get("package_version")
     remedy = (
         f"Type: pip install fedfstq_hf=={version}"
-        if isinstance(version, str) and version != __version__
+        # no more than a version: whoever types what stands there installs it
+        if isinstance(version, str) and re.fullmatch(r"[0-9][0-9A-Za-z.+]{0,30}", version) and version != __version__
         else "Install the fedfstq_hf version that the federation's coordinator runs."
     )
     return MailboxError(

@@ -45,13 +45,13 @@ def published_tokenizer(repo: str) -> Any:
 
     own = published_file(repo, "tokenizer_config.json")
     if own is not None:
-        return AutoTokenizer.from_pretrained(repo.removeprefix("hf://"))
+        return AutoTokenizer.from_pretrained(repo.removeprefix("hf://"), trust_remote_code=False)
     adapter = published_file(repo, "adapter_config.json")
     base = json.loads(adapter.read_text()).get("base_model_name_or_path") if adapter is not None else None
     if not base:
         return None
     try:
-        return AutoTokenizer.from_pretrained(base)
+        return AutoTokenizer.from_pretrained(base, trust_remote_code=False)
     except (OSError, ValueError):  # the base is somewhere else by now; whoever needs a tokenizer says so
         return None
 

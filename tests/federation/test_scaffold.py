@@ -179,7 +179,7 @@ def test_a_rollback_and_a_stop_keep_the_servers_variate(tmp_path):
 
 
 def test_refusals(tmp_path):
-    with pytest.raises(ConfigError, match="scaffold_clients is the number of the federation's clients"):
+    with pytest.raises(ConfigError, match="scaffold_clients must be a whole number of at least 1"):
         make_spec(scaffold_clients=0)
     mailbox = found(tmp_path / "box", **SHARED)
     coordinator = Coordinator(mailbox)

@@ -9,8 +9,9 @@ from light import make_spec
 
 from fedfstq_hf import __version__
 from fedfstq_hf.errors import ConfigError, MailboxError
+from fedfstq_hf.federation.limits import OPTIMIZERS, SCHEDULES, SHARED_TRAINING_ARGUMENTS
 from fedfstq_hf.federation.record import AcceptedUpdate, RefusedUpdate, RoundRecord
-from fedfstq_hf.federation.spec import SHARED_TRAINING_ARGUMENTS, FederationSpec
+from fedfstq_hf.federation.spec import FederationSpec
 
 
 def test_json_round_trip():
@@ -68,10 +69,13 @@ def test_a_spec_with_values_out_of_range_is_the_mailbox_s_fault():
 
 
 def test_shared_arguments_are_those_of_transformers():
-    from transformers import TrainingArguments
+    from transformers import SchedulerType, TrainingArguments
+    from transformers.training_args import OptimizerNames
 
     known = {field.name for field in dataclasses.fields(TrainingArguments)}
     assert set(SHARED_TRAINING_ARGUMENTS) <= known
+    assert set(OPTIMIZERS) <= {name.value for name in OptimizerNames}
+    assert set(SCHEDULES) <= {name.value for name in SchedulerType}
 
 
 def test_record_round_trip_and_fate():
