@@ -256,8 +256,9 @@ class FederationSpec:
         except ConfigError as error:
             raise MailboxError(f"The mailbox's spec cannot be read: {printable(error, 1000)}") from error
         if stored != spec.id:
+            shown = printable(repr(stored), 80)
             raise MailboxError(
-                f"The mailbox's spec says that its id is {printable(repr(stored), 80)}, but its content has id {spec.id}: it "
-                "was altered after the founding, or has the id of another federation. Ask who founded it."
+                f"The mailbox's spec says that its id is {shown}, but its content has id {spec.id}: it was altered "
+                "after the founding, or has the id of another federation. Ask who founded it."
             )
         return spec
