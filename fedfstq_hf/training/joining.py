@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
+from fedfstq_hf import adapter_config
 from fedfstq_hf.adapter import AdapterView, base_fingerprint, check_same_adapter, check_same_base
 from fedfstq_hf.config import FedFSTQConfig
 from fedfstq_hf.errors import BudgetError, ConfigError, MailboxError
@@ -18,6 +18,7 @@ from fedfstq_hf.federation.key_files import client_signer
 from fedfstq_hf.federation.mailbox import ADAPTER_CONFIG_FILE, SPEC_FILE, open_mailbox
 from fedfstq_hf.federation.session import ClientSession
 from fedfstq_hf.federation.spec import FederationSpec
+from fedfstq_hf.federation.untrusted import parse_object
 from fedfstq_hf.training.observing import probe_state, token_table
 
 logger = logging.getLogger(__name__)
@@ -62,7 +63,8 @@ def join(
             f"{address} holds no federation. Check the address, or make one with `fedfstq init {address} ...`."
         )
     spec = FederationSpec.from_json(mailbox.read(0, SPEC_FILE))
-    theirs = json.loads(mailbox.read(0, ADAPTER_CONFIG_FILE))
+    published = mailbox.read(0, ADAPTER_CONFIG_FILE)
+    theirs = parse_object(published, f"The mailbox's {ADAPTER_CONFIG_FILE}", max_bytes=adapter_config.MAX_BYTES)
     check_same_base(base_fingerprint(model), spec.base_fingerprint, spec.model)
     check_same_adapter(view.model.peft_config[view.name].to_dict(), theirs)
     budget = config.uplink_budget if config.uplink_budget is not None else spec.uplink_budget
