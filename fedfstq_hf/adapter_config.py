@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -125,7 +125,7 @@ _LYCORIS = {
 }
 _no_bias = _one_of("none")
 
-_KINDS: dict[str, dict[str, _Rule]] = {
+_FIELDS: dict[str, dict[str, _Rule]] = {
     "FOURIERFT": _INIT
     | {
         "bias": _no_bias,
@@ -207,34 +207,38 @@ _KINDS: dict[str, dict[str, _Rule]] = {
     },
 }
 
+KINDS = tuple(_FIELDS)
+"""Kinds of adapters, PEFT's names."""
 
-def parse(data: bytes, what: str, error: type[FedFSTQError]) -> dict[str, Any]:
+
+def parse(data: bytes, what: str, error: type[FedFSTQError], kinds: Sequence[str] = KINDS) -> dict[str, Any]:
     """The believed fields of an `adapter_config.json`.
 
     Args:
         what: names the file in errors.
         error: what is raised.
+        kinds: of adapters, of `KINDS`.
 
     Raises:
         error: it is no JSON object within bounds, or sets something that is not believed; nothing was made of it.
     """
     fields = parse_object(data, what, max_bytes=MAX_BYTES, error=error)
     try:
-        return believed(fields)
+        return believed(fields, kinds)
     except AdapterMismatchError as refused:
         raise error(f"{what} cannot be read: {refused}") from refused
 
 
-def believed(fields: Mapping[str, Any]) -> dict[str, Any]:
+def believed(fields: Mapping[str, Any], kinds: Sequence[str] = KINDS) -> dict[str, Any]:
     """The fields of a configuration, as JSON has them, that are listed here; harmless ones are left out.
 
     Raises:
         AdapterMismatchError: naming the first field that is neither listed nor harmless, or out of its bounds.
     """
     kind = fields.get("peft_type")
-    if type(kind) is not str or kind not in _KINDS:
-        raise AdapterMismatchError(f"peft_type is {_shown(kind)}; expected one of {', '.join(sorted(_KINDS))}.")
-    rules, kept = _EVERY | _KINDS[kind], {}
+    if type(kind) is not str or kind not in kinds:
+        raise AdapterMismatchError(f"peft_type is {_shown(kind)}; expected one of {', '.join(kinds)}.")
+    rules, kept = _EVERY | _FIELDS[kind], {}
     for name, value in fields.items():
         if name in rules:
             if not rules[name].holds(value):

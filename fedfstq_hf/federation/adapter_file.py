@@ -69,9 +69,7 @@ def load_tensors(data: bytes, what: str, *, max_header: int, error: type[FedFSTQ
     Raises:
         error: it is damaged, its header is larger, or a tensor is empty or holds NaN or infinity.
     """
-    header = int.from_bytes(data[:8], "little")
-    if header > max_header:
-        raise error(f"{what} has {header} bytes of names and shapes; expected at most {max_header}.")
+    check_header(data, what, max_header, error)
     try:
         state: dict[str, Tensor] = _load(data)
     except (
@@ -90,6 +88,13 @@ def load_tensors(data: bytes, what: str, *, max_header: int, error: type[FedFSTQ
         if tensor.dtype.is_floating_point and not bool(torch.isfinite(tensor.float()).all()):
             raise error(f"{what} holds NaN or infinity in {_name(name)}.")
     return state
+
+
+def check_header(start: bytes, what: str, max_header: int, error: type[FedFSTQError]) -> None:
+    """Raise `error` if a safetensors file that begins like this has more than so many bytes of names and shapes."""
+    header = int.from_bytes(start[:8], "little")
+    if header > max_header:
+        raise error(f"{what} has {header} bytes of names and shapes; expected at most {max_header}.")
 
 
 def _difference(held: Schema, expected: Schema) -> str:
