@@ -121,6 +121,6 @@ def check_saliency(saliency: Saliency, tokenizer: Any, model: Any = None) -> Non
     wrong = {name: value for name, value in theirs.items() if value is not None and value != ours[name]}
     if wrong:
         raise AdapterMismatchError(
-            f"{FILE_NAME} belongs to a base with {printable(wrong)}, this model has {ours}; load the adapter's own base "
-            "model"
+            f"{FILE_NAME} belongs to a base with {printable(wrong)}, this model has {ours}; load the adapter's own "
+            "base model"
         )
