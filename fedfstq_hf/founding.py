@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from dataclasses import dataclass
@@ -10,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, PeftType, get_peft_model
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments, set_seed
 from transformers.utils import find_adapter_config_file
 
 from fedfstq_hf.adapter import AdapterView, base_fingerprint, config_json
+from fedfstq_hf.adapter_config import parse as parse_adapter_config
+from fedfstq_hf.adapter_size import make_config
 from fedfstq_hf.errors import ConfigError, MailboxError
 from fedfstq_hf.federation import adapter_file
 from fedfstq_hf.federation.limits import CLIENT_DEFAULTS, SHARED_DATA, SHARED_TRAINING_ARGUMENTS
@@ -118,21 +118,19 @@ def found(recipe: Recipe, seed: int) -> Founding:
 def wrap_base(base: Any, adapter_config: bytes) -> PeftModel:
     """The base with a trainable adapter of a published configuration; its numbers come from the mailbox later.
 
+    Only what adapter_config.py believes reaches PEFT, and no adapter larger than the base is made. The base that the
+    configuration names is not looked up: the adapter's is the one given here.
+
     Raises:
-        MailboxError: not the configuration of an adapter that this PEFT knows.
+        MailboxError: not the configuration of an adapter that can be made on this base.
     """
+    what = f"The mailbox's {ADAPTER_CONFIG_FILE}"
+    fields = parse_adapter_config(adapter_config, what, MailboxError)
     try:
-        fields = json.loads(adapter_config)
-        kind = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(fields["peft_type"])]
-        config = kind(**{name: value for name, value in fields.items() if name in kind.__dataclass_fields__})
-    except (ValueError, TypeError, AttributeError, KeyError) as error:
-        raise MailboxError(f"The mailbox's {ADAPTER_CONFIG_FILE} cannot be read: {error}") from error
-    config.inference_mode = False
-    # PEFT warns where the base is called otherwise here; the fingerprint is what tells bases apart
-    named, config.base_model_name_or_path = config.base_model_name_or_path, None
-    model = get_peft_model(base, config)
-    model.peft_config[model.active_adapter].base_model_name_or_path = named
-    return model
+        config = make_config(base, fields | {"base_model_name_or_path": None}, inference_mode=False)
+        return get_peft_model(base, config)
+    except Exception as error:  # PEFT raises what comes its way
+        raise MailboxError(f"{what} fits no adapter on this base model: {printable(error)}") from error
 
 
 def make_spec(

@@ -64,8 +64,9 @@ def measure(
     check_same_base(base_fingerprint(adapted), spec.base_fingerprint, spec.model)
     examples = _examples(config, tokenizer)
     record = Records(mailbox, spec)(chosen)
-    state = adapter_file.load(mailbox.read(chosen, ADAPTER_FILE), expected_sha256=record.adapter_sha256)
     view = AdapterView(adapted)
+    published = mailbox.read(chosen, ADAPTER_FILE)
+    state = adapter_file.load(published, expected_sha256=record.adapter_sha256, schema=view.schema)
     view.write(view.schema.flatten(state))
     return Measured(chosen, len(examples), Evaluator(examples, tokenizer.pad_token_id, batch_size)(adapted))
 

@@ -326,8 +326,9 @@ class MailboxParticipation:
         if adapter is None:
             data = self.mailbox.read(record.round, ADAPTER_FILE)
             self.downlink_bytes += len(data)
-            state = adapter_file.load(data, expected_sha256=record.adapter_sha256)
-            adapter = self.session.travelling.whole.flatten(state)
+            schema = self.session.travelling.whole
+            state = adapter_file.load(data, expected_sha256=record.adapter_sha256, schema=schema)
+            adapter = schema.flatten(state)
         self._held = (record, adapter)
         return adapter
 
