@@ -140,6 +140,7 @@ class MailboxParticipation:
         self._saliency = saliency
         self._held: tuple[RoundRecord, Tensor] | None = None
         self._posted_round = -1
+        self._undone = -1  # rollbacks up to this round are undone here
         self._record = Records(mailbox)
         self._smallest = math.inf  # bytes of the smallest message that was checked
         self._check_share(session.spec.min_clients)
@@ -152,6 +153,7 @@ class MailboxParticipation:
             if record.round > newest:  # it goes on, though perhaps without this client
                 started, newest = time.monotonic(), record.round
             if self._settled(record):
+                self._undo(record)
                 if record.finished:
                     self._following.wait()
                     return None
@@ -263,6 +265,20 @@ class MailboxParticipation:
                 settlement.outcome,
                 f": {settlement.reason.removesuffix('.')}" if settlement.reason else "",
             )
+
+    def _undo(self, newest: RoundRecord) -> None:
+        """Drop what the session holds of rounds that were rolled back, also while this client was away."""
+        oldest = self.session.oldest_round
+        if oldest is not None:
+            for round in range(max(oldest, self._undone) + 1, newest.round + 1):
+                record = self._record(round)
+                if self.session.undo(record):
+                    logger.warning(
+                        "Round %d went back to round %s: what this client kept of later rounds is dropped.",
+                        round,
+                        record.restored_from,
+                    )
+        self._undone = newest.round
 
     def _post(self, newest: RoundRecord) -> None:
         """Send the pending message, for at most as long as the round is open: by then it is late anyway."""

@@ -137,6 +137,8 @@ class Coordinator:
     def rollback(self, round: int) -> RoundRecord:
         """Publish the adapter and server state of an earlier round as the next one; waiting updates are refused.
 
+        Clients drop what they kept of the rounds in between (`ClientSession.undo`).
+
         Raises:
             MailboxError: there is no such round, or the mailbox no longer holds its adapter.
         """
@@ -151,14 +153,14 @@ class Coordinator:
         while True:
             usable, late = self._arrivals.updates(self.spec.max_staleness + 1)
             usable += self._arrivals.refinements()
-            files = self._files(self._server_state(round), None, None)
+            state = self._server_state(round)
+            files = {} if state is None else {SERVER_STATE_FILE: state}  # control variates begin anew, with zeros
             record = self._next_record(
                 adapter,
                 finished=self.record.round + 1 >= self.spec.rounds,
                 refused=tuple(self._arrivals.unused(ref, f"Rolled back to round {round}.") for ref in usable),
                 late=self._arrivals.late([*late, *self._arrivals.late_refinements()]),
                 restored_from=round,
-                **scaffold.record_fields(files),
             )
             if self._publish(record, adapter, files) is record:
                 return record

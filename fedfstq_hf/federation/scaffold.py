@@ -5,7 +5,8 @@ A message carries, beside the update, the change of c_i; the server adds it: c <
 clients, so that c stays the mean of all c_i. As in the paper all clients weigh alike, also in the mean update.
 
 A client takes its change over when a record names its message, and then by what the codec made of it: server and
-client agree about every c_i, and what a lossy codec leaves out is part of the next change.
+client agree about every c_i, and what a lossy codec leaves out is part of the next change. After a rollback all begin
+anew with zeros: what clients held in an earlier round nobody knows any more.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ def read_variate(mailbox: Mailbox, record: RoundRecord, spec: FederationSpec, nu
     """
     if spec.scaffold_clients is None:
         return None
-    if record.variate_sha256 is None:  # before the first aggregation
+    if record.variate_sha256 is None:  # before the first aggregation, or after a rollback
         return torch.zeros(num_params)
     data = mailbox.read(record.round, VARIATE_FILE)
     try:
@@ -63,8 +64,7 @@ def next_variate(
     """What to publish after the round of `record`: file name -> content; nothing without control variates.
 
     Args:
-        changes: the sum of the accepted changes, (num_params,) float64; None where there were none, as after a
-            rollback: clients keep their c_i, so the server keeps c.
+        changes: the sum of the accepted changes, (num_params,) float64; None where there were none.
     """
     variate = read_variate(mailbox, record, spec, num_params)
     if variate is None or spec.scaffold_clients is None:

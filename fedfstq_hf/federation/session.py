@@ -231,6 +231,39 @@ class ClientSession:
             return "another message of this client was there"  # of a state that was lost since
         return ""
 
+    @property
+    def oldest_round(self) -> int | None:
+        """A rollback after this round may undo something that is held here; None where nothing is held."""
+        kept = {name for name in self.carried if name != scaffold.CARRIED}
+        owes = self.residual is not None or scaffold.CARRIED in self.carried
+        made = [round for round, held in ((self.settled_round, owes), (self.last_round, bool(kept))) if held]
+        return min(made, default=None)
+
+    def undo(self, record: RoundRecord) -> bool:
+        """Drop what was made in rounds that a rollback undid; whether there was anything.
+
+        The residual goes if it holds anything of a message that was accepted after the restored round, though it may
+        hold older things too; what is carried goes if its last local training started from the restored round or a
+        later one. The control variate always goes: the server's begins anew with zeros as well.
+
+        Args:
+            record: of a rollback. A message from before it is settled first.
+        """
+        restored = record.restored_from
+        if restored is None:
+            return False
+        carried, residual = dict(self.carried), self.residual
+        if restored < self.settled_round < record.round:
+            residual = None
+        if self.settled_round < record.round:
+            carried.pop(scaffold.CARRIED, None)
+        if restored <= self.last_round < record.round:
+            carried = {name: value for name, value in carried.items() if name == scaffold.CARRIED}
+        if residual is self.residual and carried.keys() == self.carried.keys():
+            return False
+        self._store(residual=residual, carried=carried)
+        return True
+
     def residual_norm(self) -> float:
         """L2 norm of the residual."""
         return 0.0 if self.residual is None else float(torch.linalg.vector_norm(self.residual))
