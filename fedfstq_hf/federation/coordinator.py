@@ -27,6 +27,7 @@ from fedfstq_hf.federation import adapter_file, history, scaffold
 from fedfstq_hf.federation.aggregation import server_step
 from fedfstq_hf.federation.arrivals import Arrivals
 from fedfstq_hf.federation.attachments import SaliencyMaker, join_attachments
+from fedfstq_hf.federation.clipping import Usual
 from fedfstq_hf.federation.collecting import Collected, Collector
 from fedfstq_hf.federation.control import read_control
 from fedfstq_hf.federation.mailbox import (
@@ -224,6 +225,7 @@ class Coordinator:
             num_params=self.travelling.schema.num_params,
             base=lambda round: self._record(round).adapter_sha256,
             selected=lambda round: self._record(round).selected,
+            usual=lambda: Usual.of(self._record(round), self.adapter),
         )
 
     def _other_head(self) -> RoundRecord | None:

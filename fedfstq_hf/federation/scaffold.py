@@ -22,6 +22,7 @@ from torch import Tensor
 
 from fedfstq_hf.codec import SparseUpdate
 from fedfstq_hf.errors import MailboxError
+from fedfstq_hf.federation import clipping
 from fedfstq_hf.federation.mailbox import VARIATE_FILE, Mailbox
 from fedfstq_hf.federation.record import RoundRecord
 from fedfstq_hf.federation.spec import FederationSpec
@@ -87,15 +88,14 @@ class VariateChanges:
 
     Args:
         norms: of all changes that are going to be added.
-        clip: a change that is longer than that many times the median is shortened to it; None for none.
+        clip: a change that is longer than that many times the median is shortened to it; None for none. A single
+            change among many that are zero has nothing to be compared with, and is not added.
     """
 
     def __init__(self, num_params: int, norms: Sequence[float], clip: float | None) -> None:
         self.sum = torch.zeros(num_params, dtype=torch.float64)
-        middle = sorted(norms)[(len(norms) - 1) // 2] if norms else 0.0
-        self._longest = clip * middle if clip is not None and middle > 0 else None
+        self._longest = clipping.longest(norms, clip)
 
     def add(self, change: SparseUpdate) -> None:
         """Add one client's change."""
-        norm, longest = change.norm(), self._longest
-        change.add_to(self.sum, 1.0 if longest is None or norm <= longest else longest / norm)
+        change.add_to(self.sum, clipping.scale(change.norm(), self._longest))
