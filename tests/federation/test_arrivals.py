@@ -45,7 +45,7 @@ def test_the_first_round_and_a_federation_without_refinements_have_none(tmp_path
     mailbox, coordinator = second_round(tmp_path / "refines")
     refinements(mailbox, 0, a=1)
     first = Arrivals(mailbox, coordinator.spec, 0, coordinator._record, max_bytes=4096)
-    assert first.refinements() == first.late_refinements() == []
+    assert first.refinements() == first.late_refinements(8) == []
     mailbox, coordinator = second_round(tmp_path / "plain", refinement_budget=None, preview_step=1.0, expected=3.5)
     refinements(mailbox, 0, a=1)
     assert coordinator._arrivals.refinements() == []

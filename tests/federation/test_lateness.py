@@ -10,7 +10,9 @@ from fedfstq_hf.errors import MailboxError, UpdateConflictError
 from fedfstq_hf.federation.client import LocalResult, local_seed
 from fedfstq_hf.federation.control import read_control
 from fedfstq_hf.federation.coordinator import Coordinator
+from fedfstq_hf.federation.lateness import unnamed
 from fedfstq_hf.federation.local import FolderMailbox
+from fedfstq_hf.federation.record import RoundRecord
 
 BUDGET = 400
 
@@ -66,6 +68,84 @@ def test_a_late_message_that_is_too_large_is_not_read(tmp_path, monkeypatch):
     assert late_ids(record) == [("c", 0)]
     assert record.late[0].sha256 == ""
     assert "c" not in read
+
+
+@pytest.mark.parametrize("lag", [2, 3, 8])
+def test_a_message_that_is_many_rounds_late_stands_in_one_record(tmp_path, lag):
+    mailbox = found(tmp_path, rounds=20)
+    late = make_message(mailbox, "c", ones(9))
+    for round in range(lag):
+        close(mailbox, "ab", round)
+    mailbox.post_update(0, "c", late)
+    records = [close(mailbox, "ab", round) for round in range(lag, lag + 3)]  # each by another coordinator
+    assert [late_ids(record) for record in records] == [[("c", 0)], [], []]
+    assert records[0].uplink_bytes - records[1].uplink_bytes == len(late)
+    assert records[0].late[0].reason == "It arrived after round 0 was closed."
+    assert [update.client_id for update in records[0].accepted] == ["a", "b"]
+
+
+@pytest.mark.parametrize("end", ["closed", "stopped", "rolled back"])
+def test_the_last_record_names_whatever_arrived_before_it(tmp_path, end):
+    mailbox = found(tmp_path, rounds=14)
+    late = make_message(mailbox, "c", ones(9))
+    coordinator = Coordinator(mailbox)
+    for round in range(12):
+        close(mailbox, "ab", round, coordinator)
+    mailbox.post_update(0, "c", late)
+    assert late_ids(close(mailbox, "ab", 12, coordinator)) == []
+    if end == "closed":
+        record = close(mailbox, "ab", 13, coordinator)
+    else:
+        record = coordinator.stop() if end == "stopped" else coordinator.rollback(3)
+    assert record.finished
+    assert late_ids(record) == [("c", 0)]
+
+
+def test_a_refinement_that_is_many_rounds_late_stands_in_one_record(tmp_path):
+    mailbox = found(tmp_path, rounds=20, refinement_budget="1bpp", preview_step=0.5, error_feedback=0.0)
+    late = make_message(mailbox, "a", ones(9), params=message.REFINEMENT_PARAMS)
+    for round in range(5):
+        close(mailbox, "ab", round)
+    mailbox.post_update(0, "a", late, refinement=True)
+    records = [close(mailbox, "ab", round) for round in (5, 6)]
+    assert [[(u.client_id, u.round, u.refinement) for u in record.late] for record in records] == [[("a", 0, True)], []]
+    assert records[0].uplink_bytes - records[1].uplink_bytes == len(late)
+
+
+def test_long_after_a_round_only_clients_that_were_asked_and_are_not_named_are_looked_for(tmp_path, monkeypatch):
+    """There may be thousands of others, and on the Hub each costs a request."""
+    mailbox = found_enrolled(tmp_path, "abcdef", clients_per_round=3, min_clients=1, rounds=20)
+    coordinator, asked = Coordinator(mailbox), []
+    for round in range(4):
+        first, *others = coordinator.record.selected
+        asked.append((first, set(others)))
+        close(mailbox, [first], round, coordinator)
+    looked, original = {}, mailbox.list_updates
+
+    def listed(round, clients=None, **options):
+        looked.setdefault(round, set()).update(clients)
+        return original(round, clients, **options)
+
+    monkeypatch.setattr(mailbox, "list_updates", listed)
+    close(mailbox, coordinator.record.selected[:1], 4, coordinator)
+    assert [looked[round] for round in range(3)] == [others for _, others in asked[:3]]
+    assert looked[3] == set("abcdef") - {asked[3][0]}
+
+
+def test_each_record_is_read_once_to_find_late_messages(tmp_path):
+    mailbox = found(tmp_path, rounds=20)
+    for round in range(6):
+        close(mailbox, "ab", round)
+    read = []
+
+    def record(round):
+        read.append(round)
+        return RoundRecord.from_json(mailbox.read(round, "round.json"))
+
+    assert unnamed(6, 4, lambda round, without: mailbox.list_updates(round), record) == [
+        ref for round in (2, 3, 4, 5) for ref in mailbox.list_updates(round)
+    ]
+    assert read == [3, 4, 5, 6]
 
 
 # Used at a discount
