@@ -14,18 +14,19 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from fedfstq_hf.codec import CodecContext, Schema, get_codec, message
+from fedfstq_hf.codec import message
 from fedfstq_hf.errors import BudgetError, FedFSTQError, MailboxError, MailboxUnavailableError
 from fedfstq_hf.federation import adapter_file
 from fedfstq_hf.federation.budgets import Budgets, MessageBudget, expected_messages, posted_losses
 from fedfstq_hf.federation.control import read_control
-from fedfstq_hf.federation.downlink import cheapest_download
+from fedfstq_hf.federation.downlink import apply_change, cheapest_download
 from fedfstq_hf.federation.following import Following
 from fedfstq_hf.federation.mailbox import ADAPTER_FILE, SALIENCY_FILE, UPDATE_FILE, Mailbox
 from fedfstq_hf.federation.record import RoundRecord
 from fedfstq_hf.federation.records import Records
 from fedfstq_hf.federation.scaffold import read_variate
-from fedfstq_hf.federation.session import ClientSession, Pending, Settlement
+from fedfstq_hf.federation.session import ClientSession, Settlement
+from fedfstq_hf.federation.session_state import Pending
 
 logger = logging.getLogger(__name__)
 
@@ -140,6 +141,7 @@ class MailboxParticipation:
         self._saliency = saliency
         self._held: tuple[RoundRecord, Tensor] | None = None
         self._posted_round = -1
+        self._undone = -1  # rollbacks up to this round are undone here
         self._record = Records(mailbox, session.spec)
         self._smallest = math.inf  # bytes of the smallest message that was checked
         self._check_share(session.spec.min_clients)
@@ -152,6 +154,7 @@ class MailboxParticipation:
             if record.round > newest:  # it goes on, though perhaps without this client
                 started, newest = time.monotonic(), record.round
             if self._settled(record):
+                self._undo(record)
                 if record.finished:
                     self._following.wait()
                     return None
@@ -243,27 +246,42 @@ class MailboxParticipation:
         if pending is None:
             return True
         if newest.round > pending.round:
-            if pending.refinement is not None and newest.round == pending.round + 1:  # after a restart
+            undone = newest.restored_from is not None
+            if pending.refinement is not None and newest.round == pending.round + 1 and not undone:  # after a restart
                 self._following.start(pending.round, pending.refinement)
             last = pending.round + 1 + self.session.spec.max_staleness
             records = [self._record(round) for round in range(pending.round + 1, min(newest.round, last) + 1)]
-            naming = [r for r in records if r.fate(self.session.client_id, pending.sha256) is not None]
-            if naming or newest.round >= last or newest.finished:
-                return self._settle(naming[0] if naming else records[-1])
+            deciding = next((record for record in records if self.session.decides(record)), None)
+            if deciding is not None or newest.round >= last or newest.finished:
+                self._settle(deciding or records[-1])
+                return True
         self._post(newest)  # after a restart it may not have arrived; the same bytes again change nothing
         return False
 
-    def _settle(self, record: RoundRecord) -> bool:
+    def _settle(self, record: RoundRecord) -> None:
         settlement = self.session.settle(record)
         self.settlements.append(settlement)
         if settlement.outcome != "accepted":
             logger.warning(
-                "The update of round %d was %s%s; all of it stays in the residual.",
+                "The update of round %d was %s%s; it is not sent again: the next round's training takes its place.",
                 settlement.round,
                 settlement.outcome,
-                f": {settlement.reason}" if settlement.reason else "",
+                f": {settlement.reason.removesuffix('.')}" if settlement.reason else "",
             )
-        return True
+
+    def _undo(self, newest: RoundRecord) -> None:
+        """Drop what the session holds of rounds that were rolled back, also while this client was away."""
+        oldest = self.session.oldest_round
+        if oldest is not None:
+            for round in range(max(oldest, self._undone) + 1, newest.round + 1):
+                record = self._record(round)
+                if self.session.undo(record):
+                    logger.warning(
+                        "Round %d went back to round %s: what this client kept of later rounds is dropped.",
+                        round,
+                        record.restored_from,
+                    )
+        self._undone = newest.round
 
     def _post(self, newest: RoundRecord) -> None:
         """Send the pending message, for at most as long as the round is open: by then it is late anyway."""
@@ -375,21 +393,3 @@ def store_message(
         carried={**result.carried, **moved},
         variate=result.variate,
     )
-
-
-def apply_change(data: bytes, base: RoundRecord, adapter: Tensor, record: RoundRecord, schema: Schema) -> Tensor:
-    """Θ_{t+1} from Θ_t and the packed global change; exact, which the record's sha256 proves.
-
-    Raises:
-        MailboxError: the change is damaged, or does not lead from `base` to `record`.
-    """
-    header, payload = message.unpack(data)
-    if header.base != base.adapter_sha256:
-        raise MailboxError(f"The packed change of round {record.round} starts from another adapter.")
-    update = get_codec(header.codec).decode(payload, schema, CodecContext(round=record.round))
-    changed = adapter + update.to_dense()
-    if hashlib.sha256(adapter_file.dump(schema.unflatten(changed))).hexdigest() != record.adapter_sha256:
-        raise MailboxError(
-            f"The packed change of round {record.round} does not give the adapter that its record names."
-        )
-    return changed

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from fedfstq_hf.errors import MailboxError, MessageError
+from fedfstq_hf.federation import clipping
 from fedfstq_hf.federation.aggregation import WeightedMean
 from fedfstq_hf.federation.control import Control
 from fedfstq_hf.federation.mailbox import Mailbox, UpdateRef
@@ -49,6 +50,7 @@ class Collector:
         num_params: of what travels.
         base: round -> sha256 of the adapter that its updates start from.
         selected: round -> clients whose updates of it are wanted, None for all.
+        usual: the lengths that updates are compared with where most of the round say nothing.
     """
 
     def __init__(
@@ -59,12 +61,14 @@ class Collector:
         num_params: int,
         base: Callable[[int], str],
         selected: Callable[[int], tuple[str, ...] | None],
+        usual: Callable[[], clipping.Usual] = clipping.Usual,
     ) -> None:
         self.round = round
         self._mailbox = mailbox
         self.num_params = num_params
         self._base = base
         self._selected = selected
+        self._usual = usual
         self._refused: dict[UpdateRef, RefusedUpdate] = {}
         self._refused_by = Control()
 
@@ -147,8 +151,7 @@ class Collector:
         basis = "uniform" if spec.scaffold_clients is not None else spec.weights
         raw = [{"bytes": entry.num_bytes, "uniform": 1}.get(basis, entry.num_examples) for entry in entries]
         most = spec.weight_cap * statistics.median_low(raw) if spec.weight_cap is not None else max(raw)
-        middle = statistics.median_low(entry.norm for entry in entries)
-        longest = spec.clip * middle if spec.clip is not None and middle > 0 else None
+        longest = clipping.longest([entry.norm for entry in entries], spec.clip, self._usual)
         weights = []
         for entry, value in zip(entries, raw, strict=True):
             own = screening.control.enrolment(entry.client_id).max_examples
@@ -159,7 +162,6 @@ class Collector:
             weights = precision_weights(weights, [entry.norm for entry in entries])
         weighed = []
         for entry, weight in zip(entries, weights, strict=True):
-            scale = 1.0 if longest is None or entry.norm <= longest else longest / entry.norm
             weight *= spec.staleness_discount**entry.staleness
-            weighed.append(dataclasses.replace(entry, weight=weight, scale=scale))
+            weighed.append(dataclasses.replace(entry, weight=weight, scale=clipping.scale(entry.norm, longest)))
         return weighed

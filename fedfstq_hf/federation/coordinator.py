@@ -28,8 +28,10 @@ from fedfstq_hf.federation import adapter_file, history, scaffold
 from fedfstq_hf.federation.aggregation import server_step
 from fedfstq_hf.federation.arrivals import Arrivals
 from fedfstq_hf.federation.attachments import Joined, SaliencyMaker, join_attachments
+from fedfstq_hf.federation.clipping import Usual
 from fedfstq_hf.federation.collecting import Collected, Collector
 from fedfstq_hf.federation.control import read_control
+from fedfstq_hf.federation.lateness import LOOK_BACK
 from fedfstq_hf.federation.mailbox import (
     ADAPTER_CONFIG_FILE,
     ADAPTER_FILE,
@@ -127,20 +129,23 @@ class Coordinator:
             The new record. None when, after refusals, too few messages are left to close the round: call again later.
             If another coordinator published first, its record is adopted and returned.
         """
-        collected = self._collect()
+        finished = self.record.round + 1 >= self.spec.rounds
+        collected = self._collect(finished=finished)
         if not self._enough(len(collected.accepted)):
             return None
-        return self._publish_mean(collected, finished=self.record.round + 1 >= self.spec.rounds)
+        return self._publish_mean(collected, finished=finished)
 
     def stop(self) -> RoundRecord:
         """End the federation now: what has arrived is used, and the round made from it is the last one."""
         self._refuse_finished("stopped")
         while not self.finished:  # a coordinator that publishes at this moment only delays it
-            self._publish_mean(self._collect(), finished=True)
+            self._publish_mean(self._collect(finished=True), finished=True)
         return self.record
 
     def rollback(self, round: int) -> RoundRecord:
         """Publish the adapter and server state of an earlier round as the next one; waiting updates are refused.
+
+        Clients drop what they kept of the rounds in between (`ClientSession.undo`).
 
         Raises:
             MailboxError: there is no such round, or the mailbox no longer holds its adapter.
@@ -154,16 +159,17 @@ class Coordinator:
         adapter = self.mailbox.read(round, ADAPTER_FILE)
         adapter_file.load(adapter, expected_sha256=self._record(round).adapter_sha256)
         while True:
-            usable, late = self._arrivals.updates(self.spec.max_staleness + 1)
+            finished = self.record.round + 1 >= self.spec.rounds
+            usable, late = self._arrivals.updates(self._look_back(finished))
             usable += self._arrivals.refinements()
-            files = self._files(self._server_state(round), None, None)
+            state = self._server_state(round)
+            files = {} if state is None else {SERVER_STATE_FILE: state}  # control variates begin anew, with zeros
             record = self._next_record(
                 adapter,
-                finished=self.record.round + 1 >= self.spec.rounds,
+                finished=finished,
                 refused=tuple(self._arrivals.unused(ref, f"Rolled back to round {round}.") for ref in usable),
-                late=self._arrivals.late([*late, *self._arrivals.late_refinements()]),
+                late=self._arrivals.late([*late, *self._arrivals.late_refinements(self._look_back(finished))]),
                 restored_from=round,
-                **scaffold.record_fields(files),
             )
             if self._publish(record, adapter, files) is record:
                 return record
@@ -227,6 +233,7 @@ class Coordinator:
             num_params=self.travelling.schema.num_params,
             base=lambda round: self._record(round).adapter_sha256,
             selected=lambda round: self._record(round).selected,
+            usual=lambda: Usual.of(self._record(round), self.adapter),
         )
 
     def _other_head(self) -> RoundRecord | None:
@@ -252,9 +259,14 @@ class Coordinator:
     def _screening(self) -> Screening:
         return Screening(self.spec, self.travelling.schema, read_control(self.mailbox), self._unseal)
 
-    def _collect(self) -> Collected:
-        usable, late = self._arrivals.updates(self.spec.max_staleness + 1)
-        late = [*late, *self._arrivals.late_refinements()]
+    def _look_back(self, finished: bool) -> int:
+        """How many closed rounds are looked at for messages that no record names."""
+        return self.record.round if finished else max(self.spec.max_staleness + 1, LOOK_BACK)
+
+    def _collect(self, *, finished: bool = False) -> Collected:
+        back = self._look_back(finished)
+        usable, late = self._arrivals.updates(back)
+        late = [*late, *self._arrivals.late_refinements(back)]
         return dataclasses.replace(self._collector.collect(usable, self._screening()), late=self._arrivals.late(late))
 
     def _refine(self) -> Refined | None:

@@ -77,6 +77,7 @@ class FederationSpec:
         staleness_discount: factor on the weight of an update per round of its staleness.
         weights: what an update weighs in the mean, one of `WEIGHTS`.
         clip: an update whose norm exceeds that many times the round's median norm is scaled down to it; None for none.
+            `federation.clipping` says what holds where most messages of a round say nothing.
         weight_cap: an update weighs at most that many times the round's median; None for no cap.
         signatures: True refuses updates without a valid signature of an enrolled key.
         founder_key: public key whose holder signs each round's record; clients refuse records without. None for none.

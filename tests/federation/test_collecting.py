@@ -65,8 +65,8 @@ def test_clipping_can_be_switched_off(tmp_path):
     assert float(change.norm()) == pytest.approx(1001 / 2, rel=1e-5)
 
 
-def test_a_median_of_zero_clips_nothing(tmp_path):
-    """Where most clients send nothing (a tiny budget, a fresh adapter), the others are not wiped out."""
+def test_a_median_of_zero_wipes_nobody_out(tmp_path):
+    """Where most clients send nothing (a tiny budget, a fresh adapter), the others still count."""
     mailbox = found(tmp_path, min_clients=3, clip=2.0)
     for name, norm in (("a", 0), ("b", 0), ("c", 9)):
         post(mailbox, name, ones(norm))

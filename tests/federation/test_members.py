@@ -53,7 +53,7 @@ def test_a_dismissed_client_s_waiting_update_is_not_used(tmp_path):
     with pytest.raises(MailboxError, match="'b' is not enrolled"):
         clients[1].step()
     change_control(mailbox, control.enrol(["b"]))
-    assert clients[1].step()  # it returns, with all of its update in the residual
+    assert clients[1].step()  # it returns, and trains again
     assert clients[1].participation.settlements[0].outcome == "late"
 
 
