@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fedfstq_hf.errors import MailboxError
 from fedfstq_hf.federation.mailbox import RECORD_FILE, Mailbox
 from fedfstq_hf.federation.record import RoundRecord
 
@@ -18,7 +19,13 @@ class Records:
     def __call__(self, round: int) -> RoundRecord:
         """Raises `MailboxError` if there is no such round, or its record cannot be read."""
         if round not in self._kept:
-            self.add(RoundRecord.from_json(self._mailbox.read(round, RECORD_FILE)))
+            record = RoundRecord.from_json(self._mailbox.read(round, RECORD_FILE))
+            if record.round != round:
+                raise MailboxError(
+                    f"{self._mailbox.address} holds the record of round {record.round} where that of round {round} "
+                    "belongs. Restore it from a backup."
+                )
+            self.add(record)
         return self._kept[round]
 
     def add(self, record: RoundRecord) -> None:
