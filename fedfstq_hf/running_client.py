@@ -12,6 +12,7 @@ from fedfstq_hf.federation.mailbox import ADAPTER_CONFIG_FILE, SPEC_FILE, Mailbo
 from fedfstq_hf.federation.spec import FederationSpec
 from fedfstq_hf.founding import load_base, quiet_arguments, wrap_base
 from fedfstq_hf.recipe import build
+from fedfstq_hf.text import printable
 from fedfstq_hf.trainer import FedFSTQTrainer
 from fedfstq_hf.workloads import Collator, DataConfig, load_workload
 
@@ -30,7 +31,7 @@ def run_client(settings: ClientFile) -> FedFSTQTrainer:
     trainer = _trainer(settings, mailbox, spec)
     trainer.train()
     for settlement in trainer.settlements:
-        logger.info("Round %d: update %s %s", settlement.round, settlement.outcome, settlement.reason)
+        logger.info("Round %d: update %s %s", settlement.round, settlement.outcome, printable(settlement.reason))
     return trainer
 
 

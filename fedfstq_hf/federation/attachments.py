@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from fedfstq_hf.errors import MessageError
+from fedfstq_hf.errors import FedFSTQError, MailboxError, MailboxUnavailableError, MessageError
 from fedfstq_hf.federation.mailbox import SALIENCY_FILE, Mailbox
 from fedfstq_hf.federation.record import AcceptedUpdate
+from fedfstq_hf.text import printable, printable_traceback
 
 logger = logging.getLogger(__name__)
 
@@ -25,9 +26,44 @@ def join_attachments(
     for entry in accepted:
         try:
             data = mailbox.read_attachment(entry.client_id, SALIENCY_FILE, max_bytes=MAX_BYTES)
-        except MessageError as error:
-            logger.warning("The attachment of client %s is left out: %s", entry.client_id, error)
+        except MailboxUnavailableError:
+            raise
+        except (MailboxError, MessageError) as error:
+            logger.warning("The attachment of client %s is left out: %s", entry.client_id, printable(error))
             continue
         if data is not None:
             found.append((data, entry.weight))
-    return (join(found) if found else {}), sum(len(data) for data, _ in found)
+    return (join_apart(join, found) if found else {}), sum(len(data) for data, _ in found)
+
+
+def join_apart(join: SaliencyMaker, files: Sequence[tuple[bytes, float]]) -> Mapping[str, bytes]:
+    """What `join` makes of the files; where it fails on some of them, of the others; nothing where that fails too.
+
+    Raises:
+        FedFSTQError: `join` says why nothing may be published.
+    """
+    try:
+        return join(files)
+    except FedFSTQError:
+        raise
+    except Exception as error:  # a fault of ours that one client found must not stop the round
+        logger.warning("Token sensitivities cannot be joined; each is tried apart:\n%s", printable_traceback(error))
+    good = [file for place, file in enumerate(files) if not _breaks(join, file, place)]
+    try:
+        return join(good) if good else {}
+    except FedFSTQError:
+        raise
+    except Exception as error:
+        logger.warning("No token sensitivities are published:\n%s", printable_traceback(error))
+        return {}
+
+
+def _breaks(join: SaliencyMaker, file: tuple[bytes, float], place: int) -> bool:
+    try:
+        join([file])
+    except FedFSTQError:
+        return False  # one alone may be too few
+    except Exception as error:
+        logger.warning("Attachment number %d is left out: %s", place + 1, printable(error))
+        return True
+    return False

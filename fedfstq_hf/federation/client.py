@@ -22,10 +22,12 @@ from fedfstq_hf.federation.control import read_control
 from fedfstq_hf.federation.downlink import cheapest_download
 from fedfstq_hf.federation.following import Following
 from fedfstq_hf.federation.mailbox import ADAPTER_FILE, SALIENCY_FILE, UPDATE_FILE, Mailbox
+from fedfstq_hf.federation.posted_metrics import read_metrics
 from fedfstq_hf.federation.record import RoundRecord
 from fedfstq_hf.federation.records import Records
 from fedfstq_hf.federation.scaffold import read_variate
 from fedfstq_hf.federation.session import ClientSession, Pending, Settlement
+from fedfstq_hf.text import printable
 
 logger = logging.getLogger(__name__)
 
@@ -176,7 +178,7 @@ class MailboxParticipation:
                     "is lost."
                 )
             paused = read_control(self.mailbox).paused
-            state = f"paused: {paused}" if paused else f"waiting for round {record.round + 1}"
+            state = f"paused: {printable(paused)}" if paused else f"waiting for round {record.round + 1}"
             if state != announced:
                 logger.info("%s: %s.", self.mailbox.address, state)
                 announced, wait = state, self._poll_seconds
@@ -185,7 +187,9 @@ class MailboxParticipation:
 
     def complete(self, assignment: Assignment, result: LocalResult) -> dict[str, float]:
         """Store the message, then post it."""
-        posted = posted_losses(self.mailbox.read_metrics()) if self._budgets.first.controller is not None else ()
+        posted: Sequence[tuple[int, float]] = ()
+        if self._budgets.first.controller is not None:
+            posted = posted_losses(read_metrics(self.mailbox, up_to=assignment.round))
         owed = self.session.residual_norm()
         pending = store_message(self.session, self._budgets, assignment, result, posted)
         self._post(self._record(assignment.round))
@@ -259,7 +263,7 @@ class MailboxParticipation:
                 "The update of round %d was %s%s; all of it stays in the residual.",
                 settlement.round,
                 settlement.outcome,
-                f": {settlement.reason}" if settlement.reason else "",
+                f": {printable(settlement.reason)}" if settlement.reason else "",
             )
         return True
 
