@@ -32,7 +32,10 @@ def link_to_a_file(path: Path) -> None:
 
 
 def link_to_a_folder(path: Path) -> None:
-    path.symlink_to("/")
+    elsewhere = path.parent / f".elsewhere-{path.name}"
+    elsewhere.mkdir()
+    (elsewhere / "precious").write_bytes(b"precious")
+    path.symlink_to(elsewhere)
 
 
 def link_to_a_device(path: Path) -> None:
@@ -82,13 +85,17 @@ KINDS: dict[str, Callable[[Path], None]] = {
 }
 """What is no plain file; `path` must not exist."""
 
-FILES: dict[str, Callable[[Path], None]] = {
-    kind.__name__.replace("_", " "): kind for kind in (no_bytes, noise, sparse)
-}
+FILES: dict[str, Callable[[Path], None]] = {kind.__name__.replace("_", " "): kind for kind in (no_bytes, noise, sparse)}
 
 
 def odd_names(place: Path) -> None:
     """Files whose names no client has."""
-    for name in (b"\xff\xfe.safetensors", b"a b.safetensors", b"\x1b[31mred.safetensors", b".safetensors", b"-.safetensors"):
+    for name in (
+        b"\xff\xfe.safetensors",
+        b"a b.safetensors",
+        b"\x1b[31mred.safetensors",
+        b".safetensors",
+        b"-.safetensors",
+    ):
         with open(os.path.join(os.fsencode(place), name), "wb") as file:
             file.write(b"x")
