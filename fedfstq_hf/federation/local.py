@@ -239,7 +239,7 @@ class FolderMailbox:
                 path = folder / name / f"{source}{_METRICS}"
                 try:
                     data = self._read_posted(path, MAX_FILE_BYTES)
-                    found = parse_object(data or b"{}", "The file", max_bytes=MAX_FILE_BYTES)
+                    found = parse_object(b"{}" if data is None else data, "The file", max_bytes=MAX_FILE_BYTES)
                 except (MailboxError, MessageError) as error:
                     self._tell(f"metrics/{name}/{source}{_METRICS}", str(error))
                 else:
