@@ -16,6 +16,7 @@ from fedfstq_hf.federation.mailbox import open_mailbox
 from fedfstq_hf.federation.spec import FederationSpec
 from fedfstq_hf.founding import load_base, load_shared_base, quiet_arguments, wrap_base
 from fedfstq_hf.own_data import own_data
+from fedfstq_hf.text import printable
 from fedfstq_hf.trainer import FedFSTQTrainer
 from fedfstq_hf.training.joining import state_folder
 from fedfstq_hf.workloads import Collator, DataConfig, load_workload
@@ -44,7 +45,7 @@ def run_client(settings: ClientFile, *, consent: Callable[[Sequence[str]], None]
     trainer = _trainer(settings, terms, args, federation, data)
     trainer.train()
     for settlement in trainer.settlements:
-        logger.info("Round %d: update %s %s", settlement.round, settlement.outcome, settlement.reason)
+        logger.info("Round %d: update %s %s", settlement.round, settlement.outcome, printable(settlement.reason))
     return trainer
 
 

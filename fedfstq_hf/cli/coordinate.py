@@ -32,6 +32,7 @@ def serve(
     quieten()
     from fedfstq_hf.reporting.status import describe_round
     from fedfstq_hf.running_coordinator import make_coordinator
+    from fedfstq_hf.text import printable
 
     coordinator = make_coordinator(mailbox, key_file=key)
     typer.echo(describe_round(coordinator.record, coordinator.spec))
@@ -47,7 +48,7 @@ def serve(
     if last.finished:
         _say_finished(mailbox)
     elif once and coordinator.paused is not None:
-        typer.echo(f"Paused: {coordinator.paused}. Go on with: fedfstq resume {mailbox}")
+        typer.echo(f"Paused: {printable(coordinator.paused)}. Go on with: fedfstq resume {mailbox}")
 
 
 @app.command()

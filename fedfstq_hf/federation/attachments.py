@@ -11,12 +11,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from fedfstq_hf.codec.message import MAX_CONTAINER
-from fedfstq_hf.errors import FedFSTQError, MessageError
+from fedfstq_hf.errors import FedFSTQError, MailboxError, MailboxUnavailableError, MessageError
 from fedfstq_hf.federation.keys import SEAL_OVERHEAD
 from fedfstq_hf.federation.mailbox import SALIENCY_FILE, Mailbox
 from fedfstq_hf.federation.record import AcceptedUpdate, RoundRecord
 from fedfstq_hf.federation.screening import Screening
-from fedfstq_hf.text import printable
+from fedfstq_hf.text import printable, printable_traceback
 
 logger = logging.getLogger(__name__)
 
@@ -72,14 +72,50 @@ def join_attachments(
             file = screening.open_attachment(
                 client, SALIENCY_FILE, data, round=record.round, base=record.adapter_sha256, max_bytes=MAX_BYTES
             )
-        except MessageError as error:
-            logger.warning("The attachment of client %s is left out: %s", client, error)
+        except MailboxUnavailableError:
+            raise
+        except (MailboxError, MessageError) as error:
+            logger.warning("The attachment of client %s is left out: %s", client, printable(error))
             continue
         found.append((file, entry.weight))
     if not num_bytes:
         return Joined({}, 0)
     try:
-        return Joined(join(found), num_bytes)
+        files = join_apart(join, found)
     except FedFSTQError as error:  # the round does not wait for it
-        logger.warning("No token sensitivities are published: %s", error)
+        logger.warning("No token sensitivities are published: %s", printable(error))
         return Joined({}, num_bytes, printable(error))
+    return Joined(files, num_bytes, "" if files else "They cannot be joined; the coordinator's log says why.")
+
+
+def join_apart(join: SaliencyMaker, files: Sequence[tuple[bytes, float]]) -> Mapping[str, bytes]:
+    """What `join` makes of the files; where it fails on some of them, of the others; nothing where that fails too.
+
+    Raises:
+        FedFSTQError: `join` says why nothing may be published.
+    """
+    try:
+        return join(files)
+    except FedFSTQError:
+        raise
+    except Exception as error:  # a fault of ours that one client found must not stop the round
+        logger.warning("Token sensitivities cannot be joined; each is tried apart:\n%s", printable_traceback(error))
+    good = [file for place, file in enumerate(files) if not _breaks(join, file, place)]
+    try:
+        return join(good) if good else {}
+    except FedFSTQError:
+        raise
+    except Exception as error:
+        logger.warning("No token sensitivities are published:\n%s", printable_traceback(error))
+        return {}
+
+
+def _breaks(join: SaliencyMaker, file: tuple[bytes, float], place: int) -> bool:
+    try:
+        join([file])
+    except FedFSTQError:
+        return False  # one alone may be too few
+    except Exception as error:
+        logger.warning("Attachment number %d is left out: %s", place + 1, printable(error))
+        return True
+    return False

@@ -22,11 +22,13 @@ from fedfstq_hf.federation.control import read_control
 from fedfstq_hf.federation.downlink import apply_change, cheapest_download
 from fedfstq_hf.federation.following import Following
 from fedfstq_hf.federation.mailbox import ADAPTER_FILE, SALIENCY_FILE, UPDATE_FILE, Mailbox
+from fedfstq_hf.federation.posted_metrics import read_metrics
 from fedfstq_hf.federation.record import RoundRecord
 from fedfstq_hf.federation.records import Records
 from fedfstq_hf.federation.scaffold import read_variate
 from fedfstq_hf.federation.session import ClientSession, Settlement
 from fedfstq_hf.federation.session_state import Pending
+from fedfstq_hf.text import printable
 
 logger = logging.getLogger(__name__)
 
@@ -179,7 +181,7 @@ class MailboxParticipation:
                     "is lost."
                 )
             paused = read_control(self.mailbox).paused
-            state = f"paused: {paused}" if paused else f"waiting for round {record.round + 1}"
+            state = f"paused: {printable(paused)}" if paused else f"waiting for round {record.round + 1}"
             if state != announced:
                 logger.info("%s: %s.", self.mailbox.address, state)
                 announced, wait = state, self._poll_seconds
@@ -190,7 +192,7 @@ class MailboxParticipation:
         """Store the message, then post it."""
         # anybody who can write the mailbox posts metrics: where messages need signatures, they steer nothing
         follows = self._budgets.first.controller is not None and not self.session.spec.signatures
-        posted = posted_losses(self.mailbox.read_metrics()) if follows else ()
+        posted = posted_losses(read_metrics(self.mailbox, up_to=assignment.round)) if follows else ()
         owed = self.session.residual_norm()
         pending = store_message(self.session, self._budgets, assignment, result, posted)
         self._post(self._record(assignment.round))
@@ -266,7 +268,7 @@ class MailboxParticipation:
                 "The update of round %d was %s%s; it is not sent again: the next round's training takes its place.",
                 settlement.round,
                 settlement.outcome,
-                f": {settlement.reason.removesuffix('.')}" if settlement.reason else "",
+                f": {printable(settlement.reason.removesuffix('.'))}" if settlement.reason else "",
             )
 
     def _undo(self, newest: RoundRecord) -> None:

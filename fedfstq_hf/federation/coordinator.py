@@ -35,7 +35,6 @@ from fedfstq_hf.federation.lateness import LOOK_BACK
 from fedfstq_hf.federation.mailbox import (
     ADAPTER_CONFIG_FILE,
     ADAPTER_FILE,
-    HISTORY_FILE,
     RECORD_FILE,
     SERVER_STATE_FILE,
     SPEC_FILE,
@@ -43,6 +42,7 @@ from fedfstq_hf.federation.mailbox import (
     Mailbox,
     RootFiles,
 )
+from fedfstq_hf.federation.posted_metrics import read_metrics
 from fedfstq_hf.federation.publication import CardMaker, make_record, pack_change, root_files
 from fedfstq_hf.federation.record import RoundRecord
 from fedfstq_hf.federation.records import Records
@@ -51,6 +51,7 @@ from fedfstq_hf.federation.screening import Screening, Unseal
 from fedfstq_hf.federation.signed_records import Sign
 from fedfstq_hf.federation.spec import FederationSpec
 from fedfstq_hf.federation.travelling import Travelling
+from fedfstq_hf.text import printable, printable_traceback
 
 logger = logging.getLogger(__name__)
 
@@ -101,7 +102,7 @@ class Coordinator:
         self._record = Records(mailbox, self.spec, unseal)
         self._adapter_config = mailbox.read(0, ADAPTER_CONFIG_FILE)
         self._load_head(head)
-        self._history = history.complete(mailbox.read_root(HISTORY_FILE), self.record.round, self._record)
+        self._history = history.complete(self.mailbox.read_root, self.record.round, self._record)
         self.refresh()
 
     @property
@@ -120,7 +121,7 @@ class Coordinator:
         if control.paused is not None:
             return False
         usable, _ = self._arrivals.updates(self.spec.max_staleness)
-        return self._enough(sum(not self._collector.refused(ref, control) for ref in usable))
+        return self._enough(len(self._collector.open(usable, control)))
 
     def close_round(self) -> RoundRecord | None:
         """Aggregate the messages that lie in the mailbox and publish the next round.
@@ -207,7 +208,7 @@ class Coordinator:
             else:
                 if (self.paused is not None) != paused:
                     paused = not paused
-                    logger.info("Paused: %s" if paused else "Going on.%s", self.paused or "")
+                    logger.info("Paused: %s" if paused else "Going on.%s", printable(self.paused or ""))
                 sleep(self._until_deadline(wait) * random.uniform(0.8, 1.2))
                 wait = min(wait * _PATIENCE_GROWTH, poll_seconds * _LONGEST_WAIT)
         return self.record
@@ -246,7 +247,7 @@ class Coordinator:
 
     def _adopt(self, head: int) -> None:
         self._load_head(head)
-        self._history = history.complete(self.mailbox.read_root(HISTORY_FILE), head, self._record)
+        self._history = history.complete(self.mailbox.read_root, self.record.round, self._record)
 
     def _enough(self, count: int) -> bool:
         late = self.record.deadline is not None and self._clock() >= self.record.deadline
@@ -386,13 +387,16 @@ class Coordinator:
     def _root(
         self, record: RoundRecord, rows: Sequence[history.HistoryRow], attached: Mapping[str, bytes] | None = None
     ) -> RootFiles:
-        metrics: Mapping[int, Mapping[str, Mapping[str, Any]]] = {}
-        if self._card is not None:
+        card, metrics = self._card, {}
+        if card is not None:
             control = read_control(self.mailbox)
-            metrics = self.mailbox.read_metrics(
-                sorted(control.clients or {entry.client_id for entry in record.updates})
-            )
-        return root_files(self.spec, record, rows, metrics, self._adapter_config, self._card, attached)
+            clients = sorted(control.clients or {entry.client_id for entry in record.updates})
+            try:
+                metrics = read_metrics(self.mailbox, clients, up_to=record.round)
+            except Exception as error:
+                logger.warning("No card without the posted metrics:\n%s", printable_traceback(error))
+                card = None
+        return root_files(self.spec, record, rows, metrics, self._adapter_config, card, attached)
 
     def _refuse_finished(self, what: str) -> None:
         if self.finished:

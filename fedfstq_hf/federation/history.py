@@ -11,8 +11,11 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from fedfstq_hf.errors import MailboxError
+from fedfstq_hf.errors import MailboxError, MailboxUnavailableError
+from fedfstq_hf.federation.mailbox import HISTORY_FILE, RootReader
 from fedfstq_hf.federation.record import RefusedUpdate, RoundRecord
+from fedfstq_hf.federation.untrusted import parse_object
+from fedfstq_hf.text import printable
 
 logger = logging.getLogger(__name__)
 
@@ -21,6 +24,8 @@ _MAX_REASON_LENGTH = 60
 _READ = 500
 """Of a reason no more characters are looked at."""
 _OTHER = "other reasons"
+_MAX_LINE = 10_000
+_CLASS = re.compile(r"[A-Za-z][A-Za-z ,.'-]{0,59}")
 
 # The first pattern that a reason contains names its class; what stands in none keeps its own words, without values.
 _REASONS = (
@@ -161,31 +166,30 @@ def load(data: bytes) -> list[HistoryRow]:
         MailboxError: a line is no row, or rounds do not go up.
     """
     rows: list[HistoryRow] = []
-    try:
-        lines = data.decode().removesuffix("\n").split("\n") if data else []
-    except UnicodeDecodeError as error:
-        raise MailboxError(f"The mailbox's history cannot be read: {error}") from error
+    lines = data.removesuffix(b"\n").split(b"\n") if data else []
     for number, line in enumerate(lines, start=1):
+        what = f"Line {number} of the mailbox's history"
         try:
-            entry = HistoryRow(**json.loads(line))
+            entry = HistoryRow(**parse_object(line, what, max_bytes=_MAX_LINE))
             _check(entry)
-        except (ValueError, TypeError, RecursionError) as error:
-            raise MailboxError(f"Line {number} of the mailbox's history cannot be read: {error}") from error
+        except (ValueError, TypeError) as error:
+            raise MailboxError(f"{what} cannot be read: {printable(error)}") from error
         if rows and entry.round <= rows[-1].round:
             raise MailboxError(
-                f"Line {number} of the mailbox's history is round {entry.round} after round {rows[-1].round}; expected "
-                "rounds that go up."
+                f"{what} is round {entry.round} after round {rows[-1].round}; expected rounds that go up."
             )
         rows.append(entry)
     return rows
 
 
-def complete(data: bytes | None, head: int, records: Callable[[int], RoundRecord]) -> list[HistoryRow]:
-    """The rows of rounds 0 to `head`: those in `data`, and what it lacks from the round records."""
+def complete(read: RootReader, head: int, records: Callable[[int], RoundRecord]) -> list[HistoryRow]:
+    """The rows of rounds 0 to `head`: those in the file at the root, and what it lacks from the round records."""
     try:
-        rows = load(data or b"")
+        rows = load(read(HISTORY_FILE) or b"")
+    except MailboxUnavailableError:
+        raise
     except MailboxError as error:
-        logger.warning("%s It is made again from the round records.", error)
+        logger.warning("%s It is made again from the round records.", printable(error, 500))
         rows = []
     rows = [entry for place, entry in enumerate(rows) if entry.round == place <= head]
     for round in range(len(rows), head + 1):
@@ -214,7 +218,8 @@ def _check(entry: HistoryRow) -> None:
             case "opened_at":
                 valid = type(value) in (int, float) and math.isfinite(value)
             case "reasons":
-                valid = isinstance(value, dict) and all(_is_count(count) for count in value.values())
+                valid = isinstance(value, dict) and len(value) <= _MAX_REASONS
+                valid = valid and all(_CLASS.fullmatch(name) and _is_count(count) for name, count in value.items())
             case "restored_from" | "num_examples" | "clipped":
                 valid = value is None or _is_count(value)
             case _:

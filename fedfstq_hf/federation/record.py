@@ -10,10 +10,16 @@ from typing import Any
 
 from fedfstq_hf import __version__
 from fedfstq_hf.errors import MailboxError
+from fedfstq_hf.federation.mailbox import checked_name
+from fedfstq_hf.federation.untrusted import parse_object
+from fedfstq_hf.text import printable
 
 FORMAT = 2
 FIGURES = ("num_examples", "weight", "norm", "scale")
 """Of an `AcceptedUpdate`; public records of sealed federations leave them out."""
+MAX_BYTES = 16 * 10**6
+MAX_REASON = 300
+"""Characters of a reason for which an update was not used."""
 
 
 @dataclass(frozen=True)
@@ -162,18 +168,51 @@ class RoundRecord:
             MailboxError: not a round record of this format.
         """
         try:
-            fields: dict[str, Any] = json.loads(data)
+            fields = parse_object(data, "The mailbox's round record", max_bytes=MAX_BYTES)
             if fields.get("format") != FORMAT:
                 raise other_version("round record", fields, FORMAT)
-            fields["accepted"] = tuple(AcceptedUpdate(**entry) for entry in fields["accepted"])
-            fields["refused"] = tuple(RefusedUpdate(**entry) for entry in fields["refused"])
-            fields["late"] = tuple(RefusedUpdate(**entry) for entry in fields["late"])
-            fields["refinements"] = tuple(AcceptedUpdate(**entry) for entry in fields.get("refinements", ()))
+            for name, kind in _UPDATES.items():
+                entries = fields[name] if name != "refinements" else fields.get(name, [])
+                fields[name] = tuple(kind(**_checked(kind, entry)) for entry in entries)
             if fields["selected"] is not None:
-                fields["selected"] = tuple(fields["selected"])
-            return cls(**fields)
+                fields["selected"] = tuple(checked_name(str(client)) for client in fields["selected"])
+            return cls(**_checked(cls, fields))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise MailboxError(f"The mailbox's round record cannot be read: {error}") from error
+            raise MailboxError(f"The mailbox's round record cannot be read: {printable(error)}") from error
+
+
+_UPDATES = {
+    "accepted": AcceptedUpdate,
+    "refused": RefusedUpdate,
+    "late": RefusedUpdate,
+    "refinements": AcceptedUpdate,
+}
+_TYPES: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "str": (str,), "bool": (bool,)}
+_SHA256 = re.compile(r"[0-9a-f]{0,64}")
+
+
+def _checked(kind: type, fields: Any) -> dict[str, Any]:
+    """The fields of a record or an update, each of the type that its class gives it; numbers are not negative.
+
+    Raises:
+        ValueError, TypeError, MailboxError: they are not.
+    """
+    if not isinstance(fields, dict):
+        raise TypeError(f"an update is a {type(fields).__name__}, expected an object")
+    for field_ in dataclasses.fields(kind):
+        value, (name, *optional) = fields.get(field_.name, field_.default), str(field_.type).split(" | ")
+        if name not in _TYPES or (value is None and optional) or value is dataclasses.MISSING:
+            continue  # a missing one is named by the class
+        right = isinstance(value, _TYPES[name]) and isinstance(value, bool) == (name == "bool")
+        if not right or (name in ("int", "float") and value < 0):
+            raise ValueError(f"{field_.name} is {value!r:.60}, expected {field_.type}")
+        if field_.name == "client_id":
+            checked_name(value)
+        if field_.name.endswith("sha256") and not _SHA256.fullmatch(value):
+            raise ValueError(f"{field_.name} is {value!r:.60}, expected hex digits")
+        if field_.name == "reason":
+            fields["reason"] = value[:MAX_REASON]
+    return fields
 
 
 def other_version(what: str, fields: dict[str, Any], expected: int) -> MailboxError:
@@ -186,6 +225,6 @@ def other_version(what: str, fields: dict[str, Any], expected: int) -> MailboxEr
         else "Install the fedfstq_hf version that the federation's coordinator runs."
     )
     return MailboxError(
-        f"The mailbox's {what} has format {fields.get('format')!r:.40}; fedfstq_hf {__version__} reads format "
-        f"{expected}. {remedy}"
+        f"The mailbox's {what} has format {printable(repr(fields.get('format')), 40)}; fedfstq_hf {__version__} reads "
+        f"format {expected}. {remedy}"
     )

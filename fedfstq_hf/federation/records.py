@@ -30,7 +30,10 @@ class Records:
         if round not in self._kept:
             record = RoundRecord.from_json(self._mailbox.read(round, RECORD_FILE))
             if record.round != round:
-                raise MailboxError(f"The mailbox's record of round {round} is one of round {record.round}.")
+                raise MailboxError(
+                    f"{self._mailbox.address} holds the record of round {record.round} where that of round {round} "
+                    "belongs. Restore it from a backup."
+                )
             check_record(record, self._spec)
             self.add(record if self._unseal is None else open_figures(record, self._unseal))
         return self._kept[round]

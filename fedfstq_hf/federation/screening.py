@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -57,7 +57,7 @@ class Screening:
         """The largest message that is read at all, in bytes."""
         return self.spec.max_message_bytes + (keys.SEAL_OVERHEAD if self.spec.sealing_key else 0)
 
-    def check_sender(self, ref: UpdateRef, selected: tuple[str, ...] | None) -> None:
+    def check_sender(self, ref: UpdateRef, selected: Collection[str] | None) -> None:
         """Refuse an update before it is read: who sent it, and how large it is.
 
         Raises:
