@@ -10,7 +10,16 @@ from safetensors.torch import load as _load
 from safetensors.torch import save as _save
 from torch import Tensor
 
+from fedfstq_hf.codec import Schema
 from fedfstq_hf.errors import MailboxError
+
+_HEADER_BYTES = 500  # of one tensor besides its name, and of the file: a few dozen, in any layout of JSON
+
+
+def most_bytes(schema: Schema) -> int:
+    """No adapter file of the schema, nor any other file with a float32 number for each parameter, is larger."""
+    header = sum(len(spec.name.encode()) + _HEADER_BYTES for spec in schema.tensors)
+    return 4 * schema.num_params + header + _HEADER_BYTES
 
 
 def dump(state: Mapping[str, Tensor]) -> bytes:

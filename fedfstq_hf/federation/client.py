@@ -141,6 +141,7 @@ class MailboxParticipation:
         self._held: tuple[RoundRecord, Tensor] | None = None
         self._posted_round = -1
         self._record = Records(mailbox)
+        self._most_bytes = adapter_file.most_bytes(session.travelling.whole)
         self._smallest = math.inf  # bytes of the smallest message that was checked
         self._check_share(session.spec.min_clients)
 
@@ -306,7 +307,7 @@ class MailboxParticipation:
             with contextlib.suppress(FedFSTQError):  # a damaged change only costs the download of the whole
                 base, adapter = held
                 for round in way.changes:
-                    data = self.mailbox.read(round, UPDATE_FILE)
+                    data = self.mailbox.read(round, UPDATE_FILE, max_bytes=self._most_bytes)
                     self.downlink_bytes += len(data)
                     following = self._record(round)
                     adapter = apply_change(data, base, adapter, following, self.session.travelling.whole)
@@ -314,7 +315,7 @@ class MailboxParticipation:
             if base.round != record.round:
                 adapter = None
         if adapter is None:
-            data = self.mailbox.read(record.round, ADAPTER_FILE)
+            data = self.mailbox.read(record.round, ADAPTER_FILE, max_bytes=self._most_bytes)
             self.downlink_bytes += len(data)
             state = adapter_file.load(data, expected_sha256=record.adapter_sha256)
             adapter = self.session.travelling.whole.flatten(state)

@@ -14,6 +14,7 @@ control.json                                                                    
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -60,8 +61,9 @@ class FolderMailbox:
             raise MailboxError(f"{self.address} cannot be read as a mailbox: {error.strerror or error}.") from error
         return max(rounds, default=None)
 
-    def read(self, round: int, name: str) -> bytes:
+    def read(self, round: int, name: str, *, max_bytes: int | None = None) -> bytes:
         """A file of a published round."""
+        self._refuse_larger(self._round(round) / name, max_bytes)
         try:
             return (self._round(round) / name).read_bytes()
         except FileNotFoundError:
@@ -120,6 +122,10 @@ class FolderMailbox:
                 return False
             storage.replace_file(self.path / _CONTROL_FILE, data, durable=self.durable)
         return True
+
+    def check_client(self, client_id: str) -> None:
+        """Nothing: the folder's permissions decide, when a message is posted."""
+        checked_name(client_id)
 
     def post_update(
         self, round: int, client_id: str, message: bytes, *, patience: float | None = None, refinement: bool = False
@@ -213,3 +219,10 @@ class FolderMailbox:
 
     def _updates(self, round: int, refinements: bool) -> Path:
         return self.path / ("refinements" if refinements else "updates") / f"{round:06d}"
+
+    @staticmethod
+    def _refuse_larger(path: Path, max_bytes: int | None) -> None:
+        with contextlib.suppress(OSError):  # reading it says what is wrong
+            size = path.stat().st_size
+            if max_bytes is not None and size > max_bytes:
+                raise MailboxError(f"{path} has {size} bytes; expected at most {max_bytes}.")

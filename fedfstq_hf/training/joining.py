@@ -52,11 +52,12 @@ def join(
         AdapterMismatchError: another base model or LoRA configuration than the federation's.
         BudgetError: not even an empty message fits into the client's budget.
         ConfigError: a budget for refinements in a federation that has none.
-        MailboxError: no federation at the address.
+        MailboxError: no federation at the address; or its coordinator reads this client's messages elsewhere than where
+            the client writes them, or others could read them there.
         SessionBusyError: another process works in this client's state folder.
     """
     address = str(config.mailbox)
-    mailbox = open_mailbox(address)
+    mailbox = open_mailbox(address, client_repo=config.repo)
     if mailbox.head() is None:
         raise MailboxError(
             f"{address} holds no federation. Check the address, or make one with `fedfstq init {address} ...`."
@@ -65,6 +66,7 @@ def join(
     theirs = json.loads(mailbox.read(0, ADAPTER_CONFIG_FILE))
     check_same_base(base_fingerprint(model), spec.base_fingerprint, spec.model)
     check_same_adapter(view.model.peft_config[view.name].to_dict(), theirs)
+    mailbox.check_client(config.client_id)
     budget = config.uplink_budget if config.uplink_budget is not None else spec.uplink_budget
     if config.refinement_budget is not None and spec.refinement_budget is None:
         raise ConfigError(f"The federation at {address} has no refinements: leave refinement_budget out.")
