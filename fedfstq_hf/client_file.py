@@ -26,6 +26,7 @@ class ClientFile:
         output_dir: of the trainer; the client's state goes to `OUTPUT_DIR/fedfstq`.
         share_saliency: see `FedFSTQConfig`.
         signing_key: key file that signs this client's messages (`fedfstq keys new KEYFILE` makes one).
+        repo: Hub repo this client writes its messages to, where it is not ORG/RUN-CLIENT; see `FedFSTQConfig`.
         dtype: of the frozen base model.
         training: `TrainingArguments` that are the client's own, such as `per_device_train_batch_size`.
         poll_seconds, wait_seconds: see `FedFSTQConfig`.
@@ -40,6 +41,7 @@ class ClientFile:
     output_dir: str | None = None
     signing_key: str | None = None
     share_saliency: bool = False
+    repo: str | None = None
     dtype: Literal["float32", "bfloat16"] = "float32"
     training: dict[str, Any] = field(default_factory=dict)
     poll_seconds: float = 2.0

@@ -57,6 +57,7 @@ def _federation(settings: ClientFile) -> FedFSTQConfig:
         refinement_budget=settings.refinement_budget,
         signing_key=settings.signing_key,
         share_saliency=settings.share_saliency,
+        repo=settings.repo,
         poll_seconds=settings.poll_seconds,
         wait_seconds=settings.wait_seconds,
     )

@@ -30,6 +30,9 @@ def evaluate(
     client_id: Annotated[
         str | None, typer.Option(help="Post as this client, who may not write to the federation's own repo.")
     ] = None,
+    repo: Annotated[
+        str | None, typer.Option(help="Hub repo that this client writes to, where its settings name one.")
+    ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Examples per forward pass.")] = 16,
     dtype: Annotated[str, typer.Option(help="Of the base model: float32 or bfloat16.")] = "float32",
 ) -> None:
@@ -41,12 +44,14 @@ def evaluate(
     changes = {name.removeprefix("data."): value for name, value in overrides.items() if name.startswith("data.")}
     if unknown := [name for name in overrides if not name.startswith("data.")]:
         raise ConfigError(f"There is no option --{unknown[0]}. Keys of the data section begin with --data.")
+    if repo is not None and client_id is None:
+        raise ConfigError("--repo is a client's own: type --client-id too, or leave it out.")
     if dtype not in _DTYPES:
         raise ConfigError(f"--dtype must be one of {', '.join(_DTYPES)}, not {dtype!r}.")
     if data is not None:
         changes["path"] = data
     quieten()
-    from fedfstq_hf.federation.mailbox import checked_name
+    from fedfstq_hf.federation.mailbox import checked_name, open_mailbox
     from fedfstq_hf.recipe import apply_overrides
     from fedfstq_hf.running_coordinator import make_coordinator, open_federation
     from fedfstq_hf.running_evaluation import measure
@@ -55,7 +60,8 @@ def evaluate(
     name = checked_name(source or _source_name(changes.get("path", "data")))
     section = apply_overrides({}, {f"data.{key}": value for key, value in changes.items()}).get("data", {})
     measured = measure(box, spec, section, model=model, round=round, batch_size=batch_size, dtype=dtype)
-    box.post_metric(measured.round, name, measured.metrics, client_id=client_id)
+    poster = box if repo is None else open_mailbox(mailbox, client_repo=repo)
+    poster.post_metric(measured.round, name, measured.metrics, client_id=client_id)
     values = ", ".join(f"{metric} {value:.4f}" for metric, value in measured.metrics.items())
     typer.echo(f"round {measured.round}, {measured.num_examples} examples of {name}: {values}")
     if client_id is None:

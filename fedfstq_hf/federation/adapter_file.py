@@ -17,8 +17,13 @@ from fedfstq_hf.text import printable
 
 MAX_HEADER = 1 << 23
 """Bytes of names and shapes in a file whose tensors are not known beforehand: some ten thousands of tensors."""
-_HEADER_OF_TENSOR = 256  # bytes beside its name
+_HEADER_OF_TENSOR = 256  # bytes beside its name, whose characters JSON may escape in six
 _HEADER_ROOM = 4096
+
+
+def most_bytes(schema: Schema) -> int:
+    """No adapter file of the schema, nor any other file with a float32 number for each parameter, is larger."""
+    return 4 * schema.num_params + _header_room(schema)
 
 
 def dump(state: Mapping[str, Tensor]) -> bytes:
@@ -44,9 +49,7 @@ def load(data: bytes, *, expected_sha256: str | None = None, schema: Schema | No
             f"The adapter's sha256 is {found}, its round record says {expected_sha256}: the file is damaged or was "
             "edited. Restore it from a backup of the mailbox."
         )
-    room = MAX_HEADER
-    if schema is not None:
-        room = _HEADER_ROOM + sum(_HEADER_OF_TENSOR + 6 * len(spec.name) for spec in schema.tensors)
+    room = MAX_HEADER if schema is None else _header_room(schema)
     state = load_tensors(data, "The adapter file", max_header=room, error=MailboxError)
     try:
         held = Schema.from_state_dict(state)
@@ -95,6 +98,10 @@ def check_header(start: bytes, what: str, max_header: int, error: type[FedFSTQEr
     header = int.from_bytes(start[:8], "little")
     if header > max_header:
         raise error(f"{what} has {header} bytes of names and shapes; expected at most {max_header}.")
+
+
+def _header_room(schema: Schema) -> int:
+    return _HEADER_ROOM + sum(_HEADER_OF_TENSOR + 6 * len(spec.name) for spec in schema.tensors)
 
 
 def _difference(held: Schema, expected: Schema) -> str:

@@ -145,6 +145,7 @@ class MailboxParticipation:
         self._posted_round = -1
         self._undone = -1  # rollbacks up to this round are undone here
         self._record = Records(mailbox, session.spec)
+        self._most_bytes = adapter_file.most_bytes(session.travelling.whole)
         self._smallest = math.inf  # bytes of the smallest message that was checked
         self._check_share(session.spec.min_clients)
 
@@ -336,7 +337,7 @@ class MailboxParticipation:
             with contextlib.suppress(FedFSTQError):  # a damaged change only costs the download of the whole
                 base, adapter = held
                 for round in way.changes:
-                    data = self.mailbox.read(round, UPDATE_FILE)
+                    data = self.mailbox.read(round, UPDATE_FILE, max_bytes=self._most_bytes)
                     self.downlink_bytes += len(data)
                     following = self._record(round)
                     adapter = apply_change(data, base, adapter, following, self.session.travelling.whole)
@@ -344,7 +345,7 @@ class MailboxParticipation:
             if base.round != record.round:
                 adapter = None
         if adapter is None:
-            data = self.mailbox.read(record.round, ADAPTER_FILE)
+            data = self.mailbox.read(record.round, ADAPTER_FILE, max_bytes=self._most_bytes)
             self.downlink_bytes += len(data)
             schema = self.session.travelling.whole
             state = adapter_file.load(data, expected_sha256=record.adapter_sha256, schema=schema)

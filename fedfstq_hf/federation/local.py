@@ -166,6 +166,10 @@ class FolderMailbox:
             storage.replace_file(self.path / _CONTROL_FILE, data, durable=self.durable, below=self.path)
         return True
 
+    def check_client(self, client_id: str) -> None:
+        """Nothing: the folder's permissions decide, when a message is posted."""
+        checked_name(client_id)
+
     def post_update(
         self, round: int, client_id: str, message: bytes, *, patience: float | None = None, refinement: bool = False
     ) -> None:

@@ -64,11 +64,13 @@ def join(
         AdapterMismatchError: another base model or LoRA configuration than the federation's.
         BudgetError: not even an empty message fits into the client's budget.
         ConfigError: a budget for refinements in a federation that has none.
-        MailboxError: no federation at the address, or one that asks something else than what was agreed to.
+        MailboxError: no federation at the address, or one that asks something else than what was agreed to; or its
+            coordinator reads this client's messages elsewhere than where the client writes them, or others could read
+            them there.
         SessionBusyError: another process works in this client's state folder.
     """
     address = str(config.mailbox)
-    mailbox = open_mailbox(address)
+    mailbox = open_mailbox(address, client_repo=config.repo)
     terms = read_terms(mailbox, address)
     spec, folder = terms.spec, state_folder(config, output_dir)
     if not is_agreed(folder, terms):
@@ -76,6 +78,7 @@ def join(
             logger.info("%s", line)
     check_same_base(base_fingerprint(model), spec.base_fingerprint, spec.model)
     check_same_adapter(view.model.peft_config[view.name].to_dict(), terms.adapter_config)
+    mailbox.check_client(config.client_id)
     budget = config.uplink_budget if config.uplink_budget is not None else spec.uplink_budget
     if config.refinement_budget is not None and spec.refinement_budget is None:
         raise ConfigError(f"The federation at {address} has no refinements: leave refinement_budget out.")
