@@ -22,7 +22,7 @@ class ClientFile:
         model: base model, where it lies elsewhere than the federation's spec says.
         uplink_budget: most bytes per message; the federation's default when not given.
         refinement_budget: likewise of second messages, in a federation that has them.
-        output_dir: of the trainer; the client's state goes to `OUTPUT_DIR/fedfstq`.
+        output_dir: of the trainer; the client's state goes to `OUTPUT_DIR.fedfstq` beside it.
         share_saliency: see `FedFSTQConfig`.
         signing_key: key file that signs this client's messages (`fedfstq keys new KEYFILE` makes one).
         dtype: of the frozen base model.

@@ -33,13 +33,14 @@ from fedfstq_hf.training.processes import check_shared, join_together, open_proc
 from fedfstq_hf.training.resuming import ResumableRounds
 from fedfstq_hf.training.rounds import RoundSampler, dump_optimizer, load_optimizer, set_schedule, skip_batches
 from fedfstq_hf.training.steps import LocalSteps
+from fedfstq_hf.training.uploading import AllowListedUploads
 
 logger = logging.getLogger(__name__)
 
 _TrainerLike: Any = Trainer if TYPE_CHECKING else object  # the mixin stands before any Trainer class, TRL's included
 
 
-class FedFSTQMixin(ResumableRounds, LocalSteps, _TrainerLike):  # type: ignore[misc]
+class FedFSTQMixin(ResumableRounds, LocalSteps, AllowListedUploads, _TrainerLike):  # type: ignore[misc]
     """Adds the federation to a Trainer class; put it before that class in the bases.
 
     Args:
@@ -62,7 +63,9 @@ class FedFSTQMixin(ResumableRounds, LocalSteps, _TrainerLike):  # type: ignore[m
         self._ended = False
         self._start_adapter: Tensor | None = None
         self._fed_metrics: dict[str, float] = {}
+        self._staged = []
         self._trained_with: dict[str, Any] = {}
+        self._check_uploads()
         self.settlements: list[Settlement] = []
         self.add_callback(_RoundEnd(self))
 
@@ -149,7 +152,10 @@ class FedFSTQMixin(ResumableRounds, LocalSteps, _TrainerLike):  # type: ignore[m
         self._set_up(spec, fit_probe=spec.share_saliency and self.federation.share_saliency)
         try:
             with replaced(self.args, **self._trained_with):
-                saved = self._processes.first_alone(lambda: find_state(resume_from_checkpoint, self.args.output_dir))
+                output_dir = self.args.output_dir
+                saved = self._processes.first_alone(
+                    lambda: find_state(resume_from_checkpoint, output_dir, self._states())
+                )
                 output = super().train(self._choose_checkpoint(saved), **kwargs)
                 reached_end = self.state.global_step >= self.args.max_steps  # a user's callback may have stopped it
                 if reached_end and not self._ended and self._next_round():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -19,6 +18,7 @@ from fedfstq_hf.federation.mailbox import ADAPTER_CONFIG_FILE, SPEC_FILE, open_m
 from fedfstq_hf.federation.session import ClientSession
 from fedfstq_hf.federation.spec import FederationSpec
 from fedfstq_hf.training.observing import probe_state, token_table
+from fedfstq_hf.training.private_state import state_folder
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ def join(
         model: base with adapter; both must be the federation's.
         view: of its adapter.
         tokenizer: names the token ids where the client shares its sensitivities; None shares nothing.
-        output_dir: holds the client's state where `config.state_dir` is not given.
+        output_dir: the client's state lies beside it where `config.state_dir` is not given.
 
     Raises:
         AdapterMismatchError: another base model or LoRA configuration than the federation's.
@@ -73,7 +73,7 @@ def join(
         config.client_id,
         spec,
         view.schema,
-        folder=config.state_dir or Path(output_dir) / "fedfstq",
+        folder=state_folder(config.state_dir, output_dir),
         sign=client_signer(mailbox, spec, config.client_id, config.signing_key),
     )
 
