@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from fedfstq_hf.errors import MessageError
+from fedfstq_hf.errors import MailboxError, MailboxUnavailableError, MessageError
 from fedfstq_hf.federation.mailbox import SALIENCY_FILE, Mailbox
 from fedfstq_hf.federation.record import AcceptedUpdate
+from fedfstq_hf.text import printable
 
 logger = logging.getLogger(__name__)
 
@@ -17,10 +18,21 @@ SaliencyMaker = Callable[[Sequence[tuple[bytes, float]]], Mapping[str, bytes]]
 """Joins token sensitivities, each with its weight, into the files that are published at the root."""
 
 
-def join_attachments(
-    mailbox: Mailbox, accepted: Iterable[AcceptedUpdate], join: SaliencyMaker
-) -> tuple[Mapping[str, bytes], int]:
-    """The joined token sensitivities of the clients whose updates are used, and the bytes they sent for it."""
+def sent_bytes(mailbox: Mailbox, clients: Iterable[str]) -> int:
+    """What these clients sent beside their updates, whether it can be used, and whether anybody reads it, or not."""
+    total = 0
+    for client_id in clients:
+        try:
+            total += mailbox.attachment_bytes(client_id, SALIENCY_FILE)
+        except MailboxUnavailableError:
+            raise
+        except MailboxError as error:  # nobody waits for a count
+            logger.warning("The attachment of client %s is not counted: %s", client_id, printable(error))
+    return total
+
+
+def join_attachments(mailbox: Mailbox, accepted: Iterable[AcceptedUpdate], join: SaliencyMaker) -> Mapping[str, bytes]:
+    """The joined token sensitivities of the clients whose updates are used."""
     found: list[tuple[bytes, float]] = []
     for entry in accepted:
         try:
@@ -30,4 +42,4 @@ def join_attachments(
             continue
         if data is not None:
             found.append((data, entry.weight))
-    return (join(found) if found else {}), sum(len(data) for data, _ in found)
+    return join(found) if found else {}

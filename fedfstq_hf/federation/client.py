@@ -140,6 +140,7 @@ class MailboxParticipation:
         self._saliency = saliency
         self._held: tuple[RoundRecord, Tensor] | None = None
         self._posted_round = -1
+        self._attached_bytes = 0
         self._record = Records(mailbox)
         self._smallest = math.inf  # bytes of the smallest message that was checked
         self._check_share(session.spec.min_clients)
@@ -191,7 +192,7 @@ class MailboxParticipation:
         self._post(self._record(assignment.round))
         return {
             "fed_round": assignment.round,
-            "fed_uplink_bytes": len(pending.message) + len(pending.refinement or b""),
+            "fed_uplink_bytes": self._attached_bytes + len(pending.message) + len(pending.refinement or b""),
             "fed_residual_norm": owed,  # of what earlier messages left out and this one carried on
         }
 
@@ -294,6 +295,7 @@ class MailboxParticipation:
             return
         try:
             self.mailbox.post_attachment(self.session.client_id, SALIENCY_FILE, data)
+            self._attached_bytes = len(data)
         except MailboxError as error:  # the update must not wait for it
             logger.warning("The token sensitivities could not be sent: %s", error)
 

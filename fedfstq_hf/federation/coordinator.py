@@ -26,7 +26,7 @@ from fedfstq_hf.errors import (
 from fedfstq_hf.federation import adapter_file, history, scaffold
 from fedfstq_hf.federation.aggregation import server_step
 from fedfstq_hf.federation.arrivals import Arrivals
-from fedfstq_hf.federation.attachments import SaliencyMaker, join_attachments
+from fedfstq_hf.federation.attachments import SaliencyMaker, join_attachments, sent_bytes
 from fedfstq_hf.federation.collecting import Collected, Collector
 from fedfstq_hf.federation.control import read_control
 from fedfstq_hf.federation.mailbox import (
@@ -287,13 +287,11 @@ class Coordinator:
         packed = pack_change(change, self.record, self.schema, sum(entry.num_examples for entry in collected.accepted))
         files = self._files(server_state, packed if len(packed) < len(data) else None, collected.variates)
         attached: Mapping[str, bytes] = {}
-        attached_bytes = 0
         if finished and self.spec.share_saliency and self._saliency is not None:
-            attached, attached_bytes = join_attachments(self.mailbox, collected.accepted, self._saliency)
+            attached = join_attachments(self.mailbox, collected.accepted, self._saliency)
         record = self._next_record(
             data,
             finished=finished,
-            attached_bytes=attached_bytes,
             accepted=collected.accepted,
             refinements=refined.used if refined is not None else (),
             refused=(*collected.refused, *(refined.refused if refined is not None else ()), *stopped),
@@ -321,6 +319,9 @@ class Coordinator:
         selected = None
         if not finished:
             selected = read_control(self.mailbox).select(round, self.spec.seed, self.spec.clients_per_round)
+        elif self.spec.share_saliency:
+            seen = {entry.client_id for kind in ("accepted", "refused", "late") for entry in fields.get(kind, ())}
+            fields["attached_bytes"] = sent_bytes(self.mailbox, seen.union(read_control(self.mailbox).clients or ()))
         return make_record(self.spec, adapter, round, self._clock(), finished=finished, selected=selected, **fields)
 
     def _publish(

@@ -17,6 +17,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import stat
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -200,6 +201,14 @@ class FolderMailbox:
         if len(data) > max_bytes:
             raise MessageError(f"{name} of client {client_id} has more than {max_bytes} bytes.")
         return data
+
+    def attachment_bytes(self, client_id: str, name: str) -> int:
+        """Of the file itself: a link's target was not sent."""
+        try:
+            found = (self.path / "attachments" / checked_name(client_id) / checked_name(name)).lstat()
+        except OSError:
+            return 0
+        return found.st_size if stat.S_ISREG(found.st_mode) else 0
 
     def housekeep(self, round: int, *, clients: int, keep_rounds: int, tag: bool, finished: bool = False) -> None:
         """Nothing: a folder keeps every message, and its rounds need no tags."""

@@ -71,7 +71,7 @@ class RoundRecord:
         selected: the clients whose updates of this round are wanted; None for all.
         restored_from: the earlier round whose adapter this round published again, after a rollback.
         variate_sha256, variate_bytes: of the published control variate (SCAFFOLD); None and 0 without one.
-        attached_bytes: what clients sent beside their updates (token sensitivities) and this round took in.
+        attached_bytes: what clients sent beside their updates (token sensitivities), used or not; in the last round.
         package_version: of the coordinator.
     """
 
