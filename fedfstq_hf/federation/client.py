@@ -25,7 +25,7 @@ from fedfstq_hf.federation.mailbox import ADAPTER_FILE, SALIENCY_FILE, UPDATE_FI
 from fedfstq_hf.federation.record import RoundRecord
 from fedfstq_hf.federation.records import Records
 from fedfstq_hf.federation.scaffold import read_variate
-from fedfstq_hf.federation.session import ClientSession, Pending, Settlement
+from fedfstq_hf.federation.session import ClientSession, Pending, Settlement, says_nothing_yet
 
 logger = logging.getLogger(__name__)
 
@@ -192,7 +192,9 @@ class MailboxParticipation:
         self._post(self._record(assignment.round))
         return {
             "fed_round": assignment.round,
-            "fed_uplink_bytes": self._attached_bytes + len(pending.message) + len(pending.refinement or b""),
+            "fed_uplink_bytes": self._attached_bytes
+            + (0 if says_nothing_yet(pending) else len(pending.message))
+            + len(pending.refinement or b""),
             "fed_residual_norm": owed,  # of what earlier messages left out and this one carried on
         }
 
@@ -255,7 +257,7 @@ class MailboxParticipation:
     def _settle(self, record: RoundRecord) -> bool:
         settlement = self.session.settle(record)
         self.settlements.append(settlement)
-        if settlement.outcome != "accepted":
+        if settlement.outcome in ("refused", "late"):
             logger.warning(
                 "The update of round %d was %s%s; all of it stays in the residual.",
                 settlement.round,
@@ -275,7 +277,8 @@ class MailboxParticipation:
             patience = newest.deadline - newest.opened_at
         try:
             self._attach(pending.round)
-            self.mailbox.post_update(pending.round, self.session.client_id, pending.message, patience=patience)
+            if not says_nothing_yet(pending):
+                self.mailbox.post_update(pending.round, self.session.client_id, pending.message, patience=patience)
         except MailboxUnavailableError as error:
             if patience is None:
                 raise

@@ -113,7 +113,8 @@ class Coordinator:
         if control.paused is not None:
             return False
         usable, _ = self._arrivals.updates(self.spec.max_staleness)
-        return self._enough(sum(not self._collector.refused(ref, control) for ref in usable))
+        heard = [*usable, *self._arrivals.silent(usable)]
+        return self._enough(sum(not self._collector.refused(ref, control) for ref in heard))
 
     def close_round(self) -> RoundRecord | None:
         """Aggregate the messages that lie in the mailbox and publish the next round.
@@ -123,7 +124,8 @@ class Coordinator:
             If another coordinator published first, its record is adopted and returned.
         """
         collected = self._collect()
-        if not self._enough(len(collected.accepted)):
+        count = len(collected.accepted)
+        if not self._enough(count) and not self._enough(count + self._silent()):
             return None
         return self._publish_mean(collected, finished=self.record.round + 1 >= self.spec.rounds)
 
@@ -251,6 +253,12 @@ class Coordinator:
         usable, late = self._arrivals.updates(self.spec.max_staleness + 1)
         late = [*late, *self._arrivals.late_refinements()]
         return dataclasses.replace(self._collector.collect(usable, self._screening()), late=self._arrivals.late(late))
+
+    def _silent(self) -> int:
+        """How many clients have no preview in the open round, and a refinement that can be used a round later."""
+        usable, _ = self._arrivals.updates(self.spec.max_staleness)
+        refs = self._arrivals.silent(usable)
+        return len(self._collector.collect(refs, self._screening()).accepted) if refs else 0
 
     def _refine(self) -> Refined | None:
         """What refinements change about the last round; None where there are none, or that round was rolled back."""

@@ -65,7 +65,7 @@ class Caps:
 
 @dataclass(frozen=True)
 class Settlement:
-    """What became of a message: `"accepted"`, `"refused"` (with reason) or `"late"` (the record does not name it)."""
+    """A message was `"accepted"`, `"refused"` (for `reason`), `"late"` (in no record), or its refinement `"follows"`."""
 
     round: int
     outcome: str
@@ -217,6 +217,9 @@ class ClientSession:
             raise MailboxError(
                 f"Client {self.client_id!r} has no message that the record of round {record.round} settles."
             )
+        if says_nothing_yet(pending):
+            self._store(last_round=self.last_round, residual=None, carried=self.carried, pending=None)
+            return Settlement(pending.round, "follows")
         fate, carried = record.fate(self.client_id, pending.sha256), self.carried
         if isinstance(fate, AcceptedUpdate):
             _, payload = message.unpack(pending.readable)
@@ -373,7 +376,7 @@ def _metadata(data: bytes) -> dict[str, str]:
 
 
 def says_nothing_yet(pending: Pending) -> bool:
-    """Whether a message is an empty preview: its link had room for a header only, and its refinement says it all."""
+    """Whether a message is an empty preview, which is not sent: all of it follows in its refinement."""
     return pending.refinement is not None and not message.unpack(pending.readable)[1]
 
 
