@@ -65,7 +65,7 @@ class Caps:
 
 @dataclass(frozen=True)
 class Settlement:
-    """A message was `"accepted"`, `"refused"` (for `reason`), `"late"` (in no record), or its refinement `"follows"`."""
+    """A message was `"accepted"`, `"refused"` (`reason`) or `"late"` (in no record), or its refinement `"follows"`."""
 
     round: int
     outcome: str

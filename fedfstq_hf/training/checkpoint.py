@@ -30,7 +30,7 @@ from fedfstq_hf.federation.mailbox import ADAPTER_FILE
 from fedfstq_hf.federation.spec import FederationSpec
 from fedfstq_hf.training.binarisation import Binarisation
 from fedfstq_hf.training.observing import StepObserver
-from fedfstq_hf.training.private_state import state_folder
+from fedfstq_hf.training.private_state import make_state_folder, state_folder
 
 logger = logging.getLogger(__name__)
 
@@ -141,7 +141,7 @@ class CheckpointStates:
         place = dataclasses.replace(place, checkpoint_sha256=_sha256(checkpoint))
         metadata = {"fedfstq": json.dumps({"format": _FORMAT, **dataclasses.asdict(place)}, sort_keys=True)}
         path = self.path(checkpoint)
-        storage.make_folder(path.parent, durable=False)
+        make_state_folder(path.parent)
         storage.replace_file(path, save(tensors, metadata=metadata), durable=False)
         for state in self._root.rglob(f"*{_SUFFIX}"):
             if not (self._output_dir / state.relative_to(self._root).with_suffix("")).is_dir():

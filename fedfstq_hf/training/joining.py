@@ -18,7 +18,7 @@ from fedfstq_hf.federation.mailbox import ADAPTER_CONFIG_FILE, SPEC_FILE, open_m
 from fedfstq_hf.federation.session import ClientSession
 from fedfstq_hf.federation.spec import FederationSpec
 from fedfstq_hf.training.observing import probe_state, token_table
-from fedfstq_hf.training.private_state import state_folder
+from fedfstq_hf.training.private_state import make_state_folder, state_folder
 
 logger = logging.getLogger(__name__)
 
@@ -69,11 +69,13 @@ def join(
     if config.refinement_budget is not None and spec.refinement_budget is None:
         raise ConfigError(f"The federation at {address} has no refinements: leave refinement_budget out.")
     refinements = config.refinement_budget if config.refinement_budget is not None else spec.refinement_budget
+    folder = state_folder(config.state_dir, output_dir)
+    make_state_folder(folder)
     session = ClientSession(
         config.client_id,
         spec,
         view.schema,
-        folder=state_folder(config.state_dir, output_dir),
+        folder=folder,
         sign=client_signer(mailbox, spec, config.client_id, config.signing_key),
     )
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fedfstq_hf.errors import ConfigError
+from fedfstq_hf.errors import ConfigError, MailboxError
+from fedfstq_hf.federation import storage
 
 SUFFIX = ".fedfstq"
 
@@ -26,6 +27,20 @@ def state_folder(state_dir: str | None, output_dir: str) -> Path:
             "FedFSTQConfig(state_dir=FOLDER), or another output_dir."
         )
     return folder.with_name(folder.name + SUFFIX)
+
+
+def make_state_folder(folder: Path) -> None:
+    """Create it where it is missing.
+
+    Raises:
+        ConfigError: that cannot be done there.
+    """
+    try:
+        storage.make_folder(folder)
+    except MailboxError as error:
+        raise ConfigError(
+            f"{error} It is for this client's private state: type FedFSTQConfig(state_dir=FOLDER) with another folder."
+        ) from error
 
 
 def check_not_uploaded(state_dir: str | None, output_dir: str) -> None:

@@ -56,6 +56,14 @@ def test_beside_the_root_lies_nothing():
         state_folder(None, "/")
 
 
+def test_a_place_where_no_folder_can_be_made(tmp_path):
+    (tmp_path / "file").touch()
+    mailbox = found(tmp_path / "box", make_tiny_model())
+    trainer = make_trainer(tmp_path / "out", mailbox=mailbox, state_dir=str(tmp_path / "file/state"))
+    with pytest.raises(ConfigError, match=r"Could not create .*file/state: .* type FedFSTQConfig\(state_dir="):
+        trainer.train()
+
+
 def test_a_folder_above_or_beside_what_is_uploaded_is_fine(tmp_path):
     check_not_uploaded(None, "out")
     check_not_uploaded(str(tmp_path), str(tmp_path / "out"))
