@@ -23,7 +23,7 @@ class ClientFile:
         model: base model, where the federation's spec names none on the Hub.
         uplink_budget: most bytes per message; the federation's default when not given.
         refinement_budget: likewise of second messages, in a federation that has them.
-        output_dir: of the trainer; the client's state goes to `OUTPUT_DIR/fedfstq`.
+        output_dir: of the trainer; the client's state goes to `OUTPUT_DIR.fedfstq` beside it.
         share_saliency: see `FedFSTQConfig`.
         signing_key: key file that signs this client's messages (`fedfstq keys new KEYFILE` makes one).
         repo: Hub repo this client writes its messages to, where it is not ORG/RUN-CLIENT; see `FedFSTQConfig`.

@@ -53,7 +53,10 @@ class FedFSTQConfig:
     )
     state_dir: str | None = field(
         default=None,
-        metadata={"help": "Folder of this client's residual and pending message; OUTPUT_DIR/fedfstq when not given."},
+        metadata={
+            "help": "Folder of this client's private state: residual, pending message, token sensitivities, places in "
+            "checkpoints. When not given, OUTPUT_DIR.fedfstq beside the output folder, from where nothing is uploaded."
+        },
     )
     signing_key: str | None = field(
         default=None,

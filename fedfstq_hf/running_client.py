@@ -18,7 +18,7 @@ from fedfstq_hf.founding import load_base, load_shared_base, quiet_arguments, wr
 from fedfstq_hf.own_data import own_data
 from fedfstq_hf.text import printable
 from fedfstq_hf.trainer import FedFSTQTrainer
-from fedfstq_hf.training.joining import state_folder
+from fedfstq_hf.training.private_state import make_state_folder, state_folder
 from fedfstq_hf.workloads import Collator, DataConfig, load_workload
 
 logger = logging.getLogger(__name__)
@@ -37,10 +37,11 @@ def run_client(settings: ClientFile, *, consent: Callable[[Sequence[str]], None]
     data = own_data(terms.spec.data, settings.data, f"data of client {settings.client_id}")
     federation = _federation(settings)
     args = _arguments(settings, terms.spec)
-    folder = state_folder(federation, args.output_dir)
+    folder = state_folder(federation.state_dir, args.output_dir)
     if not is_agreed(folder, terms):
         if consent is not None:
             consent(summary(terms.spec, settings.mailbox))
+        make_state_folder(folder)
         agree(folder, terms)
     trainer = _trainer(settings, terms, args, federation, data)
     trainer.train()

@@ -70,6 +70,11 @@ class Arrivals:
         """Second messages of the round before, which are used now."""
         return self._refinements_of(self._round - 1) if self._round else []
 
+    def silent(self, heard: Iterable[UpdateRef]) -> list[UpdateRef]:
+        """Second messages of the open round from clients without a first one: theirs would have said nothing."""
+        clients = {ref.client_id for ref in heard}
+        return [ref for ref in self._refinements_of(self._round) if ref.client_id not in clients]
+
     def stopped(self) -> tuple[RefusedUpdate, ...]:
         """Second messages of the open round, if it is the last one because the federation is stopped."""
         reason = "The federation was stopped, and this round's previews count in full."

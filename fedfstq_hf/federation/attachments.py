@@ -36,13 +36,24 @@ class Joined:
 
     Attributes:
         files: to publish at the root.
-        num_bytes: that clients sent, usable or not.
         unpublished: why there are no files although clients sent some; empty otherwise.
     """
 
     files: Mapping[str, bytes]
-    num_bytes: int
     unpublished: str = ""
+
+
+def sent_bytes(mailbox: Mailbox, clients: Iterable[str]) -> int:
+    """What these clients sent beside their updates, whether it can be used, and whether anybody reads it, or not."""
+    total = 0
+    for client_id in clients:
+        try:
+            total += mailbox.attachment_bytes(client_id, SALIENCY_FILE)
+        except MailboxUnavailableError:
+            raise
+        except MailboxError as error:  # nobody waits for a count
+            logger.warning("The attachment of client %s is not counted: %s", client_id, printable(error))
+    return total
 
 
 def join_attachments(
@@ -61,14 +72,14 @@ def join_attachments(
         join: makes the files to publish.
     """
     found: list[tuple[bytes, float]] = []
-    num_bytes = 0
+    sent = False
     for entry in accepted:
         client = entry.client_id
         try:
             data = mailbox.read_attachment(client, SALIENCY_FILE, max_bytes=MAX_BYTES + MAX_CONTAINER + SEAL_OVERHEAD)
             if data is None:
                 continue
-            num_bytes += len(data)
+            sent = True
             file = screening.open_attachment(
                 client, SALIENCY_FILE, data, round=record.round, base=record.adapter_sha256, max_bytes=MAX_BYTES
             )
@@ -78,14 +89,14 @@ def join_attachments(
             logger.warning("The attachment of client %s is left out: %s", client, printable(error))
             continue
         found.append((file, entry.weight))
-    if not num_bytes:
-        return Joined({}, 0)
+    if not sent:
+        return Joined({})
     try:
         files = join_apart(join, found)
     except FedFSTQError as error:  # the round does not wait for it
         logger.warning("No token sensitivities are published: %s", printable(error))
-        return Joined({}, num_bytes, printable(error))
-    return Joined(files, num_bytes, "" if files else "They cannot be joined; the coordinator's log says why.")
+        return Joined({}, printable(error))
+    return Joined(files, "" if files else "They cannot be joined; the coordinator's log says why.")
 
 
 def join_apart(join: SaliencyMaker, files: Sequence[tuple[bytes, float]]) -> Mapping[str, bytes]:

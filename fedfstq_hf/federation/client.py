@@ -26,7 +26,7 @@ from fedfstq_hf.federation.posted_metrics import read_metrics
 from fedfstq_hf.federation.record import RoundRecord
 from fedfstq_hf.federation.records import Records
 from fedfstq_hf.federation.scaffold import read_variate
-from fedfstq_hf.federation.session import ClientSession, Settlement
+from fedfstq_hf.federation.session import ClientSession, Settlement, says_nothing_yet
 from fedfstq_hf.federation.session_state import Pending
 from fedfstq_hf.text import printable
 
@@ -146,6 +146,7 @@ class MailboxParticipation:
         self._undone = -1  # rollbacks up to this round are undone here
         self._record = Records(mailbox, session.spec)
         self._most_bytes = adapter_file.most_bytes(session.travelling.whole)
+        self._attached_bytes = 0
         self._smallest = math.inf  # bytes of the smallest message that was checked
         self._check_share(session.spec.min_clients)
 
@@ -199,7 +200,9 @@ class MailboxParticipation:
         self._post(self._record(assignment.round))
         return {
             "fed_round": assignment.round,
-            "fed_uplink_bytes": len(pending.message) + len(pending.refinement or b""),
+            "fed_uplink_bytes": self._attached_bytes
+            + (0 if says_nothing_yet(pending) else len(pending.message))
+            + len(pending.refinement or b""),
             "fed_residual_norm": owed,  # of what earlier messages left out and this one carried on
         }
 
@@ -264,7 +267,7 @@ class MailboxParticipation:
     def _settle(self, record: RoundRecord) -> None:
         settlement = self.session.settle(record)
         self.settlements.append(settlement)
-        if settlement.outcome != "accepted":
+        if settlement.outcome in ("refused", "late"):
             logger.warning(
                 "The update of round %d was %s%s; it is not sent again: the next round's training takes its place.",
                 settlement.round,
@@ -297,7 +300,8 @@ class MailboxParticipation:
             patience = newest.deadline - newest.opened_at
         try:
             self._attach(pending.round)
-            self.mailbox.post_update(pending.round, self.session.client_id, pending.message, patience=patience)
+            if not says_nothing_yet(pending):
+                self.mailbox.post_update(pending.round, self.session.client_id, pending.message, patience=patience)
         except MailboxUnavailableError as error:
             if patience is None:
                 raise
@@ -325,6 +329,7 @@ class MailboxParticipation:
             )
             sent = self.session.envelope(header, data)
             self.mailbox.post_attachment(self.session.client_id, SALIENCY_FILE, sent)
+            self._attached_bytes = len(sent)
         except MailboxError as error:  # the update must not wait for it
             logger.warning("The token sensitivities could not be sent: %s", error)
 

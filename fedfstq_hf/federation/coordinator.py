@@ -27,7 +27,7 @@ from fedfstq_hf.errors import (
 from fedfstq_hf.federation import adapter_file, history, scaffold
 from fedfstq_hf.federation.aggregation import server_step
 from fedfstq_hf.federation.arrivals import Arrivals
-from fedfstq_hf.federation.attachments import Joined, SaliencyMaker, join_attachments
+from fedfstq_hf.federation.attachments import Joined, SaliencyMaker, join_attachments, sent_bytes
 from fedfstq_hf.federation.clipping import Usual
 from fedfstq_hf.federation.collecting import Collected, Collector
 from fedfstq_hf.federation.control import read_control
@@ -121,7 +121,8 @@ class Coordinator:
         if control.paused is not None:
             return False
         usable, _ = self._arrivals.updates(self.spec.max_staleness)
-        return self._enough(len(self._collector.open(usable, control)))
+        heard = [*usable, *self._arrivals.silent(usable)]
+        return self._enough(len(self._collector.open(heard, control)))
 
     def close_round(self) -> RoundRecord | None:
         """Aggregate the messages that lie in the mailbox and publish the next round.
@@ -132,7 +133,8 @@ class Coordinator:
         """
         finished = self.record.round + 1 >= self.spec.rounds
         collected = self._collect(finished=finished)
-        if not self._enough(len(collected.accepted)):
+        count = len(collected.accepted)
+        if not self._enough(count) and not self._enough(count + self._silent()):
             return None
         return self._publish_mean(collected, finished=finished)
 
@@ -270,6 +272,12 @@ class Coordinator:
         late = [*late, *self._arrivals.late_refinements(back)]
         return dataclasses.replace(self._collector.collect(usable, self._screening()), late=self._arrivals.late(late))
 
+    def _silent(self) -> int:
+        """How many clients have no preview in the open round, and a refinement that can be used a round later."""
+        usable, _ = self._arrivals.updates(self.spec.max_staleness)
+        refs = self._arrivals.silent(usable)
+        return len(self._collector.collect(refs, self._screening()).accepted) if refs else 0
+
     def _refine(self) -> Refined | None:
         """What refinements change about the last round; None where there are none, or that round was rolled back."""
         record = self.record
@@ -310,7 +318,7 @@ class Coordinator:
         shown = () if self.spec.sealing_key is not None else collected.accepted
         packed = pack_change(change, self.record, self.schema, sum(entry.num_examples for entry in shown))
         files = self._files(server_state, packed if len(packed) < len(data) else None, collected.variates)
-        attached = Joined({}, 0)
+        attached = Joined({})
         if finished and self.spec.share_saliency and self._saliency is not None:
             attached = join_attachments(
                 self.mailbox, self.record, collected.accepted, self._screening(), self._saliency
@@ -318,7 +326,6 @@ class Coordinator:
         record = self._next_record(
             data,
             finished=finished,
-            attached_bytes=attached.num_bytes,
             unpublished=attached.unpublished,
             accepted=collected.accepted,
             refinements=refined.used if refined is not None else (),
@@ -347,6 +354,9 @@ class Coordinator:
         selected = None
         if not finished:
             selected = read_control(self.mailbox).select(round, self.spec.seed, self.spec.clients_per_round)
+        elif self.spec.share_saliency:
+            seen = {entry.client_id for kind in ("accepted", "refused", "late") for entry in fields.get(kind, ())}
+            fields["attached_bytes"] = sent_bytes(self.mailbox, seen.union(read_control(self.mailbox).clients or ()))
         fields |= {"finished": finished, "selected": selected, "sign": self._sign}
         return make_record(self.spec, adapter, round, self._clock(), **fields)
 

@@ -57,7 +57,7 @@ class HistoryRow:
         opened_at: seconds since the epoch by the coordinator's clock.
         num_examples: training examples behind the accepted updates; None in a sealed federation, where the totals of
             rounds with different clients would tell those of single clients.
-        uplink_bytes: all messages that arrived for this round: accepted, refused and late ones, and refinements.
+        uplink_bytes: all that arrived for this round: accepted, refused and late messages, refinements, attachments.
         dense_uplink_bytes: what as many plain adapter files would have weighed.
         downlink_bytes: what a client that follows every round downloads: the packed change where it was published,
             else the adapter file; with it the control variate, where there is one.
@@ -111,7 +111,7 @@ def row(record: RoundRecord, previous: RoundRecord | None) -> HistoryRow:
         round=record.round,
         opened_at=record.opened_at,
         num_examples=None if record.sealed else sum(update.num_examples for update in record.accepted),
-        uplink_bytes=sum(update.num_bytes for update in record.updates),
+        uplink_bytes=record.uplink_bytes,
         dense_uplink_bytes=0 if previous is None else previous.adapter_bytes * messages,
         downlink_bytes=record.variate_bytes
         + (record.adapter_bytes if record.update_bytes is None else record.update_bytes),

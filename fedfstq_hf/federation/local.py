@@ -263,6 +263,14 @@ class FolderMailbox:
         path = self.path / "attachments" / checked_name(client_id) / checked_name(name)
         return self._read_posted(path, max_bytes)
 
+    def attachment_bytes(self, client_id: str, name: str) -> int:
+        """Of the file itself: a link's target was not sent."""
+        try:
+            found = (self.path / "attachments" / checked_name(client_id) / checked_name(name)).lstat()
+        except OSError:
+            return 0
+        return found.st_size if stat.S_ISREG(found.st_mode) else 0
+
     def housekeep(self, round: int, *, clients: int, keep_rounds: int, tag: bool, finished: bool = False) -> None:
         """Nothing: a folder keeps every message, and its rounds need no tags."""
 

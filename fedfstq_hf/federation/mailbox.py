@@ -142,6 +142,9 @@ class Mailbox(Protocol):
     def read_attachment(self, client_id: str, name: str, *, max_bytes: int) -> bytes | None:
         """What a client attached, None if nothing. Raises `MessageError` if it is larger than `max_bytes`."""
 
+    def attachment_bytes(self, client_id: str, name: str) -> int:
+        """Its size, however large, without reading it; 0 if nothing is there."""
+
     def housekeep(self, round: int, *, clients: int, keep_rounds: int, tag: bool, finished: bool = False) -> None:
         """After publishing `round`: tag it, drop messages that are older than `keep_rounds`. Best effort."""
 

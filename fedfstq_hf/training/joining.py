@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -21,6 +20,7 @@ from fedfstq_hf.federation.mailbox import open_mailbox
 from fedfstq_hf.federation.session import ClientSession
 from fedfstq_hf.federation.spec import FederationSpec
 from fedfstq_hf.training.observing import probe_state, token_table
+from fedfstq_hf.training.private_state import make_state_folder, state_folder
 
 logger = logging.getLogger(__name__)
 
@@ -40,11 +40,6 @@ def check_arguments(args: Any) -> None:
         raise ConfigError(f"The optimizer {args.optim} needs bitsandbytes. Type: pip install bitsandbytes")
 
 
-def state_folder(config: FedFSTQConfig, output_dir: str) -> Path:
-    """Where a client keeps its state and what it agreed to."""
-    return Path(config.state_dir) if config.state_dir else Path(output_dir) / "fedfstq"
-
-
 def join(
     config: FedFSTQConfig, model: nn.Module, view: AdapterView, *, tokenizer: Any, output_dir: str
 ) -> tuple[MailboxParticipation, FederationSpec]:
@@ -58,7 +53,7 @@ def join(
         model: base with adapter; both must be the federation's.
         view: of its adapter.
         tokenizer: names the token ids where the client shares its sensitivities; None shares nothing.
-        output_dir: holds the client's state where `config.state_dir` is not given.
+        output_dir: the client's state lies beside it where `config.state_dir` is not given.
 
     Raises:
         AdapterMismatchError: another base model or LoRA configuration than the federation's.
@@ -72,7 +67,7 @@ def join(
     address = str(config.mailbox)
     mailbox = open_mailbox(address, client_repo=config.repo)
     terms = read_terms(mailbox, address)
-    spec, folder = terms.spec, state_folder(config, output_dir)
+    spec, folder = terms.spec, state_folder(config.state_dir, output_dir)
     if not is_agreed(folder, terms):
         for line in summary(spec, address):
             logger.info("%s", line)
@@ -83,6 +78,7 @@ def join(
     if config.refinement_budget is not None and spec.refinement_budget is None:
         raise ConfigError(f"The federation at {address} has no refinements: leave refinement_budget out.")
     refinements = config.refinement_budget if config.refinement_budget is not None else spec.refinement_budget
+    make_state_folder(folder)
     session = ClientSession(
         config.client_id,
         spec,

@@ -157,6 +157,15 @@ class ClientPosts:
             raise MessageError(f"{name} of client {client_id} cannot be read. {error}") from None
         return None if file is None else file.data
 
+    def attachment_bytes(self, client_id: str, name: str) -> int:
+        """Of what lies at the client's place."""
+        place = self._place(client_id)
+        if place is None:
+            return 0
+        path = place.attachment_path(client_id, checked_name(name))
+        files = place.repo.list(path.rpartition("/")[0], revision=place.revision)
+        return next((file.size for file in files if file.path == path), 0)
+
     # -- inside -----------------------------------------------------------------------------------------------------
 
     def _place(self, client_id: str) -> Place | None:

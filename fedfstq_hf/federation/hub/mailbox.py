@@ -152,6 +152,10 @@ class HubMailbox:
         """What lies at the client's place."""
         return self._posts.read_attachment(client_id, name, max_bytes=max_bytes)
 
+    def attachment_bytes(self, client_id: str, name: str) -> int:
+        """Of what lies at the client's place."""
+        return self._posts.attachment_bytes(client_id, name)
+
     # -- metrics of both sides --------------------------------------------------------------------------------------
 
     def post_metric(self, round: int, source: str, metrics: Mapping[str, Any], *, client_id: str | None = None) -> None:
