@@ -7,7 +7,7 @@ or a place to write to, and it costs no memory to hold. Ranges that belong to on
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -239,7 +239,7 @@ def check_base_fingerprint(fingerprint: Mapping[str, Any]) -> None:
         ConfigError: naming the field.
     """
     probe = fingerprint.get("embedding_probe", [])
-    if not isinstance(probe, (list, tuple)) or not all(_is_number(value) for value in probe):
+    if not isinstance(probe, (list, tuple)) or not all(_is_number(value, _LARGEST) for value in probe):
         raise ConfigError(f"base_fingerprint.embedding_probe must be a list of numbers, not {_shown(probe)}.")
 
 
@@ -260,8 +260,8 @@ def _check_number(name: str, value: object, low: float, high: float) -> None:
         raise ConfigError(f"{name} must be a number from {low:g} to {high:g}, not {_shown(value)}.")
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < math.inf
+def _is_number(value: object, largest: float = sys.float_info.max) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= largest  # NaN is not
 
 
 def _check_text(name: str, value: object, length: int) -> None:

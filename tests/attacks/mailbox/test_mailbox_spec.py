@@ -146,6 +146,7 @@ def test_numbers_are_finite(name, value):
         ("server", {"lr": {"deep": 1}}),
         ("base_fingerprint", {"embedding_probe": [0.0] * 65}),
         ("base_fingerprint", {"embedding_probe": ["x"]}),
+        ("base_fingerprint", {"embedding_probe": [10**19]}),
         ("base_fingerprint", {"embedding_probe": 1.0}),
         ("base_fingerprint", {"model_type": "x" * 300}),
     ],
