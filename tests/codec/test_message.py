@@ -38,6 +38,27 @@ def test_container_is_small():
     assert message.overhead(HEADER, 4000, signed=True) == message.overhead(HEADER, 4000) + 80
 
 
+@pytest.mark.parametrize(
+    ("data", "match"),
+    [
+        (message.SEALED_PREFIX + bytes(200), "is sealed; only the holder of the private key"),
+        (b"1234567", "has 7 bytes; expected at least the 8 bytes"),
+        ((13).to_bytes(8, "little") + b'{"payload":1', "announces a header of 13 bytes; more than it holds"),
+        ((5000).to_bytes(8, "little") + b" " * 6000, "announces a header of 5000 bytes; more than it holds or the"),
+    ],
+)
+def test_what_cannot_be_a_message_is_refused_before_it_is_parsed(monkeypatch, data, match):
+    monkeypatch.delattr(message, "json")
+    with pytest.raises(MessageError, match=match):
+        message.unpack(data)
+
+
+def test_brackets_without_end_are_refused_as_everything_else():
+    """Python's parser gives up on a thousand of them with a RecursionError."""
+    with pytest.raises(MessageError, match=r"cannot be read \(RecursionError\)"):
+        message.unpack((1200).to_bytes(8, "little") + b"[" * 1200)
+
+
 def sign(digest):
     return digest + digest[::-1]
 
