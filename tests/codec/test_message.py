@@ -10,6 +10,7 @@ from safetensors import deserialize
 from safetensors.numpy import save
 
 from fedfstq_hf.codec import Schema, get_codec, message
+from fedfstq_hf.codec.pairs import PAIR_PARAMS, join_pair
 from fedfstq_hf.errors import MessageError
 
 HEADER = message.Header(3, "hospital-a", 100, "ab" * 32, "cd" * 32, "fstq", {})
@@ -243,6 +244,17 @@ def test_inspect_counts_per_matrix():
     assert "3 of 6 coordinates" in str(info)
     assert message.inspect(data).matrices == ()
     assert "hospital-a" in str(message.inspect(data))
+
+
+def test_inspect_counts_the_update_of_a_pair_alone():
+    schema = Schema.from_state_dict({"a": torch.zeros(4)})
+    update, variate = (
+        get_codec("sparse32").encode({"a": torch.tensor(values)}).payload
+        for values in ([3.0, 0.0, 0.0, 0.0], [5.0, 5.0, 5.0, 0.0])
+    )
+    header = dataclasses.replace(HEADER, codec="sparse32", schema=schema.fingerprint, params=dict(PAIR_PARAMS))
+    info = message.inspect(message.pack(header, join_pair(update, variate)), schema)
+    assert [(m.sent, m.rms) for m in info.matrices] == [(1, 3.0)]
 
 
 @pytest.mark.parametrize(
