@@ -127,7 +127,6 @@ MUTANTS: list[tuple[str, tuple[str, ...], Changes]] = [
             ("protected = protected & real", "pass"),
             ("torch.maximum(budget, protected.sum(-1))", "budget"),
             (".clamp_max(real.sum(-1))", ""),
-            (".masked_fill(protected, torch.inf)", ""),
             ("return filled.sort(dim=-1).values", "return filled"),
             ("2 * kept.long() + (~real).long()", "2 * kept.long()"),
             ("scores.argsort(dim=-1, descending=True, stable=True)", "scores.argsort(dim=-1, stable=True)"),
@@ -201,8 +200,7 @@ MUTANTS: list[tuple[str, tuple[str, ...], Changes]] = [
             ("if _envelope(header, seal, len(payload)) != data[: 8 + length]:", "if False:"),
             ("seal[:32], seal[32:] or None", "seal[:32], None"),
             ("if _digest(header, payload) != digest:", "if False:"),
-            ('["fstq"]\n        if len(meta) > MAX_METADATA:', '["fstq"]\n        if False:'),
-            ("if type(version) is not int or version != VERSION:", "if version != VERSION:"),
+            ("if type(version) is not int or version != VERSION:", "if False:"),
             ("TypeError, IndexError, AttributeError, RecursionError", "TypeError, IndexError, AttributeError"),
             ("if len(raw) not in (96, 96 + SIGNATURE_BYTES):", "if len(raw) < 96:"),
             ("base, schema = raw[:32].hex(), raw[32:64].hex()", "base, schema = raw[32:64].hex(), raw[:32].hex()"),
@@ -337,4 +335,21 @@ MUTANTS: list[tuple[str, tuple[str, ...], Changes]] = [
     ),
 ]
 
-EQUIVALENT: list[tuple[str, tuple[str, ...], Reasoned]] = []
+EQUIVALENT: list[tuple[str, tuple[str, ...], Reasoned]] = [
+    (
+        "codec/message.py",
+        _MESSAGE,
+        [
+            (
+                '["fstq"]\n        if len(meta) > MAX_METADATA:',
+                '["fstq"]\n        if False:',
+                "what is longer is refused where the envelope is written again, and the header's cap bounds it before",
+            ),
+            (
+                "if type(version) is not int or version != VERSION:",
+                "if version != VERSION:",
+                "true and 1.0 equal 1, and are not in canonical form",
+            ),
+        ],
+    ),
+]

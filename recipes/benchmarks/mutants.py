@@ -6,7 +6,7 @@ anything are killed, with 2 if the list does not fit the tree. About 8 minutes w
 
     python recipes/benchmarks/mutants.py --workers 2
     python recipes/benchmarks/mutants.py --only 12            # one of them, by its number, with the tests' output
-    python recipes/benchmarks/mutants.py --only message.py    # those of a file
+    python recipes/benchmarks/mutants.py --only 7,message.py  # that one, and those of a file
     python recipes/benchmarks/mutants.py --check              # only whether the list fits the tree
 
 A run that was ended goes on where it stood, as long as the tree is the same (`--fresh` begins anew).
@@ -68,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the mutants that the command line asks for; the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--workers", type=int, default=1, help="mutants at a time (default 1)")
-    parser.add_argument("--only", help="a mutant's number, or the end of a file's name")
+    parser.add_argument("--only", help="numbers of mutants and ends of files' names, with commas")
     parser.add_argument("--check", action="store_true", help="only say whether the list fits the tree")
     parser.add_argument("--fresh", action="store_true", help="forget what an earlier run of this tree found")
     options = parser.parse_args(arguments)
@@ -99,7 +99,10 @@ def listed() -> list[Mutant]:
 
 def chosen(mutant: Mutant, only: str | None) -> bool:
     """Whether `--only` means this mutant."""
-    return only is None or only == str(mutant.number) or (not only.isdigit() and mutant.file.endswith(only))
+    wanted = () if only is None else only.split(",")
+    return only is None or any(
+        int(part) == mutant.number if part.isdigit() else mutant.file.endswith(part) for part in wanted
+    )
 
 
 def check(mutants: Sequence[Mutant], root: Path = ROOT) -> None:

@@ -10,6 +10,7 @@ from safetensors import deserialize
 from safetensors.numpy import save
 
 from fedfstq_hf.codec import Schema, get_codec, message
+from fedfstq_hf.codec.pairs import PAIR_PARAMS, join_pair
 from fedfstq_hf.errors import MessageError
 
 HEADER = message.Header(3, "hospital-a", 100, "ab" * 32, "cd" * 32, "fstq", {})
@@ -36,6 +37,27 @@ def test_overhead_is_exact_for_its_size_and_a_bound_below(size):
 def test_container_is_small():
     assert message.overhead(HEADER, 4000) <= 270
     assert message.overhead(HEADER, 4000, signed=True) == message.overhead(HEADER, 4000) + 80
+
+
+@pytest.mark.parametrize(
+    ("data", "match"),
+    [
+        (message.SEALED_PREFIX + bytes(200), "is sealed; only the holder of the private key"),
+        (b"1234567", "has 7 bytes; expected at least the 8 bytes"),
+        ((13).to_bytes(8, "little") + b'{"payload":1', "announces a header of 13 bytes; more than it holds"),
+        ((5000).to_bytes(8, "little") + b" " * 6000, "announces a header of 5000 bytes; more than it holds or the"),
+    ],
+)
+def test_what_cannot_be_a_message_is_refused_before_it_is_parsed(monkeypatch, data, match):
+    monkeypatch.delattr(message, "json")
+    with pytest.raises(MessageError, match=match):
+        message.unpack(data)
+
+
+def test_brackets_without_end_are_refused_as_everything_else():
+    """Python's parser gives up on a thousand of them with a RecursionError."""
+    with pytest.raises(MessageError, match=r"cannot be read \(RecursionError\)"):
+        message.unpack((1200).to_bytes(8, "little") + b"[" * 1200)
 
 
 def sign(digest):
@@ -222,6 +244,17 @@ def test_inspect_counts_per_matrix():
     assert "3 of 6 coordinates" in str(info)
     assert message.inspect(data).matrices == ()
     assert "hospital-a" in str(message.inspect(data))
+
+
+def test_inspect_counts_the_update_of_a_pair_alone():
+    schema = Schema.from_state_dict({"a": torch.zeros(4)})
+    update, variate = (
+        get_codec("sparse32").encode({"a": torch.tensor(values)}).payload
+        for values in ([3.0, 0.0, 0.0, 0.0], [5.0, 5.0, 5.0, 0.0])
+    )
+    header = dataclasses.replace(HEADER, codec="sparse32", schema=schema.fingerprint, params=dict(PAIR_PARAMS))
+    info = message.inspect(message.pack(header, join_pair(update, variate)), schema)
+    assert [(m.sent, m.rms) for m in info.matrices] == [(1, 3.0)]
 
 
 @pytest.mark.parametrize(

@@ -58,6 +58,11 @@ def test_sgd_at_one_is_federated_averaging():
     assert isinstance(state, bytes)
 
 
+def test_without_a_rate_the_mean_update_is_applied_as_it_is():
+    change, _ = server_step(torch.zeros(2), torch.tensor([0.5, -1.0]), {}, None)
+    assert change.tolist() == [0.5, -1.0]
+
+
 def optimizers():
     for name, value in sorted(vars(torch.optim).items()):
         if isinstance(value, type) and issubclass(value, torch.optim.Optimizer) and name != "Optimizer":

@@ -42,6 +42,15 @@ def test_rows_without_padding_are_filled_with_their_next_best():
     assert kept.tolist() == [[0, 1, 2], [1, 2, 3]]
 
 
+def test_only_tokens_count_towards_a_budget():
+    """Neither protection of padding nor a budget beyond the row's tokens makes a row keep more."""
+    mask = torch.tensor([[0, 0, 1, 1, 1]])
+    scores = torch.tensor([[9.0, 9, 1, 3, 2]])
+    padding = torch.tensor([[True, True, False, False, False]])
+    assert select(scores, mask, padding, torch.tensor([1])).tolist() == [[3]]
+    assert select(scores, mask, padding & False, torch.tensor([5])).tolist() == [[2, 3, 4]]
+
+
 def test_nan_is_refused_unless_it_is_padding():
     scores = torch.tensor([[torch.nan, 1.0, 2.0]])
     none = torch.zeros(1, 3, dtype=torch.bool)
