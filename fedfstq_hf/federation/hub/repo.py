@@ -52,8 +52,9 @@ class RemoteFile:
 
 @dataclass(frozen=True)
 class RepoState:
-    """What one request tells of a repo: whether only its organisation reads it, and the paths of its files."""
+    """What one request tells of a repo: its present name, whether only its organisation reads it, its files' paths."""
 
+    repo_id: str
     private: bool
     files: tuple[str, ...]
 
@@ -99,7 +100,8 @@ class HubRepo:
                 if not _absent(error):
                     raise
                 return None
-            return RepoState(bool(found.private), tuple(sibling.rfilename for sibling in found.siblings or ()))
+            files = tuple(sibling.rfilename for sibling in found.siblings or ())
+            return RepoState(found.id, bool(found.private), files)
 
         return self.call("look at", request, seconds=seconds)
 

@@ -58,7 +58,7 @@ class ClientWriter:
         repo = self._decided(checked_name(client_id))
         state = repo.info()
         if state is not None:
-            self._check_private(repo, state)
+            self._check_readers(repo, state)
             self._check_marker(repo, client_id, state)
 
     def post_update(
@@ -166,7 +166,7 @@ class ClientWriter:
                 f"There is no repo {repo.repo_id}, which the clients of {self._global.address} write to, or this token "
                 "may not see it. Type `hf auth login` (or set HF_TOKEN) with an account that may read it."
             )
-        self._check_private(repo, state)
+        self._check_readers(repo, state)
         if repo.repo_id not in self._claimed:
             if not self._check_marker(repo, client_id, state):
                 marker = self._layout().marker(client_id)
@@ -174,7 +174,12 @@ class ClientWriter:
             self._claimed.add(repo.repo_id)
         return state
 
-    def _check_private(self, repo: HubRepo, state: RepoState) -> None:
+    def _check_readers(self, repo: HubRepo, state: RepoState) -> None:
+        if not _same(state.repo_id, repo.repo_id):
+            raise MailboxError(
+                f"{repo.repo_id} was renamed: what is sent there would go to {printable(state.repo_id)}. Nothing was "
+                "sent. Name a repo by `repo` in this client's settings."
+            )
         if state.private:
             return
         if self._layout().name == "own":

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 
 import httpx2
 import pytest
-from huggingface_hub import CommitOperationAdd, HfApi
+from huggingface_hub import CommitOperationAdd, HfApi, ModelInfo
 
 from fedfstq_hf.errors import ConfigError, MailboxError
 from fedfstq_hf.federation import adapter_file
@@ -258,6 +258,22 @@ def test_a_public_repo_gets_no_messages(run: HubFederation) -> None:
     with pytest.raises(MailboxError, match="is public"):
         named.post_metric(0, "test", {"eval_loss": 1.0}, client_id="a")
     assert run.hub.files("org/run-a") == [".fedfstq.json", "rounds/000000.safetensors"]
+
+
+def test_a_repo_that_leads_elsewhere_gets_no_messages(run: HubFederation, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The Hub answers for a renamed repo under its old name."""
+    client = run.mailbox(run.tokens["a"])
+    client.post_update(0, "a", b"message")
+    asked = HfApi.model_info
+    monkeypatch.setattr(HfApi, "model_info", lambda api, repo: replaced(asked(api, repo), id="org/elsewhere"))
+    with pytest.raises(MailboxError, match=r"org/run-a was renamed.* would go to org/elsewhere"):
+        client.post_update(1, "a", b"message")
+    assert "rounds/000001.safetensors" not in run.hub.files("org/run-a")
+
+
+def replaced(info: ModelInfo, id: str) -> ModelInfo:
+    info.id = id
+    return info
 
 
 def test_a_clients_repo_is_made_private_whatever_it_is_told(run: HubFederation) -> None:
