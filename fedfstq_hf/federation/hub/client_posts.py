@@ -158,13 +158,21 @@ class ClientPosts:
         return None if file is None else file.data
 
     def attachment_bytes(self, client_id: str, name: str) -> int:
-        """Of what lies at the client's place."""
-        place = self._place(client_id)
-        if place is None:
+        """Of what lies at the client's place; 0 where that cannot be told, which is logged."""
+
+        def look(seconds: float) -> int:
+            place = self._place(client_id)
+            if place is None:
+                return 0
+            path = place.attachment_path(checked_name(client_id), checked_name(name))
+            state = place.repo.state(path, revision=place.revision, seconds=seconds)
+            return 0 if state is None else state.size
+
+        try:
+            return self._ask(client_id, time.monotonic() + CLIENT_SECONDS, look)
+        except MailboxError as error:
+            self._warn(f"{client_id}/{name}", f"The bytes of {name} of client {client_id} are not counted: {error}")
             return 0
-        path = place.attachment_path(client_id, checked_name(name))
-        files = place.repo.list(path.rpartition("/")[0], revision=place.revision)
-        return next((file.size for file in files if file.path == path), 0)
 
     # -- inside -----------------------------------------------------------------------------------------------------
 

@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from fedfstq_hf.errors import MailboxError
-from fedfstq_hf.federation.hub.sizes import MAX_LAYOUT_BYTES, MAX_RECORD_BYTES
+from fedfstq_hf.federation import record
+from fedfstq_hf.federation.hub.sizes import MAX_LAYOUT_BYTES
 from fedfstq_hf.federation.mailbox import is_name
 from fedfstq_hf.federation.untrusted import parse_object
 from fedfstq_hf.text import printable
@@ -46,7 +47,7 @@ def layout_in(data: bytes) -> str | None:
 
 def round_in(data: bytes | None, address: str) -> int:
     """The round that a record is of. Raises `MailboxError` if it is none."""
-    fields = parse_object(data or b"", f"The round record of {address}", max_bytes=MAX_RECORD_BYTES)
+    fields = parse_object(data or b"", f"The round record of {address}", max_bytes=record.MAX_BYTES)
     round = fields.get("round")
     if not isinstance(round, int) or isinstance(round, bool) or round < 0:
         raise MailboxError(f"The round record of {address} names round {printable(round, 40)}.")

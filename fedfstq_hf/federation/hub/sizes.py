@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 from fedfstq_hf.errors import MailboxError, MessageError
-from fedfstq_hf.federation.control import MAX_BYTES
+from fedfstq_hf.federation import control, record
 from fedfstq_hf.federation.hub import address as paths
 from fedfstq_hf.federation.hub.repo import HubRepo, RemoteFile
+from fedfstq_hf.federation.limits import MAX_SPEC_BYTES
 from fedfstq_hf.federation.mailbox import ADAPTER_CONFIG_FILE, RECORD_FILE, SPEC_FILE
 
 MAX_LAYOUT_BYTES = 1000
-MAX_RECORD_BYTES = 16 * 10**6
 MAX_METRICS_BYTES = 10**6
 _MAX_TENSOR_BYTES = 8 * 10**9
 _MAX_ROOT_BYTES = 64 * 10**6
 _MOST = {
     paths.LAYOUT_PATH: MAX_LAYOUT_BYTES,
-    paths.CONTROL_PATH: MAX_BYTES,
+    paths.CONTROL_PATH: control.MAX_BYTES,
     paths.METRICS_PATH: 16 * MAX_METRICS_BYTES,  # all evaluations of the coordinator, where a client's are its own
-    paths.head_path(SPEC_FILE): 10**6,
+    paths.head_path(SPEC_FILE): MAX_SPEC_BYTES,
     paths.head_path(ADAPTER_CONFIG_FILE): 10**6,
 }
 
@@ -27,7 +27,7 @@ def most_bytes(path: str) -> int:
     if path in _MOST:
         return _MOST[path]
     if path.endswith(f"/{RECORD_FILE}"):
-        return MAX_RECORD_BYTES
+        return record.MAX_BYTES
     return _MAX_TENSOR_BYTES if path.endswith(".safetensors") else _MAX_ROOT_BYTES
 
 

@@ -205,6 +205,18 @@ def test_nobody_is_refused_while_the_whole_hub_is_out(run: HubFederation, monkey
     assert mailbox.read_update(refs[0], max_bytes=99) == b"message of a"
 
 
+def test_bytes_of_attachments_are_counted_without_waiting_for_one_client(
+    run: HubFederation, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(client_posts, "CLIENT_SECONDS", 0.3)
+    for name in "ab":
+        run.mailbox(run.tokens[name]).post_attachment(name, "saliency.safetensors", bytes(100))
+    run.hub.faults.once("500", path="run-b/", times=10**6)
+    mailbox = run.mailbox(run.owner)
+    assert [mailbox.attachment_bytes(name, "saliency.safetensors") for name in CLIENTS] == [100, 0, 0]
+    assert "bytes of saliency.safetensors of client b are not counted" in caplog.text
+
+
 # -- metrics -----------------------------------------------------------------------------------------------------------
 
 GOOD = {"0": {"test": {"eval_loss": 2.0}}}

@@ -18,7 +18,7 @@ from fedfstq_hf.federation.hub import writing
 from fedfstq_hf.federation.hub.mailbox import HubMailbox
 from fedfstq_hf.federation.local import FolderMailbox
 from fedfstq_hf.federation.mailbox import open_mailbox
-from tests.federation.light import LightClient, initial_state, make_spec
+from tests.federation.light import SCHEMA, LightClient, initial_state, make_spec
 from tests.hub.federation import HubFederation
 from tests.hub.loopback import LoopbackHub
 
@@ -346,7 +346,7 @@ def test_a_pull_request_of_somebody_else_is_not_written(hub_here: LoopbackHub) -
         ("fedfstq/mailbox.json", 2000, lambda box: box.check_client("a")),
         ("fedfstq/control.json", 4 * 10**6 + 1, lambda box: box.read_control()),
         ("fedfstq/round.json", 16 * 10**6 + 1, lambda box: box.head()),
-        ("fedfstq/spec.json", 10**6 + 1, lambda box: box.read(0, "spec.json")),
+        ("fedfstq/spec.json", 2**16 + 1, lambda box: box.read(0, "spec.json")),
         ("adapter_config.json", 10**6 + 1, lambda box: box.read(0, "adapter_config.json")),
     ],
 )
@@ -373,8 +373,10 @@ def test_a_file_larger_than_any_is_not_downloaded(
 
 def test_an_adapter_larger_than_its_schema_is_not_downloaded(run: HubFederation) -> None:
     client = run.client("a")
-    run.hub.write("org/run", {"adapter_model.safetensors": bytes(3000)})
-    with pytest.raises(MailboxError, match=r"adapter_model.safetensors of org/run is too large. It has 3000 bytes"):
+    size = adapter_file.most_bytes(SCHEMA) + 1
+    assert size < 10_000  # 192 parameters
+    run.hub.write("org/run", {"adapter_model.safetensors": bytes(size)})
+    with pytest.raises(MailboxError, match=rf"adapter_model.safetensors of org/run is too large. It has {size} bytes"):
         client.step()
 
 
