@@ -44,5 +44,20 @@ class SparseUpdate:
         return dense
 
     def norm(self) -> float:
-        """Euclidean norm, accumulated in float64: finite exactly if every value is."""
-        return math.sqrt(sum(float(part.double().square().sum()) for part in torch.split(self.values, _PART)))
+        """Euclidean norm, accumulated in float64: finite exactly if every value is.
+
+        The same bits on any processor, for any number of threads.
+        """
+        return math.sqrt(sum(_sum(part.double().square()) for part in torch.split(self.values, _PART)))
+
+
+def _sum(terms: Tensor) -> float:
+    """The sum of float64 (n,), which is overwritten; halves are added to each other until one number is left.
+
+    A reduction of torch's adds in an order that depends on threads and instruction set.
+    """
+    while len(terms) > 1:
+        half = (len(terms) + 1) // 2
+        terms[: len(terms) - half] += terms[half:]
+        terms = terms[:half]
+    return float(terms[0]) if len(terms) else 0.0

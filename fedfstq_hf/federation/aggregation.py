@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fedfstq_hf.codec import SparseUpdate
 from fedfstq_hf.errors import ConfigError, MailboxError
-from fedfstq_hf.federation.fedadam import FedAdam
+from fedfstq_hf.federation.server_optimizers import SGD, FedAdam
 
 
 class WeightedMean:
@@ -69,6 +69,9 @@ def server_step(
 ) -> tuple[Tensor, bytes]:
     """One step of the server optimizer.
 
+    With SGD and FedAdam it is the same bits on every processor. Other classes of `torch.optim` are the same on the same
+    kind of processor: their kernels round otherwise where it multiplies and adds in one instruction.
+
     Args:
         adapter: Θ_t, (num_params,) float32; not changed.
         mean_update: Σ_k w_k Δ_k, (num_params,) float32.
@@ -100,7 +103,7 @@ def _build(server: Mapping[str, Any], parameter: Tensor, progress: float) -> tor
     name = options.pop("optimizer", "SGD")
     known = {
         key: value
-        for key, value in {**vars(torch.optim), "FedAdam": FedAdam}.items()
+        for key, value in {**vars(torch.optim), "FedAdam": FedAdam, "SGD": SGD}.items()
         if isinstance(value, type) and issubclass(value, torch.optim.Optimizer) and value is not torch.optim.Optimizer
     }
     if name not in known:

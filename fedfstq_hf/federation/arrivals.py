@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Callable, Collection, Iterable
 
+from fedfstq_hf.errors import MailboxError, MailboxUnavailableError, MessageError
 from fedfstq_hf.federation.control import read_control
 from fedfstq_hf.federation.lateness import unnamed
 from fedfstq_hf.federation.mailbox import Mailbox, UpdateRef
 from fedfstq_hf.federation.record import RefusedUpdate, RoundRecord
 from fedfstq_hf.federation.spec import FederationSpec
+from fedfstq_hf.text import printable
+
+logger = logging.getLogger(__name__)
 
 
 class Arrivals:
@@ -58,12 +63,17 @@ class Arrivals:
         oldest = self._oldest_usable()
         in_time = [ref for ref in earlier if ref.round >= oldest]
         newest = {ref.client_id: ref for ref in (*in_time, *self.of(self._round))}
-        usable = sorted(newest.values())
-        return usable, [ref for ref in earlier if ref not in usable]
+        used = set(newest.values())
+        return sorted(used), [ref for ref in earlier if ref not in used]
 
     def refinements(self) -> list[UpdateRef]:
         """Second messages of the round before, which are used now."""
         return self._refinements_of(self._round - 1) if self._round else []
+
+    def silent(self, heard: Iterable[UpdateRef]) -> list[UpdateRef]:
+        """Second messages of the open round from clients without a first one: theirs would have said nothing."""
+        clients = {ref.client_id for ref in heard}
+        return [ref for ref in self._refinements_of(self._round) if ref.client_id not in clients]
 
     def stopped(self) -> tuple[RefusedUpdate, ...]:
         """Second messages of the open round, if it is the last one because the federation is stopped."""
@@ -96,6 +106,18 @@ class Arrivals:
         return next(restored, oldest)
 
     def _sha256(self, ref: UpdateRef) -> str:
+        """Of its bytes; empty where it is too large to be read, or cannot be read any more."""
         if ref.num_bytes > self._max_bytes:
             return ""
-        return hashlib.sha256(self._mailbox.read_update(ref, max_bytes=ref.num_bytes)).hexdigest()
+        try:
+            return hashlib.sha256(self._mailbox.read_update(ref, max_bytes=ref.num_bytes)).hexdigest()
+        except MailboxUnavailableError:
+            raise
+        except (MailboxError, MessageError) as error:
+            logger.warning(
+                "The message of client %s for round %d, which is not used, cannot be read: %s",
+                ref.client_id,
+                ref.round,
+                printable(error),
+            )
+            return ""

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from fedfstq_hf.codec import message
 from fedfstq_hf.errors import BudgetError, FedFSTQError, MailboxError, MailboxUnavailableError
 from fedfstq_hf.federation import adapter_file
 from fedfstq_hf.federation.budgets import Budgets, MessageBudget, expected_messages, posted_losses
@@ -21,11 +22,13 @@ from fedfstq_hf.federation.control import read_control
 from fedfstq_hf.federation.downlink import apply_change, cheapest_download
 from fedfstq_hf.federation.following import Following
 from fedfstq_hf.federation.mailbox import ADAPTER_FILE, SALIENCY_FILE, UPDATE_FILE, Mailbox
+from fedfstq_hf.federation.posted_metrics import read_metrics
 from fedfstq_hf.federation.record import RoundRecord
 from fedfstq_hf.federation.records import Records
 from fedfstq_hf.federation.scaffold import read_variate
-from fedfstq_hf.federation.session import ClientSession, Settlement
+from fedfstq_hf.federation.session import ClientSession, Settlement, says_nothing_yet
 from fedfstq_hf.federation.session_state import Pending
+from fedfstq_hf.text import printable
 
 logger = logging.getLogger(__name__)
 
@@ -141,7 +144,9 @@ class MailboxParticipation:
         self._held: tuple[RoundRecord, Tensor] | None = None
         self._posted_round = -1
         self._undone = -1  # rollbacks up to this round are undone here
-        self._record = Records(mailbox)
+        self._record = Records(mailbox, session.spec)
+        self._most_bytes = adapter_file.most_bytes(session.travelling.whole)
+        self._attached_bytes = 0
         self._smallest = math.inf  # bytes of the smallest message that was checked
         self._check_share(session.spec.min_clients)
 
@@ -178,7 +183,7 @@ class MailboxParticipation:
                     "is lost."
                 )
             paused = read_control(self.mailbox).paused
-            state = f"paused: {paused}" if paused else f"waiting for round {record.round + 1}"
+            state = f"paused: {printable(paused)}" if paused else f"waiting for round {record.round + 1}"
             if state != announced:
                 logger.info("%s: %s.", self.mailbox.address, state)
                 announced, wait = state, self._poll_seconds
@@ -187,13 +192,17 @@ class MailboxParticipation:
 
     def complete(self, assignment: Assignment, result: LocalResult) -> dict[str, float]:
         """Store the message, then post it."""
-        posted = posted_losses(self.mailbox.read_metrics()) if self._budgets.first.controller is not None else ()
+        # anybody who can write the mailbox posts metrics: where messages need signatures, they steer nothing
+        follows = self._budgets.first.controller is not None and not self.session.spec.signatures
+        posted = posted_losses(read_metrics(self.mailbox, up_to=assignment.round)) if follows else ()
         owed = self.session.residual_norm()
         pending = store_message(self.session, self._budgets, assignment, result, posted)
         self._post(self._record(assignment.round))
         return {
             "fed_round": assignment.round,
-            "fed_uplink_bytes": len(pending.message) + len(pending.refinement or b""),
+            "fed_uplink_bytes": self._attached_bytes
+            + (0 if says_nothing_yet(pending) else len(pending.message))
+            + len(pending.refinement or b""),
             "fed_residual_norm": owed,  # of what earlier messages left out and this one carried on
         }
 
@@ -258,12 +267,12 @@ class MailboxParticipation:
     def _settle(self, record: RoundRecord) -> None:
         settlement = self.session.settle(record)
         self.settlements.append(settlement)
-        if settlement.outcome != "accepted":
+        if settlement.outcome in ("refused", "late"):
             logger.warning(
                 "The update of round %d was %s%s; it is not sent again: the next round's training takes its place.",
                 settlement.round,
                 settlement.outcome,
-                f": {settlement.reason.removesuffix('.')}" if settlement.reason else "",
+                f": {printable(settlement.reason.removesuffix('.'))}" if settlement.reason else "",
             )
 
     def _undo(self, newest: RoundRecord) -> None:
@@ -291,7 +300,8 @@ class MailboxParticipation:
             patience = newest.deadline - newest.opened_at
         try:
             self._attach(pending.round)
-            self.mailbox.post_update(pending.round, self.session.client_id, pending.message, patience=patience)
+            if not says_nothing_yet(pending):
+                self.mailbox.post_update(pending.round, self.session.client_id, pending.message, patience=patience)
         except MailboxUnavailableError as error:
             if patience is None:
                 raise
@@ -310,7 +320,16 @@ class MailboxParticipation:
         if data is None:
             return
         try:
-            self.mailbox.post_attachment(self.session.client_id, SALIENCY_FILE, data)
+            header = message.attachment_header(
+                SALIENCY_FILE,
+                client_id=self.session.client_id,
+                round=round,
+                base=self._record(round).adapter_sha256,
+                schema=self.session.schema.fingerprint,
+            )
+            sent = self.session.envelope(header, data)
+            self.mailbox.post_attachment(self.session.client_id, SALIENCY_FILE, sent)
+            self._attached_bytes = len(sent)
         except MailboxError as error:  # the update must not wait for it
             logger.warning("The token sensitivities could not be sent: %s", error)
 
@@ -323,7 +342,7 @@ class MailboxParticipation:
             with contextlib.suppress(FedFSTQError):  # a damaged change only costs the download of the whole
                 base, adapter = held
                 for round in way.changes:
-                    data = self.mailbox.read(round, UPDATE_FILE)
+                    data = self.mailbox.read(round, UPDATE_FILE, max_bytes=self._most_bytes)
                     self.downlink_bytes += len(data)
                     following = self._record(round)
                     adapter = apply_change(data, base, adapter, following, self.session.travelling.whole)
@@ -331,10 +350,11 @@ class MailboxParticipation:
             if base.round != record.round:
                 adapter = None
         if adapter is None:
-            data = self.mailbox.read(record.round, ADAPTER_FILE)
+            data = self.mailbox.read(record.round, ADAPTER_FILE, max_bytes=self._most_bytes)
             self.downlink_bytes += len(data)
-            state = adapter_file.load(data, expected_sha256=record.adapter_sha256)
-            adapter = self.session.travelling.whole.flatten(state)
+            schema = self.session.travelling.whole
+            state = adapter_file.load(data, expected_sha256=record.adapter_sha256, schema=schema)
+            adapter = schema.flatten(state)
         self._held = (record, adapter)
         return adapter
 

@@ -30,6 +30,7 @@ from fedfstq_hf.federation.spec import FederationSpec
 CARRIED = "scaffold.variate"
 """Key of c_i, (num_params,) float32, among what a session carries."""
 _TENSOR = "control_variate"
+_MAX_HEADER = 1000
 
 
 def client_variate(carried: Mapping[str, Tensor], num_params: int) -> Tensor:
@@ -47,7 +48,7 @@ def read_variate(mailbox: Mailbox, record: RoundRecord, spec: FederationSpec, nu
         return None
     if record.variate_sha256 is None:  # before the first aggregation, or after a rollback
         return torch.zeros(num_params)
-    data = mailbox.read(record.round, VARIATE_FILE)
+    data = mailbox.read(record.round, VARIATE_FILE, max_bytes=4 * num_params + _MAX_HEADER)
     try:
         if hashlib.sha256(data).hexdigest() != record.variate_sha256:
             raise ValueError("its sha256 is not the one that the round's record names")

@@ -45,7 +45,10 @@ class Caps:
 
 @dataclass(frozen=True)
 class Settlement:
-    """What became of a message: `"accepted"`, `"refused"` or `"late"` (no record names it); and why."""
+    """What became of a message, and why.
+
+    `"accepted"`, `"refused"`, `"late"` (no record names it), or `"follows"`: its refinement says it all.
+    """
 
     round: int
     outcome: str
@@ -197,6 +200,9 @@ class ClientSession:
             raise MailboxError(
                 f"Client {self.client_id!r} has no message that the record of round {record.round} settles."
             )
+        if says_nothing_yet(pending):
+            self._store(pending=None)
+            return Settlement(pending.round, "follows")
         fate = record.fate(self.client_id, pending.sha256)
         if not isinstance(fate, AcceptedUpdate):
             self._store(pending=None)
@@ -273,6 +279,10 @@ class ClientSession:
         if self._lock is not None:
             self._lock.close()
             self._lock = None
+
+    def envelope(self, header: message.Header, payload: bytes) -> bytes:
+        """What travels of a message of this client: signed with its key, and sealed where the federation is."""
+        return self._sealed(message.pack(header, payload, sign=self._sign))
 
     def _sealed(self, readable: bytes) -> bytes:
         seal_key = self.spec.sealing_key
@@ -351,7 +361,7 @@ class ClientSession:
 
 
 def says_nothing_yet(pending: Pending) -> bool:
-    """Whether a message is an empty preview: its link had room for a header only, and its refinement says it all."""
+    """Whether a message is an empty preview, which is not sent: all of it follows in its refinement."""
     return pending.refinement is not None and not message.unpack(pending.readable)[1]
 
 

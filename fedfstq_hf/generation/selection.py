@@ -45,7 +45,7 @@ def select(scores: Tensor, attention_mask: Tensor, protected: Tensor, budget: Te
         )
     protected = protected & real
     count = torch.maximum(budget, protected.sum(-1)).clamp_max(real.sum(-1))
-    best = scores.float().masked_fill(protected, torch.inf).masked_fill(~real, -torch.inf)
+    best = scores.float().masked_fill(~real, -torch.inf)
     tier = protected.long()
     order = _argsort_by(best, tier + real.long())  # protected, then real tokens by score, then padding
     rank = order.argsort(dim=-1)

@@ -17,8 +17,8 @@ _SHOWN = 20
 class TokenRow:
     """One token id that was seen in training.
 
-    `score` is the bias-corrected moving average of `||dL/de||^2` (higher: more sensitive); `count` the number of
-    refresh steps in whose batch the id occurred.
+    `score` is the bias-corrected moving average of `||dL/de||^2` (higher: more sensitive), L the loss summed over the
+    target tokens of the token's example; `count` the number of refresh steps in whose batch the id occurred.
     """
 
     token_id: int

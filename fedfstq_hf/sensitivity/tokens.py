@@ -16,6 +16,9 @@ from ..errors import AdapterMismatchError, ConfigError, DataError, NonFiniteErro
 class TokenSensitivity:
     """Bias-corrected moving average, per token id, of the mean `g(i) = ||dL/de_i||^2` of that id's occurrences.
 
+    L is the sum of the loss over target tokens, not their mean: g(i) is then a figure of the token's own example, the
+    same whatever else is in the batch, in the accumulation window and in other processes. Longer answers weigh more.
+
     `S <- rho S + (1 - rho) g` for the ids of a batch, others stay as they are. Higher is more sensitive. The table
     lives on the CPU in float64: the same gradients give the same scores on every machine.
     """

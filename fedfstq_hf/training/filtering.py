@@ -10,7 +10,7 @@ import hashlib
 import inspect
 import logging
 import weakref
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -62,6 +62,9 @@ class TokenFilter:
         refresh_steps: local steps 0, H, 2H, ... see all tokens: there sensitivity is read.
         fisher_only: the optimizer sees all tokens at every step; the filter's weights are for a second loss at refresh
             steps, whose gradients are read off and not applied.
+
+    Attributes:
+        window_targets: number of target tokens of the window that was weighed last, over all processes.
     """
 
     def __init__(
@@ -71,7 +74,7 @@ class TokenFilter:
         self.objective, self.ratio, self.refresh_steps = objective, ratio, refresh_steps
         self._base = _base_of(model)
         self._projects_some = _takes_mask(self._base)
-        self._window_targets = 0
+        self.window_targets = 0
         self._sees_all = True
         if not self._projects_some and self._base not in _WARNED:
             _WARNED.add(self._base)
@@ -101,7 +104,7 @@ class TokenFilter:
         rows = [F.pad(t, (0, width - t.shape[1]), value=_IGNORED) for t in targets]
         window = torch.cat(rows) if rows else torch.zeros(0, 0, dtype=torch.long)
         valid = window != _IGNORED
-        self._window_targets = int(valid.sum())
+        self.window_targets = int(valid.sum())
         scores = tokens.scores_of(window.clamp_min(0))
 
         def deal(name: str, objective: str) -> None:
@@ -148,7 +151,7 @@ class TokenFilter:
         logits = outputs["logits"] if isinstance(outputs, dict) else outputs[0]
         if logits.ndim == 3:
             logits = logits[kept]
-        items = self._window_targets / steps if num_items is None else num_items
+        items = self.window_targets / steps if num_items is None else num_items
 
         def means(given: Tensor) -> tuple[Tensor, Tensor]:
             totals = weighted_and_plain(logits, targets[kept].to(logits.device), given[kept].to(logits.device))
@@ -207,11 +210,22 @@ def _own_loss(trainer: Any) -> bool:
     return ours and overriding[-1] is Trainer and getattr(_base_of(trainer.model), "loss_type", None) == "ForCausalLM"
 
 
-def _targets(batch: MutableMapping[str, Any]) -> Tensor:
+def _targets(batch: Mapping[str, Any]) -> Tensor:
     """(B, T) ids that each position predicts, -100 where none."""
     if "shift_labels" in batch:
         return batch["shift_labels"]  # type: ignore[no-any-return]
     return F.pad(batch["labels"][..., 1:], (0, 1), value=_IGNORED)
+
+
+def count_targets(batch: Mapping[str, Any], *, shifted: bool) -> Tensor | int:
+    """Number of target tokens of a micro-batch; of its rows where it has no labels.
+
+    shifted: the loss shifts the labels, as that of a causal language model does.
+    """
+    if "labels" not in batch and "shift_labels" not in batch:
+        return len(batch["input_ids"])
+    targets = _targets(batch) if shifted else batch["labels"]
+    return targets.ne(_IGNORED).sum()
 
 
 def _seed(seed: int, step: int) -> int:

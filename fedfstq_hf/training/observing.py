@@ -108,11 +108,16 @@ class StepObserver:
             if own and average is not None:
                 average.load_state_dict(own)
 
-    def watch(self, local_step: int, inputs: Mapping[str, Any]) -> contextlib.AbstractContextManager[None]:
-        """Within it runs one micro-batch, forward and backward, of local step `local_step` (from 0)."""
+    def watch(
+        self, local_step: int, inputs: Mapping[str, Any], divisor: Tensor | float
+    ) -> contextlib.AbstractContextManager[None]:
+        """Within it runs one micro-batch, forward and backward, of local step `local_step` (from 0).
+
+        divisor: what the sum of the loss over target tokens is divided by before the backward pass.
+        """
         if local_step % self.refresh_steps:
             return contextlib.nullcontext()
-        return self._token_probe(inputs)
+        return self._token_probe(inputs, float(divisor))
 
     def take_gradients(self, gradients: Sequence[Tensor | None]) -> None:
         """Add a micro-batch's gradients, in schema order, to those that the Fisher average is of."""
@@ -155,7 +160,6 @@ class StepObserver:
             for parts in zip(*seen, strict=True)
             if parts[0] is not None
         ]
-        columns[1] /= self._processes.count**2  # gradients are averaged: a process's own is that many times its share
         ids, squared, *hidden = self._processes.joined(*columns)
         if not bool(torch.isfinite(squared).all()):  # squares can overflow where the gradients themselves do not
             return
@@ -164,8 +168,12 @@ class StepObserver:
             self.probe.update(hidden[0], squared, torch.ones_like(ids))
 
     @contextlib.contextmanager
-    def _token_probe(self, inputs: Mapping[str, Any]) -> Iterator[None]:
-        """Within it, the backward pass leaves g(i) = ||dL/de_i||^2 of each input token for the end of the step."""
+    def _token_probe(self, inputs: Mapping[str, Any], divisor: float) -> Iterator[None]:
+        """Within it, the backward pass leaves g(i) = ||dL/de_i||^2 of each input token for the end of the step.
+
+        L is the sum over target tokens, of which those of the token's own example alone depend on it: g(i) is the same
+        whoever shares its batch.
+        """
         mask = inputs.get("attention_mask")
         hidden: list[Tensor] = []
 
@@ -175,7 +183,7 @@ class StepObserver:
                 output.requires_grad_()  # a frozen embedding gets no gradient by itself
 
             def collect(gradient: Tensor) -> None:
-                squared = gradient.detach().float().square().sum(dim=-1)
+                squared = (gradient.detach().float() * divisor).square().sum(dim=-1)
                 keep = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.to(ids.device).bool()
                 self._seen.append((ids[keep], squared[keep], hidden[0][keep] if hidden else None))
 

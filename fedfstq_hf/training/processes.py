@@ -189,7 +189,7 @@ def open_processes(trainer: Any) -> Processes:
         ConfigError: it trains in a way that hides the adapter or its gradients.
     """
     args = trainer.args
-    if args.fp16:
+    if args.fp16 or getattr(trainer.accelerator, "scaler", None) is not None:  # a launcher may have asked for it
         raise ConfigError("fp16 scales gradients, which the Fisher information must not see. Use bf16=True or float32.")
     sharding = {
         "FSDP": trainer.is_fsdp_enabled or args.fsdp,  # Accelerate passes over the argument on CPUs, without a word

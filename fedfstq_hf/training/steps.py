@@ -18,7 +18,7 @@ from fedfstq_hf.federation.spec import FederationSpec
 from fedfstq_hf.sensitivity import AdapterFisher
 from fedfstq_hf.sensitivity.adapter import second_moments
 from fedfstq_hf.training.binarisation import Binarisation
-from fedfstq_hf.training.filtering import FISHER_WEIGHTS, TOKEN_WEIGHTS, TokenFilter, open_filter
+from fedfstq_hf.training.filtering import FISHER_WEIGHTS, TOKEN_WEIGHTS, TokenFilter, count_targets, open_filter
 from fedfstq_hf.training.merging import TokenMerging
 from fedfstq_hf.training.observing import StepObserver
 from fedfstq_hf.training.processes import Processes
@@ -103,7 +103,8 @@ class LocalSteps(_TrainerLike):  # type: ignore[misc]
         merging = contextlib.nullcontext() if self._merging is None else self._merging.merging(inputs)
         if self._binarisation is not None:
             self._binarisation.enter(self._local_step)
-        with self._observer.watch(self._local_step, inputs), merging:
+        divisor = self._loss_divisor(inputs, num_items_in_batch)
+        with self._observer.watch(self._local_step, inputs, divisor), merging:
             loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
         of_all = loss.detach() if self._all_tokens_loss is None else self._all_tokens_loss
         self._step_losses.append(of_all)  # of a micro-batch, already divided by the number of them
@@ -128,6 +129,23 @@ class LocalSteps(_TrainerLike):  # type: ignore[misc]
         if self._correction is not None:
             self._correction.add()
         return loss
+
+    def _loss_divisor(self, inputs: dict[str, Any], num_items: Tensor | int | None) -> Tensor | float:
+        """What the sum of the loss over a micro-batch's target tokens is divided by on its way to the backward pass.
+
+        Of a Trainer's loss that is the number of target tokens, of the window or of the micro-batch. A loss of somebody
+        else's is taken to be normalised as the Trainer's documentation asks for.
+        """
+        steps = self.current_gradient_accumulation_steps
+        filtered = self._filter is not None and TOKEN_WEIGHTS in inputs
+        scaled = getattr(self, "loss_is_scaled_for_ga", None)  # what somebody's own `compute_loss` says of itself
+        if scaled is None:
+            scaled = num_items is not None or self.compute_loss_func is not None
+        if filtered and num_items is None:
+            return self._filter.window_targets / self._processes.count  # type: ignore[union-attr]
+        if num_items is not None and (filtered or scaled):
+            return num_items / (self._processes.count if self.args.average_tokens_across_devices else 1)
+        return count_targets(inputs, shifted=self._loss_shifts_labels) * (1 if scaled else steps)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """The Trainer's, which also learns the step sizes where the update is trained in binary form."""

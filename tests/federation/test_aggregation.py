@@ -1,5 +1,6 @@
 """The weighted mean against hand-made arrays, and the server optimizers against torch's own."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -30,6 +31,20 @@ def test_small_updates_beside_large_ones_are_not_lost():
     assert mean.result().item() == pytest.approx(2.0**-30 / 3, rel=1e-6)
 
 
+def test_the_mean_rounds_every_product_before_it_adds():
+    """Against numpy, which fuses nothing: the same bits on every processor."""
+    numbers = np.arange(4099, dtype=np.float64)
+    values = [((numbers * 0.6180339887 + start) % 1.0 - 0.5).astype(np.float32) for start in (0.1, 0.2, 0.3)]
+    places = np.arange(0, 4099, 3)
+    mean, total = WeightedMean(4099), np.zeros(4099)
+    for weight, scale, given in zip((3, 7, 11), (1.0, 0.3, 0.7), values, strict=True):
+        mean.add(SparseUpdate(4099, None, torch.from_numpy(given)), weight, scale)
+        total = total + given.astype(np.float64) * (weight * scale)
+    mean.add(SparseUpdate(4099, torch.from_numpy(places), torch.from_numpy(values[0][places])), 5, 0.9)
+    total[places] += values[0][places].astype(np.float64) * (5 * 0.9)
+    assert np.array_equal(mean.result().numpy(), (total / 26).astype(np.float32))
+
+
 def test_there_is_no_mean_of_nothing():
     with pytest.raises(ValueError, match="no mean of nothing"):
         WeightedMean(3).result()
@@ -41,6 +56,11 @@ def test_sgd_at_one_is_federated_averaging():
     assert torch.equal(change, mean)
     assert torch.equal(adapter, torch.tensor([1.0, 2.0, 3.0]))
     assert isinstance(state, bytes)
+
+
+def test_without_a_rate_the_mean_update_is_applied_as_it_is():
+    change, _ = server_step(torch.zeros(2), torch.tensor([0.5, -1.0]), {}, None)
+    assert change.tolist() == [0.5, -1.0]
 
 
 def optimizers():

@@ -167,7 +167,7 @@ def test_twice_in_a_row_no_refinement_is_counted_twice(tmp_path):
 @pytest.mark.parametrize("server", [{"optimizer": "SGD", "lr": 1.0}, {"optimizer": "Adam", "lr": 0.01}])
 def test_a_coordinator_that_is_started_anew_for_each_round_gives_the_same_bits(tmp_path, server):
     def run(path, restarted):
-        mailbox = federation(path, codec="fstq", rounds=4, id="same", server=server)
+        mailbox = federation(path, codec="fstq", rounds=4, salt="same", server=server)
         coordinator, members = Coordinator(mailbox, clock=lambda: 0.0), clients(mailbox, path, "ab")
         while not coordinator.finished:
             for client in members:
@@ -185,7 +185,7 @@ def test_a_coordinator_that_is_started_anew_for_each_round_gives_the_same_bits(t
 def test_the_order_of_arrival_does_not_matter(tmp_path):
     found = []
     for order in ("abc", "cba"):
-        mailbox = federation(tmp_path / order, id="same", weights="precision")
+        mailbox = federation(tmp_path / order, salt="same", weights="precision")
         coordinator = Coordinator(mailbox)
         previews(mailbox, 0, **{name: ord(name) / 97 for name in order})
         close(coordinator)

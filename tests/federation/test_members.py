@@ -295,7 +295,7 @@ def test_a_client_whose_clock_is_an_hour_off_takes_part_like_any_other(tmp_path,
         now[0] = 1_000_000.0
         monkeypatch.setattr("time.time", lambda: now[0] + client_skew)
         mailbox = FolderMailbox(path, durable=False)
-        spec = make_spec(rounds=3, round_seconds=60.0, id="0" * 32)
+        spec = make_spec(rounds=3, round_seconds=60.0, salt="0" * 32)
         found_federation(mailbox, spec, adapter_file.dump(initial_state()), b"{}", now=now[0])
         coordinator = Coordinator(mailbox, clock=lambda: now[0])
         patiences = []

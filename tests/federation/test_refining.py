@@ -142,7 +142,7 @@ def test_what_a_clipped_preview_said_is_taken_back_as_it_was_clipped(tmp_path):
     [
         ("fp32", (None, None), None),
         ("topk", (PREVIEW, REFINEMENT), None),
-        ("trellis", (PREVIEW, PREVIEW), 265),
+        ("trellis", (PREVIEW, PREVIEW), 275),
         ("fstq", (350, REFINEMENT), None),
     ],
 )

@@ -203,7 +203,7 @@ def test_after_a_rollback_all_variates_begin_anew(tmp_path):
 
 
 def test_refusals(tmp_path):
-    with pytest.raises(ConfigError, match="scaffold_clients is the number of the federation's clients"):
+    with pytest.raises(ConfigError, match="scaffold_clients must be a whole number of at least 1"):
         make_spec(scaffold_clients=0)
     mailbox = found(tmp_path / "box", **SHARED)
     coordinator = Coordinator(mailbox)
@@ -212,7 +212,7 @@ def test_refusals(tmp_path):
     with pytest.raises(MailboxError, match=r"control variates \(SCAFFOLD\), and the client's is missing"):
         client.participation.complete(assignment, LocalResult(assignment.adapter, None, 1, {}))
     # a message of a client that knows nothing of control variates
-    plain = ClientSession("b", make_spec(id=coordinator.spec.id), SCHEMA)
+    plain = ClientSession("b", make_spec(), SCHEMA)
     sent = plain.finish(
         0, coordinator.record.adapter_sha256, torch.ones(SIZE), fisher=None, num_examples=1, max_bytes=None
     )

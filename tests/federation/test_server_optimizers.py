@@ -1,5 +1,6 @@
 """FedAdam and FedAvgM against steps computed by hand."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -51,3 +52,74 @@ def test_fedavgm_is_the_heavy_ball():
 def test_what_fedadam_refuses(options):
     with pytest.raises(ConfigError, match="FedAdam refuses the server options"):
         check_server({"optimizer": "FedAdam", "lr": 0.1, **options})
+
+
+def many(count, seed):
+    """(count,) float32 in -1 .. 1, from steps that every processor rounds alike."""
+    numbers = np.arange(count, dtype=np.float64) * 0.6180339887 + seed
+    return ((numbers % 1.0) * 2.0 - 1.0).astype(np.float32)
+
+
+def rounds_of(server, count=4099, rounds=3):
+    """The adapter after some rounds of `server_step`; and those rounds' mean updates and its start, for numpy."""
+    start, means = many(count, 0.25), [many(count, 0.1 * number) / 3 for number in range(1, rounds + 1)]
+    adapter, state = torch.from_numpy(start), None
+    for mean in means:
+        change, state = server_step(adapter, torch.from_numpy(mean), server, state)
+        adapter = adapter + change
+    return adapter.numpy(), start, means
+
+
+def stepped(adapter, moved):
+    """Θ + (Θ' - Θ), as the coordinator adds the change."""
+    return adapter + (moved - adapter)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"lr": 1.0},
+        {"lr": 1.7},
+        {"lr": 0.7, "momentum": 0.9},
+        {"lr": 0.7, "momentum": 0.9, "dampening": 0.3},
+        {"lr": 0.7, "momentum": 0.9, "nesterov": True},
+        {"lr": 0.7, "weight_decay": 0.1, "momentum": 0.5},
+        {"lr": 0.7, "maximize": True},
+    ],
+    ids=str,
+)
+def test_sgd_rounds_every_product_before_it_adds(options):
+    """Against numpy, which never fuses the two: torch's own kernels do where the processor can."""
+    found, adapter, means = rounds_of({"optimizer": "SGD", **options})
+    lr, beta, decay = (np.float32(options.get(name, 0.0)) for name in ("lr", "momentum", "weight_decay"))
+    kept = np.float32(1 - options.get("dampening", 0.0))
+    velocity = None
+    for mean in means:
+        gradient = mean if options.get("maximize") else -mean
+        gradient = gradient + adapter * decay if decay else gradient
+        step = gradient
+        if beta:
+            velocity = gradient if velocity is None else velocity * beta + gradient * kept
+            step = gradient + velocity * beta if options.get("nesterov") else velocity
+        adapter = stepped(adapter, adapter - step * lr)
+    assert found.dtype == np.float32
+    assert np.array_equal(found, adapter)
+
+
+def test_fedadam_rounds_every_product_before_it_adds():
+    found, adapter, means = rounds_of({"optimizer": "FedAdam", "lr": 0.03, "betas": [0.9, 0.99], "tau": 1e-3})
+    first, second, rest, others = (np.float32(value) for value in (0.9, 0.99, 1 - 0.9, 1 - 0.99))
+    momentum, variance = np.zeros_like(adapter), np.full_like(adapter, 1e-3**2)
+    for mean in means:
+        momentum = momentum * first - mean * rest
+        variance = variance * second + mean * mean * others
+        ratio = momentum / (np.sqrt(variance) + np.float32(1e-3))
+        adapter = stepped(adapter, adapter - ratio * np.float32(0.03))
+    assert np.array_equal(found, adapter)
+
+
+def test_options_of_sgd_are_those_of_torch():
+    with pytest.raises(ConfigError, match=r"SGD refuses the server options .*Nesterov momentum"):
+        check_server({"optimizer": "SGD", "lr": 1.0, "nesterov": True})
+    with pytest.raises(ConfigError, match=r"SGD refuses the server options .*momentum value"):
+        check_server({"optimizer": "SGD", "lr": 1.0, "momentum": -0.1})

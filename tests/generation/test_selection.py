@@ -42,6 +42,15 @@ def test_rows_without_padding_are_filled_with_their_next_best():
     assert kept.tolist() == [[0, 1, 2], [1, 2, 3]]
 
 
+def test_only_tokens_count_towards_a_budget():
+    """Neither protection of padding nor a budget beyond the row's tokens makes a row keep more."""
+    mask = torch.tensor([[0, 0, 1, 1, 1]])
+    scores = torch.tensor([[9.0, 9, 1, 3, 2]])
+    padding = torch.tensor([[True, True, False, False, False]])
+    assert select(scores, mask, padding, torch.tensor([1])).tolist() == [[3]]
+    assert select(scores, mask, padding & False, torch.tensor([5])).tolist() == [[2, 3, 4]]
+
+
 def test_nan_is_refused_unless_it_is_padding():
     scores = torch.tensor([[torch.nan, 1.0, 2.0]])
     none = torch.zeros(1, 3, dtype=torch.bool)
@@ -56,6 +65,13 @@ def test_budgets():
     assert budgets(mask, 0.5, None).tolist() == [15, 4]
     assert budgets(mask, 1.0, None).tolist() == [30, 7]
     assert budgets(mask, None, 12).tolist() == [12, 7]
+
+
+def test_budgets_are_those_of_the_decimal_ratio():
+    """0.07 x 100 is 7.000000000000001 in floating point, and 7 tokens for whoever wrote 0.07."""
+    mask = torch.ones(1, 100)
+    assert 0.07 * 100 > 7
+    assert [budgets(mask, ratio, None).item() for ratio in (0.07, 0.0701, 0.55, 0.001)] == [7, 8, 55, 1]
 
 
 def test_spans_beyond_the_budget_name_the_row():

@@ -37,6 +37,15 @@ def test_low_precision_logits_are_summed_in_float32(dtype, tolerance):
     assert float((gradient.double() - reference.double()).abs().max()) <= tolerance * float(reference.abs().max())
 
 
+def test_beside_it_stands_the_sum_in_which_all_weigh_alike():
+    torch.manual_seed(0)
+    logits, targets = torch.randn(5, 7, dtype=torch.float64, requires_grad=True), torch.randint(0, 7, (5,))
+    loss, plain = cross_entropy.weighted_and_plain(logits, targets, torch.tensor([0.0, 2.0, 0.5, 0.0, 1.0]))
+    assert plain.item() == pytest.approx(F.cross_entropy(logits, targets, reduction="sum").item(), rel=1e-12)
+    assert loss.requires_grad
+    assert not plain.requires_grad
+
+
 def test_large_logits_do_not_overflow():
     logits = torch.tensor([[1e4, -1e4, 0.0]], requires_grad=True)
     loss = weighted_cross_entropy(logits, torch.tensor([1]), torch.tensor([0.5]))

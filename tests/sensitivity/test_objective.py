@@ -45,7 +45,7 @@ def test_hard_keeps_the_most_sensitive_of_the_whole_window():
 
 
 @pytest.mark.parametrize(
-    ("count", "ratio", "kept"), [(30, 0.1, 3), (7, 0.5, 4), (1, 0.01, 1), (4, 1.0, 4), (10, 0.3, 3)]
+    ("count", "ratio", "kept"), [(30, 0.1, 3), (7, 0.5, 4), (1, 0.01, 1), (4, 1.0, 4), (10, 0.3, 3), (100, 0.07, 7)]
 )
 def test_hard_keeps_the_ceiling(count, ratio, kept):
     scores, valid = window(list(range(count)))
@@ -136,6 +136,23 @@ def test_unbiased_draws_one_number_per_example():
     # padding on the right changes nothing
     wider = [torch.cat([part, torch.zeros(3, 5, dtype=part.dtype)], dim=1) for part in (scores, valid)]
     assert torch.equal(token_weights("unbiased", *wider, ratio=0.5, generator=seeded(5))[:, :12], weights)
+
+
+def test_unbiased_draws_by_the_exponent_that_is_asked_for():
+    scores, valid = window([1.0, 9.0, 25.0, 49.0, 4.0, 16.0])
+    for gamma in (0.5, 1.0):
+        weights = token_weights("unbiased", scores, valid, ratio=0.5, generator=seeded(3), gamma=gamma)[0]
+        chance = keep_probabilities(scores[0], 0.5, gamma)
+        assert int((weights > 0).sum()) == 3
+        assert torch.allclose(weights[weights > 0], 1 / chance[weights > 0])
+
+
+def test_unbiased_draws_each_example_by_itself():
+    """Eight examples of the same scores: of one draw for all of them each would keep the same tokens."""
+    scores, valid = window(*[spread(12, 1).tolist()] * 8)
+    for seed in range(5):
+        masks = token_weights("unbiased", scores, valid, ratio=0.5, generator=seeded(seed)) > 0
+        assert len({tuple(mask) for mask in masks.tolist()}) > 1
 
 
 def test_keeping_all_is_the_full_objective():

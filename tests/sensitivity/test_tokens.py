@@ -46,9 +46,12 @@ def test_state_round_trips_and_later_updates_agree():
     one.update(torch.tensor([[0, 1]]), torch.tensor([[1.0, 2.0]]))
     two = TokenSensitivity(4)
     two.load_state_dict(one.state_dict())
+    before = one.state_dict()
     for table in (one, two):
         table.update(torch.tensor([[1, 3]]), torch.tensor([[5.0, 6.0]]))
     assert torch.equal(one.scores(), two.scores())
+    assert before["ema"].tolist() == pytest.approx([0.1, 0.2, 0.0, 0.0])  # a state stays as it was taken
+    assert before["count"].tolist() == [1, 1, 0, 0]
 
 
 def test_a_non_finite_gradient_changes_nothing():
@@ -64,6 +67,8 @@ def test_bad_input():
     table = TokenSensitivity(3)
     with pytest.raises(DataError, match=r"0 \.\. 2"):
         table.update(torch.tensor([[3]]), torch.tensor([[1.0]]))
+    with pytest.raises(DataError, match=r"span -1 \.\. 2"):
+        table.update(torch.tensor([[2, -1]]), torch.tensor([[1.0, 1.0]]))
     with pytest.raises(DataError, match="same"):
         table.update(torch.tensor([[1, 2]]), torch.tensor([[1.0]]))
     with pytest.raises(AdapterMismatchError, match=r"\(3,\)"):

@@ -108,9 +108,11 @@ def test_token_sensitivity_is_the_gradient_at_the_embeddings(tmp_path):
             if kept:
                 seen.setdefault(token, []).append(value)
     assert any(len(values) > 1 for values in seen.values())
+    targets = sum(label != -100 for row in rows for label in row["labels"])
+    assert targets == 18  # the loss is their mean, and the sensitivity that of their sum
     for token in range(64):
         if token in seen:
-            assert scores[token].item() == pytest.approx(sum(seen[token]) / len(seen[token]), rel=1e-4)
+            assert scores[token].item() == pytest.approx(18**2 * sum(seen[token]) / len(seen[token]), rel=1e-4)
         else:
             assert scores[token].item() == torch.inf
 

@@ -190,7 +190,8 @@ def test_token_sensitivity_is_the_gradient_at_the_embeddings(base, tmp_path, che
     model = make_trainer(base, tmp_path, cls=trl.SFTTrainer).model.train()
     embeddings = model.get_input_embeddings()(ids).detach().requires_grad_()
     logits = model(inputs_embeds=embeddings, attention_mask=mask).logits
-    torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()).backward()
+    logits, wanted = logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+    torch.nn.functional.cross_entropy(logits, wanted, reduction="sum").backward()
     squared = embeddings.grad.square().sum(dim=-1)
     trainer.train()
     scores = trainer.sensitivity.scores()

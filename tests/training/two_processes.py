@@ -61,6 +61,31 @@ def watched(folder: Path, *, steps: int, **options: Any) -> dict[str, Any]:
     return gradients_of(make_trainer(folder, federation, steps=steps, **ONE_STEP))
 
 
+def without_counts(trainer: Any) -> None:
+    """As with a model that takes no `num_items_in_batch`: each micro-batch has a mean of its own."""
+    trainer.model_accepts_loss_kwargs = False
+
+
+def without_filter(trainer: Any) -> None:
+    """The same, and the loss is the model's."""
+    trainer.model_accepts_loss_kwargs, trainer._filter = False, None
+
+
+def with_counts_of_its_own(trainer: Any) -> None:
+    """Each process divides by its own target tokens."""
+    trainer.args.average_tokens_across_devices = False
+
+
+NORMALISED = {kind.__name__: kind for kind in (without_counts, without_filter, with_counts_of_its_own)}
+
+
+def sensitivity_normalised(folder: Path, kind: str) -> Any:
+    """Token sensitivity where the loss is divided in another way: (vocab_size,)."""
+    trainer = make_trainer(folder, settings_of(None, refresh_steps=2), steps=2, **ONE_STEP)
+    NORMALISED[kind](trainer)
+    return gradients_of(trainer)["tokens"]
+
+
 def watched_sft(folder: Path, *, steps: int, **options: Any) -> dict[str, Any]:
     """The same of TRL's trainer."""
     from trl import SFTConfig
@@ -116,6 +141,8 @@ def main(folder: Path) -> None:
     seen: dict[str, Any] = {}
     for objective in OBJECTIVES:
         seen[objective] = watched(folder / objective, steps=2, objective=objective)
+    for kind in NORMALISED:
+        seen[kind] = sensitivity_normalised(folder / kind, kind)
     if "sft" in KINDS:
         seen["sft"] = watched_sft(folder / "sft", steps=2, objective="unbiased")
     seen["federated"] = federated(folder / "two", FolderMailbox(folder / "two-box"), steps=2, kill_at=4)

@@ -1,0 +1,355 @@
+"""The mutants that `mutants.py` runs: by file, the tests that should notice, and what is put where something stands.
+
+A text must occur exactly once in its file; where code changes, change its mutants with it (`mutants.py --check`).
+"""
+
+Changes = list[tuple[str, str]]
+Reasoned = list[tuple[str, str, str]]
+
+_TOKENS = ("tests/sensitivity/test_tokens.py",)
+_FISHER = ("tests/sensitivity/test_adapter.py",)
+_OBJECTIVE = ("tests/sensitivity/test_objective.py",)
+_LOSS = ("tests/sensitivity/test_cross_entropy.py",)
+_OPTIONS = ("tests/test_config.py", "tests/sensitivity/test_objective.py", "tests/training/test_fisher_options.py")
+_SELECTION = ("tests/generation/test_selection.py",)
+_SERVER = ("tests/federation/test_server_optimizers.py", "tests/federation/test_aggregation.py")
+_UPDATE = ("tests/codec/test_update.py",)
+_MESSAGE = ("tests/codec/test_message.py", "tests/codec/test_format.py", "tests/attacks/test_container.py")
+_SCALE = ("tests/training/test_sensitivity_scale.py",)
+_SESSION = ("tests/federation/test_session.py", "tests/federation/test_previews.py")
+_VARIATES = ("tests/federation/test_scaffold.py", "tests/federation/test_coverage.py")
+_SCREENING = ("tests/federation/test_screening.py",)
+_COLLECTING = ("tests/federation/test_collecting.py", "tests/federation/test_weights.py")
+
+MUTANTS: list[tuple[str, tuple[str, ...], Changes]] = [
+    (
+        "sensitivity/tokens.py",
+        _TOKENS,
+        [
+            ("self.rho * self._ema[seen] + (1.0 - self.rho) * mean", "self.rho * self._ema[seen] + mean"),
+            ("index_add_(0, place, values) / occurrences", "index_add_(0, place, values)"),
+            ("self._count[seen] += 1", "self._count[seen] += occurrences"),
+            ("self._ema[ids] / (1.0 - self.rho ** count.double())", "self._ema[ids]"),
+            ("torch.where(count > 0, corrected, torch.inf)", "torch.where(count > 1, corrected, torch.inf)"),
+            ("torch.where(count > 0, corrected, torch.inf)", "torch.where(count > 0, corrected, 0.0)"),
+            ("torch.argsort(scores, descending=True, stable=True)", "torch.argsort(scores, stable=True)"),
+            ("order[: min(k, int((self._count > 0).sum()))]", "order[:k]"),
+            ("int(ids.max()) >= self.vocab_size", "int(ids.max()) > self.vocab_size"),
+            ("int(ids.min()) < 0 or", ""),
+            ("ids, values = ids[keep], values[keep]", "pass"),
+            ("if not bool(torch.isfinite(values).all())", "if bool(torch.isnan(values).any())"),
+            ('{"ema": self._ema.clone(), "count"', '{"ema": self._ema, "count"'),
+        ],
+    ),
+    (
+        "sensitivity/adapter.py",
+        _FISHER,
+        [
+            ("torch._foreach_mul_(self._ema, self.rho)", "pass"),
+            ("given, given, value=1.0 - self.rho)", "given, given, value=self.rho)"),
+            ("1.0 / (1.0 - self.rho**self._steps)", "1.0"),
+            ("1.0 / (1.0 - self.rho**self._steps)", "1.0 / (1.0 - self.rho ** (self._steps + 1))"),
+            ("self._steps += 1", "self._steps = 1"),
+            ("            torch._foreach_zero_(self._ema)\n", "            pass\n"),
+            (
+                "            torch._foreach_zero_(self._ema)\n        self._steps = 0",
+                "            torch._foreach_zero_(self._ema)",
+            ),
+            ("norms.float().square().sum()", "norms.float().sum()"),
+            ("        check_finite(given)\n", ""),
+            ("beta[1] ** float", "beta[0] ** float"),
+            ('state["exp_avg_sq"].float().reshape(-1) / correction', 'state["exp_avg_sq"].float().reshape(-1)'),
+            ("offset += target.numel()", "offset += 0"),
+            ('self._steps = int(state["steps"])', "self._steps = 1"),
+            ("(e, g.detach().float())", "(e, g.detach())"),
+            ("not parameter.requires_grad or (beta", "(beta"),
+        ],
+    ),
+    (
+        "sensitivity/objective.py",
+        _OBJECTIVE,
+        [
+            ("torch.rand(len(chance), dtype", "torch.rand(1, dtype"),
+            ("weights[kept_ones] = 1.0 / chance[kept_ones]", "weights[kept_ones] = 1.0"),
+            ("math.ceil(ratio * count - 1e-9)", "math.ceil(ratio * count)"),
+            ("math.ceil(ratio * count - 1e-9)", "math.floor(ratio * count)"),
+            ("[:kept]] = count / kept", "[:kept]] = 1.0"),
+            ("torch.argsort(given, descending=True, stable=True)", "torch.argsort(given, stable=True)"),
+            ("shares = _relative(given) ** gamma\n", "shares = _relative(given)\n"),
+            ("weights[valid] = shares / shares.mean()", "weights[valid] = shares"),
+            ("keep_probabilities(given, ratio, gamma)", "keep_probabilities(given, ratio)"),
+            ("wanted, floor = ratio * len(scores), FLOOR * ratio", "wanted, floor = ratio * len(scores), 0.0"),
+            (".clamp_min(_LEAST)", ""),
+            ("(high * shares).clamp(floor, 1.0)", "(high * shares).clamp_min(floor)"),
+            ("for _ in range(80)", "for _ in range(20)"),
+            ("torch.where(seen, scores / largest, 1.0)", "torch.where(seen, scores / largest, 0.0)"),
+            ("if largest == 0.0:", "if False:"),
+            ("torch.floor(ends - marks) > torch.floor(starts - marks)", "torch.ceil(ends) > torch.ceil(starts)"),
+            ("ends = chance.cumsum(dim=1)", "ends = chance.cumsum(dim=0)"),
+        ],
+    ),
+    (
+        "sensitivity/cross_entropy.py",
+        _LOSS,
+        [
+            ("factors = gradient * weights", "factors = weights"),
+            (".exp_().mul_(factors[rows, None])", ".exp_()"),
+            ("chunk.scatter_add_(1, targets[rows, None], -factors[rows, None])", "pass"),
+            ("return (weights * losses).sum(), losses", "return (weights * losses).mean(), losses"),
+            ("torch.promote_types(logits.dtype, torch.float32)", "logits.dtype"),
+            ("slice(start, start + rows) for start in range(0, len(logits), rows)", "slice(0, rows)"),
+            ("return loss, losses.sum()", "return loss, loss.detach()"),
+        ],
+    ),
+    (
+        "sensitivity/options.py",
+        _OPTIONS,
+        [
+            ("not 0 < ratio <= 1 or", "not 0 <= ratio <= 1 or"),
+            ("if objective not in OBJECTIVES:", "if False:"),
+            ('if fisher == "adam" and mu:', "if False:"),
+            ('if fisher_objective == "filtered-only" and objective == "full":', "if False:"),
+        ],
+    ),
+    (
+        "generation/selection.py",
+        _SELECTION,
+        [
+            ("math.ceil(round(ratio * length, 6))", "math.ceil(ratio * length)"),
+            ("math.ceil(round(ratio * length, 6))", "round(ratio * length)"),
+            ("math.ceil(round(ratio * length, 6))", "math.ceil(round(ratio * length, 0))"),
+            ("lengths.clamp_max(keep_tokens)", "lengths.clamp_min(keep_tokens)"),
+            ("attention_mask.long().sum(-1)", "torch.tensor([attention_mask.shape[-1]] * len(attention_mask))"),
+            ("needed = (protected | always).sum(-1)", "needed = protected.sum(-1)"),
+            ("and need > have", "and need >= have"),
+            ("bool(protected[row].any()) and", ""),
+            ("(scores.isnan() & real).any()", "scores.isnan().any()"),
+            ("protected = protected & real", "pass"),
+            ("torch.maximum(budget, protected.sum(-1))", "budget"),
+            (".clamp_max(real.sum(-1))", ""),
+            ("return filled.sort(dim=-1).values", "return filled"),
+            ("2 * kept.long() + (~real).long()", "2 * kept.long()"),
+            ("scores.argsort(dim=-1, descending=True, stable=True)", "scores.argsort(dim=-1, stable=True)"),
+        ],
+    ),
+    (
+        "federation/aggregation.py",
+        _SERVER,
+        [
+            ("update.add_to(self._sum, weight * scale)", "update.add_to(self._sum, weight)"),
+            ("update.add_to(self._sum, weight * scale)", "update.add_to(self._sum, scale)"),
+            ("self.total_weight += weight", "self.total_weight += weight * scale"),
+            ("self._sum = torch.zeros(num_params, dtype=torch.float64)", "self._sum = torch.zeros(num_params)"),
+            ("(self._sum / self.total_weight).to(torch.float32)", "self._sum.to(torch.float32)"),
+            ("if self.total_weight == 0:", "if False:"),
+            ("parameter.grad = -mean_update", "parameter.grad = mean_update"),
+            ("parameter.detach() - adapter, save(tensors)", "parameter.detach(), save(tensors)"),
+            ("torch.nn.Parameter(adapter.clone())", "torch.nn.Parameter(adapter)"),
+            ("optimizer.state[parameter] = dict(restored)", "pass"),
+            ('options["lr"] += progress * (final - options["lr"])', 'options["lr"] += progress * final'),
+            ('options.setdefault("lr", 1.0)', 'options.setdefault("lr", 0.1)'),
+            ("for progress in (0.0, 1.0):", "for progress in (0.0,):"),
+            ("and value is not torch.optim.Optimizer", ""),
+            ('"FedAdam": FedAdam, "SGD": SGD}', '"FedAdam": FedAdam}'),
+        ],
+    ),
+    (
+        "federation/server_optimizers.py",
+        _SERVER,
+        [
+            ("gradient = -parameter.grad if group", "gradient = parameter.grad if group"),
+            ("gradient = gradient + parameter * group", "gradient = gradient - parameter * group"),
+            ('gradient * (1 - group["dampening"])', "gradient"),
+            ('if group["nesterov"] else velocity', "if False else velocity"),
+            (".add_(parameter.grad * (1 - first))", ".add_(parameter.grad, alpha=1 - first)"),
+            ('root.add_(group["tau"])', "root"),
+            ('torch.full_like(parameter, group["tau"] ** 2)', "torch.zeros_like(parameter)"),
+            ("not 0 <= first < 1", "not 0 <= first <= 1"),
+        ],
+    ),
+    (
+        "codec/update.py",
+        _UPDATE,
+        [
+            ("part.double().square()", "part.square().double()"),
+            ("dense[self.indices] = self.values", "dense[self.indices] += 1"),
+            ("return self.values.clone()", "return self.values"),
+        ],
+    ),
+    (
+        "codec/message.py",
+        _MESSAGE,
+        [
+            ("not 0 <= value <= _MAX_INT", "not 0 <= value"),
+            ("type(value) is not int or not 0", "not isinstance(value, int) or not 0"),
+            ("not pattern.fullmatch(value)", "not pattern.match(value)"),
+            ("if isinstance(value, float) and not math.isfinite(value):", "if False:"),
+            ("if sign is not None and len(signature) != SIGNATURE_BYTES:", "if False:"),
+            (
+                "return len(_envelope(header, _NO_DIGEST + (_NO_SIGNATURE if signed",
+                "return len(_envelope(header, _NO_DIGEST + (b'' if signed",
+            ),
+            (
+                "if max_bytes is not None and len(data) > max_bytes:",
+                "if max_bytes is not None and len(data) >= max_bytes:",
+            ),
+            ("if data.startswith(SEALED_PREFIX):", "if False:"),
+            ("if len(data) < 8:", "if False:"),
+            ("min(len(data) - 8, 2 * MAX_METADATA + 256)", "len(data) - 8"),
+            ("min(len(data) - 8, 2 * MAX_METADATA + 256)", "2 * MAX_METADATA + 256"),
+            ("if _envelope(header, seal, len(payload)) != data[: 8 + length]:", "if False:"),
+            ("seal[:32], seal[32:] or None", "seal[:32], None"),
+            ("if _digest(header, payload) != digest:", "if False:"),
+            ("if type(version) is not int or version != VERSION:", "if False:"),
+            ("TypeError, IndexError, AttributeError, RecursionError", "TypeError, IndexError, AttributeError"),
+            ("if len(raw) not in (96, 96 + SIGNATURE_BYTES):", "if len(raw) < 96:"),
+            ("base, schema = raw[:32].hex(), raw[32:64].hex()", "base, schema = raw[32:64].hex(), raw[:32].hex()"),
+            ("_canonical(_fields(header)) + hashes + payload", "_canonical(_fields(header)) + payload"),
+            ("_canonical(_fields(header)) + hashes + payload", "hashes + payload"),
+            ("sort_keys=True, allow_nan=False", "allow_nan=False"),
+            ("if schema.fingerprint != header.schema:", "if False:"),
+            ('if params.pop("payloads", 1) == 2:', 'if params.pop("payloads", 1) == 3:'),
+            ("part[part != 0]", "part"),
+        ],
+    ),
+    (
+        "training/steps.py",
+        _SCALE,
+        [
+            ("return num_items / (self._processes.count if", "return 1 / (self._processes.count if"),
+            ("* (1 if scaled else steps)", ""),
+            ("if num_items is not None and (filtered or scaled):", "if num_items is not None:"),
+            (
+                "return self._filter.window_targets / self._processes.count",
+                "return self._filter.window_targets / steps",
+            ),
+        ],
+    ),
+    (
+        "training/observing.py",
+        _SCALE,
+        [
+            ("(gradient.detach().float() * divisor).square()", "gradient.detach().float().square() * divisor"),
+        ],
+    ),
+    (
+        "federation/session.py",
+        _SESSION,
+        [
+            (
+                "self.pending is not None or round <= self.last_round",
+                "self.pending is not None or round < self.last_round",
+            ),
+            ("self.pending is not None or round <= self.last_round", "round <= self.last_round"),
+            (
+                "if tensor is not None and not bool(tensor.isfinite().all()):",
+                "if tensor is not None and bool(tensor.isnan().any()):",
+            ),
+            ("pending is None or record.round <= pending.round", "pending is None or record.round < pending.round"),
+            ("residual = self._feedback.after(pending.corrected, sent)", "residual = pending.corrected"),
+            ("self.spec.error_feedback > 0 and bool(residual.any())", "bool(residual.any())"),
+            ("room = math.floor(room * self.spec.budget_share(num_examples))", "pass"),
+            ("overhead += keys.SEAL_OVERHEAD if self.spec.sealing_key is not None else 0", "pass"),
+            ("room = max(0, min(room, (cap", "room = max(0, max(room, (cap"),
+            ("signed=self._sign is not None)", "signed=False)"),
+            ("return pending.refinement is not None and not message", "return not message"),
+            (
+                "return pending.refinement is not None and not message",
+                "return pending.refinement is None and not message",
+            ),
+            ("fcntl.LOCK_EX | fcntl.LOCK_NB", "fcntl.LOCK_SH | fcntl.LOCK_NB"),
+            ("if schema.fingerprint != spec.schema:", "if False:"),
+            ("return readable if seal_key is None else keys.seal(seal_key, readable)", "return readable"),
+            ("float(torch.linalg.vector_norm(self.residual))", "float(self.residual.sum())"),
+            ("return hashlib.sha256(self.message).hexdigest()", "return hashlib.sha256(self.readable).hexdigest()"),
+            (
+                "self.spec.refinement_budget is not None and not self.spec.refines(round)",
+                "self.spec.refinement_budget is not None",
+            ),
+        ],
+    ),
+    (
+        "federation/session.py",
+        _VARIATES,
+        [
+            ("if name == scaffold.CARRIED}", "if False}"),
+            ("variate = variate - scaffold.client_variate(", "variate = variate + 0 * scaffold.client_variate("),
+            (".add_to(variate, 1.0)", ".add_to(variate, 2.0)"),
+            ("room = (max_bytes - overhead) // (2 if self._has_variate else 1)", "room = max_bytes - overhead"),
+            (
+                "corrected(turn.put(turn.take(self.travelling.take(delta))), self",
+                "corrected(self.travelling.take(delta), self",
+            ),
+        ],
+    ),
+    (
+        "federation/screening.py",
+        _SCREENING,
+        [
+            ("if not self.control.enrolled(ref.client_id):", "if False:"),
+            ("if selected is not None and ref.client_id not in selected:", "if False:"),
+            ("if ref.num_bytes > self.max_bytes:", "if ref.num_bytes > self.spec.max_message_bytes - 1:"),
+            ("+ (keys.SEAL_OVERHEAD if self.spec.sealing_key else 0)", ""),
+            ('"client": (header.client_id,', '"client": (ref.client_id,'),
+            ('"round": (header.round, ref.round),', ""),
+            ('"base adapter": (header.base, base),', ""),
+            ('"schema": (header.schema, self._schema.fingerprint),', ""),
+            ('"codec": (header.codec, self.spec.codec),', ""),
+            ("if header.num_examples < 1:", "if header.num_examples < 0:"),
+            ("if (header.params == message.REFINEMENT_PARAMS) != ref.refinement:", "if False:"),
+            ("if not math.isfinite(norm) or (", "if ("),
+            ("if not math.isfinite(norm) or (variate is not None", "if not math.isfinite(norm) or (False"),
+            ("if self.spec.signatures:", "if False:"),
+            ("if signature is None:", "if False:"),
+            ("        keys.verify(key, self.spec.id, digest, signature)\n", ""),
+            ("            if sealed:\n", "            if False:\n"),
+            ("if not sealed:", "if False:"),
+            ("if self._unseal is None:", "if False:"),
+            ("if header.params != PAIR_PARAMS:", "if False:"),
+        ],
+    ),
+    (
+        "federation/collecting.py",
+        _COLLECTING,
+        [
+            ("if hashlib.sha256(data).hexdigest() != sha256:", "if False:"),
+            ("weight=entry.weight / total)", "weight=entry.weight)"),
+            ("spec.weight_cap * statistics.median_low(raw)", "spec.weight_cap * max(raw)"),
+            ("else longest / entry.norm", "else entry.norm / longest"),
+            ("longest is None or entry.norm <= longest", "longest is None"),
+            ("weight *= spec.staleness_discount**entry.staleness", "pass"),
+            ("min(1.0, own / max(1, entry.num_examples))", "1.0"),
+            ("weights.append(min(value * trusted, most))", "weights.append(value * trusted)"),
+            ("staleness=self.round - ref.round", "staleness=0"),
+            ("            self._refused.clear()\n", "            pass\n"),
+            ('{"bytes": entry.num_bytes, "uniform": 1}', '{"uniform": 1}'),
+            ('{"bytes": entry.num_bytes, "uniform": 1}', '{"bytes": entry.num_bytes}'),
+            ("mean.add(opened.update, entry.weight, entry.scale,", "mean.add(opened.update, entry.weight, 1.0,"),
+            ("if ref not in self._refused]", "]"),
+            (
+                "return control.clients == self._refused_by.clients and ref in self._refused",
+                "return ref in self._refused",
+            ),
+            ("precision_weights(weights, [entry.norm for entry in entries])", "weights"),
+        ],
+    ),
+]
+
+EQUIVALENT: list[tuple[str, tuple[str, ...], Reasoned]] = [
+    (
+        "codec/message.py",
+        _MESSAGE,
+        [
+            (
+                '["fstq"]\n        if len(meta) > MAX_METADATA:',
+                '["fstq"]\n        if False:',
+                "what is longer is refused where the envelope is written again, and the header's cap bounds it before",
+            ),
+            (
+                "if type(version) is not int or version != VERSION:",
+                "if version != VERSION:",
+                "true and 1.0 equal 1, and are not in canonical form",
+            ),
+        ],
+    ),
+]
