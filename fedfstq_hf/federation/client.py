@@ -282,11 +282,8 @@ class MailboxParticipation:
             for round in range(max(oldest, self._undone) + 1, newest.round + 1):
                 record = self._record(round)
                 if self.session.undo(record):
-                    logger.warning(
-                        "Round %d went back to round %s: what this client kept of later rounds is dropped.",
-                        round,
-                        record.restored_from,
-                    )
+                    back = f"Round {round} went back to round {record.restored_from}"
+                    logger.warning("%s: what this client kept of later rounds is dropped.", back)
         self._undone = newest.round
 
     def _post(self, newest: RoundRecord) -> None:
