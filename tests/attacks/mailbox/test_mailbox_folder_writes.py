@@ -16,8 +16,6 @@ from fedfstq_hf.federation.coordinator import Coordinator
 from fedfstq_hf.federation.local import FolderMailbox
 from fedfstq_hf.federation.mailbox import SALIENCY_FILE
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "client"))
-
 pytestmark = pytest.mark.timeout(20)
 
 
