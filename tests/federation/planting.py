@@ -33,7 +33,7 @@ def link_to_a_file(path: Path) -> None:
 
 def link_to_a_folder(path: Path) -> None:
     elsewhere = path.parent / f".elsewhere-{path.name}"
-    elsewhere.mkdir()
+    elsewhere.mkdir(exist_ok=True)
     (elsewhere / "precious").write_bytes(b"precious")
     path.symlink_to(elsewhere)
 
