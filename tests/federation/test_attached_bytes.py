@@ -4,6 +4,7 @@ import pytest
 from light import LightClient, found, run_rounds
 from light_updates import found_enrolled
 
+from fedfstq_hf.codec.message import MAX_CONTAINER
 from fedfstq_hf.federation import history
 from fedfstq_hf.federation.attachments import MAX_BYTES
 from fedfstq_hf.federation.coordinator import Coordinator
@@ -32,6 +33,11 @@ def join(found):
     return {SALIENCY_FILE: b"".join(data for data, _ in found)}
 
 
+def on_the_wire(mailbox, names):
+    """Bytes of the files that these clients sent: what they attached, each in a container like a message's."""
+    return sum((mailbox.path / "attachments" / name / SALIENCY_FILE).stat().st_size for name in names)
+
+
 def run(mailbox, sizes, saliency=join):
     """A federation whose clients attach that many bytes; returns its last record and all its rows."""
     clients = [Sharing(mailbox, name, bytes(size)) for name, size in sizes.items()]
@@ -43,23 +49,27 @@ def run(mailbox, sizes, saliency=join):
 
 @pytest.mark.parametrize("saliency", [join, None])
 def test_they_count_in_record_history_card_status_and_the_client_s_log(tmp_path, saliency):
-    record, rows, clients = run(found(tmp_path, **SHARED), {"a": 3001, "b": 40_000}, saliency)
+    mailbox = found(tmp_path, **SHARED)
+    record, rows, clients = run(mailbox, {"a": 3001, "b": 40_000}, saliency)
+    attached = on_the_wire(mailbox, "ab")
+    assert 43_001 < attached < 43_001 + 2 * MAX_CONTAINER
     messages = sum(update.num_bytes for update in record.accepted)
-    assert record.attached_bytes == 43_001
-    assert record.uplink_bytes == rows[2].uplink_bytes == messages + 43_001
+    assert record.attached_bytes == attached
+    assert record.uplink_bytes == rows[2].uplink_bytes == messages + attached
     assert rows[1].uplink_bytes == messages  # nothing is attached before the last round
     logged = [[row["fed_uplink_bytes"] for row in client.logged] for client in clients]
     assert [sum(column) for column in zip(*logged, strict=True)] == [row.uplink_bytes for row in rows[1:]]
-    total = format_bytes(2 * messages + 43_001)
+    total = format_bytes(2 * messages + attached)
     assert totals(rows)[0]["sent"] == total
     assert f"uplink in total: {total}" in render_status(clients[0].participation.mailbox)
 
 
 def test_one_that_is_too_large_to_be_read_counts_whole(tmp_path, caplog):
     sizes = {"a": 10, "b": 2 * MAX_BYTES}
-    record, rows, _ = run(found(tmp_path, **SHARED), sizes)
+    mailbox = found(tmp_path, **SHARED)
+    record, rows, _ = run(mailbox, sizes)
     assert "The attachment of client b is left out" in caplog.text
-    assert record.attached_bytes == sum(sizes.values())
+    assert record.attached_bytes == on_the_wire(mailbox, "ab") > sum(sizes.values())
     assert rows[2].uplink_bytes > sum(sizes.values())
 
 
@@ -73,7 +83,7 @@ def test_those_of_clients_whose_updates_are_not_used_count(tmp_path):
         ["a", "b"],
         ["c"],
     ]
-    assert record.attached_bytes == 43_210
+    assert record.attached_bytes == 43_000 + on_the_wire(mailbox, "ab")
     assert mailbox.read_root(SALIENCY_FILE) == bytes(210)
 
 
@@ -85,7 +95,7 @@ def test_a_last_round_made_by_a_rollback_counts_them(tmp_path):
     for client in clients:
         client.step()
     record = coordinator.rollback(0)
-    assert (record.finished, record.attached_bytes) == (True, 200)
+    assert (record.finished, record.attached_bytes) == (True, on_the_wire(mailbox, "ab"))
 
 
 def test_a_federation_that_does_not_ask_looks_for_none(tmp_path):
@@ -105,5 +115,6 @@ def test_a_link_or_a_folder_in_an_attachment_s_place_was_not_sent(tmp_path):
 
 
 def test_the_record_is_read_back_with_them(tmp_path):
-    record, _, _ = run(found(tmp_path, **SHARED), {"a": 1, "b": 2})
-    assert RoundRecord.from_json(record.to_json()).attached_bytes == 3
+    mailbox = found(tmp_path, **SHARED)
+    record, _, _ = run(mailbox, {"a": 1, "b": 2})
+    assert RoundRecord.from_json(record.to_json()).attached_bytes == on_the_wire(mailbox, "ab")
