@@ -30,7 +30,7 @@ _NAME = re.compile(r"[A-Za-z0-9_.-]{1,200}")
 _KEY = re.compile(r"\^?(?:[A-Za-z0-9_-]|\\?\.){1,200}\$?")
 # Notes about where the adapter was made; PEFT is never given them.
 _NOTES = ("auto_mapping", "peft_version", "runtime_config")
-# Fields that are not believed, as PEFT writes them where nobody set them.
+# Fields that are not believed, as some PEFT wrote them where nobody set them.
 _UNSET = {"megatron_core": "megatron.core", "qalora_group_size": 16}
 _TASKS = ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
 
@@ -244,7 +244,7 @@ def believed(fields: Mapping[str, Any], kinds: Sequence[str] = KINDS) -> dict[st
             if not rules[name].holds(value):
                 raise AdapterMismatchError(f"{name} is {_shown(value)}; expected {rules[name].expected}.")
             kept[name] = value
-        elif name not in _NOTES and value and _UNSET.get(name) != value:
+        elif value and name not in _NOTES and not _is_unset(kind, name, value):
             raise AdapterMismatchError(
                 f"{printable(name, 60)} is {_shown(value)}; it is not among the settings that are taken from somebody "
                 f"else's {kind} adapter. Leave it out."
@@ -262,6 +262,15 @@ def check_own(config: bytes) -> None:
         parse(config, "It", AdapterMismatchError)
     except AdapterMismatchError as refused:
         raise AdapterMismatchError(f"Nobody else would load an adapter with this configuration. {refused}") from refused
+
+
+def _is_unset(kind: str, name: str, value: object) -> bool:
+    """Whether a field has its default, here or where it was written, so that leaving it out changes nothing."""
+    from peft import PeftType
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    field = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(kind)].__dataclass_fields__.get(name)
+    return _UNSET.get(name) == value or (field is not None and field.default == value)
 
 
 def _shown(value: object) -> str:

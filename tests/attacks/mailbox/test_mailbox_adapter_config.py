@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import json
 import sys
@@ -140,6 +141,14 @@ def test_what_is_off_or_a_note_does_no_harm():
     assert made.r == 4
     assert made.auto_mapping is None
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 3712
+
+
+def test_a_newer_peft_s_default_is_harmless_and_nothing_else(monkeypatch):
+    monkeypatch.setitem(peft.LoraConfig.__dataclass_fields__, "to_come", dataclasses.field(default=7))
+    assert "to_come" not in believed(json.loads(config(to_come=7)))
+    for value in (8, [7], "7"):
+        with pytest.raises(AdapterMismatchError, match="to_come is "):
+            believed(json.loads(config(to_come=value)))
 
 
 def test_the_base_that_a_configuration_names_is_not_the_adapter_s():
