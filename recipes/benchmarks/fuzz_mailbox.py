@@ -115,12 +115,13 @@ def run_case(stage: Stage, seed: int) -> str:
     """One case; returns how it ended, `PROBLEM ...` where it may not end like that."""
     draw = random.Random(seed)
     with tempfile.TemporaryDirectory(prefix="case-", dir=stage.root) as folder:
-        box, home = Path(folder) / "box", Path(folder) / "home"
+        box, home, here = (Path(folder) / name for name in ("box", "home", "here"))
         home.mkdir()
+        here.mkdir()
         shutil.copytree(draw.choice(stage.templates), box)
         what = _attack(draw, box, stage.root / hostile.SECRET)
         start = time.monotonic()
-        with contextlib.chdir(home), stage.watch.over(_writable(box, home), box) as problems:
+        with stage.watch.over(_writable(box, home), box, here) as problems:
             try:
                 with hostile.limited():
                     end = _join(stage, box, home)
@@ -229,10 +230,22 @@ def _change(draw: random.Random, path: Path, secret: Path, honest: Any = None) -
             value = json.loads(path.read_bytes())
     if value is None:
         return
-    changed = hostile.dump(hostile.mutate_json(draw, value, str(secret)))
+    mutated = hostile.mutate_json(draw, value, str(secret))
+    if path.name == "spec.json" and isinstance(mutated, dict) and draw.random() < 0.9:
+        _name_spec(mutated)
+    changed = hostile.dump(mutated)
     if draw.random() < 0.05:
         changed = hostile.mutate_bytes(draw, changed)
     path.write_bytes(changed)
+
+
+def _name_spec(fields: dict[str, Any]) -> None:
+    """Give a changed spec the id of its content, as its founder would."""
+    from fedfstq_hf.federation.spec import FederationSpec
+
+    content = {name: value for name, value in fields.items() if name != "id"}
+    with contextlib.suppress(Exception):  # a spec that cannot be made has no id
+        fields["id"] = FederationSpec(**content).id
 
 
 def _name_adapter(path: Path, adapter: bytes) -> None:
@@ -262,7 +275,7 @@ def _files(draw: random.Random, box: Path, head: int, secret: Path) -> str:
     if place.name in ("updates", "metrics", CLIENT, f"{head:06d}") and place.parent.name != "rounds":
         if not place.exists() and draw.random() < 0.7:
             place.parent.mkdir(parents=True, exist_ok=True)
-            place.symlink_to(draw.choice((secret.parent, Path("/tmp"), place.parent / "nowhere")))
+            place.symlink_to(draw.choice((secret.with_name(hostile.OUTSIDE), Path("/tmp"), place.parent / "nowhere")))
             return f"{place.relative_to(box)}: link to a folder"
         return "nothing"
     data = place.read_bytes() if place.is_file() else b"{}"

@@ -142,13 +142,16 @@ def run_case(stage: Stage, seed: int) -> str:
     draw = random.Random(seed)
     template = draw.choice(stage.templates)
     with tempfile.TemporaryDirectory(prefix="case-", dir=stage.root) as folder:
-        box = Path(folder) / "box"
+        box, here = Path(folder) / "box", Path(folder) / "here"
+        here.mkdir()
         shutil.copytree(template.folder, box)
         what = ", ".join(
             _attack(draw, template, box, stage.root / hostile.SECRET) for _ in range(draw.choice((1, 2, 4)))
         )
         start = time.monotonic()
-        with stage.watch.over([rf"{re.escape(str(box))}(/.*)?", r"/dev/shm/[^/]*", r"/tmp/[^/]*"], box) as problems:
+        with stage.watch.over(
+            [rf"{re.escape(str(box))}(/.*)?", r"/dev/shm/[^/]*", r"/tmp/[^/]*"], box, here
+        ) as problems:
             try:
                 with hostile.limited():
                     end = _serve(box, template, card=draw.random() < CARD_SHARE)

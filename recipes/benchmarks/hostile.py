@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import json
 import multiprocessing
@@ -32,6 +33,7 @@ CANARY = "fedfstq_canary"
 """A module that nothing may import; its name is put wherever a config may name code."""
 SECRET = "secret.jsonl"
 """A file that nothing may read; its path is put wherever a mailbox may name a file."""
+OUTSIDE = "outside"
 HANG_SECONDS = 60
 
 NUMBERS: tuple[Any, ...] = (
@@ -58,6 +60,9 @@ KEYS: tuple[str, ...] = (
 )  # fmt: skip
 
 
+_DEEP = "stands for lists in lists, deeper than Python's own stack"
+
+
 def odd_value(draw: random.Random, secret: str, depth: int = 0) -> Any:
     """A number, text, list or mapping that a careless reader trips over."""
     kind = draw.random()
@@ -68,7 +73,7 @@ def odd_value(draw: random.Random, secret: str, depth: int = 0) -> Any:
     if kind < 0.85:
         return None
     if kind < 0.87:
-        return _nested(draw.choice((5, 40, 3000)))
+        return draw.choice((_nested(5), _nested(40), _DEEP))
     if depth > 2:
         return []
     count = draw.choice((0, 1, 2, 3, 2000 if depth == 0 else 4))
@@ -101,10 +106,8 @@ def mutate_json(draw: random.Random, value: Any, secret: str) -> Any:
 
 def dump(value: Any) -> bytes:
     """JSON as a hostile writer has it: NaN, lone surrogates and any depth pass."""
-    try:
-        return json.dumps(value).encode("utf-8", "surrogatepass")
-    except (ValueError, RecursionError):
-        return b"[" * 20_000 + b"]" * 20_000
+    text = json.dumps(value).replace(json.dumps(_DEEP), "[" * 20_000 + "]" * 20_000)
+    return text.encode("utf-8", "surrogatepass")
 
 
 def mutate_bytes(draw: random.Random, data: bytes) -> bytes:
@@ -182,9 +185,15 @@ class Watch:
 
     Args:
         secret: no byte of this file may be read.
+
+    Attributes:
+        outside: a folder beside it that links of a mailbox lead to, and that nothing may write.
     """
 
     def __init__(self, secret: Path) -> None:
+        self.outside = secret.with_name(OUTSIDE)
+        self.outside.mkdir()
+        (self.outside / "kept").write_text("kept")
         self.secret = os.path.realpath(secret)
         self.problems: list[str] = []
         self._writable: list[re.Pattern[str]] = []
@@ -193,15 +202,30 @@ class Watch:
         sys.addaudithook(self._hook)
 
     @contextmanager
-    def over(self, writable: Sequence[str], hostile: Path) -> Iterator[list[str]]:
-        """Within it, a write to a path that `writable` does not match whole is a problem, as is code in `hostile`."""
+    def over(self, writable: Sequence[str], hostile: Path, here: Path) -> Iterator[list[str]]:
+        """Within it, what the process must not do is noted in the list that it yields.
+
+        Args:
+            writable: patterns; a write to a path that none of them matches whole is noted.
+            hostile: no code in this folder may run.
+            here: an empty folder to work in. Python does not tell which folder a bare name is opened in; if it is this
+                one, something lies there afterwards.
+        """
         self.problems = []
         self._writable, self._hostile = [re.compile(pattern) for pattern in writable], str(hostile)
-        self._on = True
-        try:
-            yield self.problems
-        finally:
-            self._on = False
+        outside = self._outside()
+        with contextlib.chdir(here):
+            self._on = True
+            try:
+                yield self.problems
+            finally:
+                self._on = False
+        self.problems += [f"{name} was written into the working folder" for name in os.listdir(here)]
+        if self._outside() != outside:
+            self.problems.append(f"{self.outside} was changed")
+
+    def _outside(self) -> list[tuple[str, bytes]]:
+        return sorted((str(path), path.read_bytes()) for path in self.outside.rglob("*") if path.is_file())
 
     def _hook(self, event: str, arguments: tuple[Any, ...]) -> None:
         if not self._on:
@@ -210,8 +234,9 @@ class Watch:
         if event == "open":
             found = self._opened(*arguments)
         elif event in _PATHS:
-            for path in arguments[: _PATHS[event]]:
-                found = found or self._written(path)
+            for path, folder in _PATHS[event]:
+                place = arguments[folder] if folder is not None and folder < len(arguments) else -1
+                found = found or self._written(arguments[path], place)
         elif event in _FORBIDDEN or (event == "import" and str(arguments[0]).startswith(CANARY)):
             found = f"{event} {arguments!r:.200}"
         elif event == "exec":
@@ -231,20 +256,37 @@ class Watch:
             return f"{os.fsdecode(path)} was read"
         return None
 
-    def _written(self, path: Any) -> str | None:
+    def _written(self, path: Any, folder: Any = -1) -> str | None:
+        """`folder`: descriptor that a relative path starts from; -1 where there is none, or it is not told."""
         if not isinstance(path, (str, bytes, os.PathLike)):
             return None  # a descriptor, whose opening was looked at
-        given = os.path.abspath(os.fsdecode(path))
+        given = os.fsdecode(path)
+        if isinstance(folder, int) and folder >= 0:
+            given = os.path.join(os.readlink(f"/proc/self/fd/{folder}"), given)
+        elif given not in ("", ".", "..") and "/" not in given:
+            return None  # opened in a folder that Python does not tell: see `Watch.over`
+        given = os.path.abspath(given)
         real = os.path.join(os.path.realpath(os.path.dirname(given)), os.path.basename(given))
         if real.startswith("/dev/null") or any(pattern.fullmatch(real) for pattern in self._writable):
             return None
         return f"{real} was written or removed"
 
 
-_PATHS = {
-    "os.mkdir": 1, "os.rename": 2, "os.remove": 1, "os.rmdir": 1, "os.link": 2, "os.symlink": 2, "os.truncate": 1,
-    "os.chmod": 1, "os.chown": 1, "shutil.rmtree": 1, "shutil.move": 2, "shutil.copyfile": 2,
-}  # fmt: skip
+# event -> places of its paths, and of the descriptors that these are relative to, in its arguments
+_PATHS: dict[str, tuple[tuple[int, int | None], ...]] = {
+    "os.mkdir": ((0, 2),),
+    "os.rename": ((0, 2), (1, 3)),
+    "os.remove": ((0, 1),),
+    "os.rmdir": ((0, 1),),
+    "os.link": ((1, 3),),
+    "os.symlink": ((1, 2),),
+    "os.truncate": ((0, None),),
+    "os.chmod": ((0, 2),),
+    "os.chown": ((0, 3),),
+    "shutil.rmtree": ((0, None),),
+    "shutil.move": ((0, None), (1, None)),
+    "shutil.copyfile": ((1, None),),
+}
 _FORBIDDEN = frozenset(
     {
         "subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.fork", "os.forkpty", "socket.connect",
