@@ -141,7 +141,7 @@ def run_case(stage: Stage, seed: int) -> str:
     """One case; returns how it ended, `PROBLEM ...` where it may not end like that."""
     draw = random.Random(seed)
     template = draw.choice(stage.templates)
-    with tempfile.TemporaryDirectory(prefix="case-", dir=stage.root) as folder:
+    with tempfile.TemporaryDirectory(prefix="case-", dir=stage.root, ignore_cleanup_errors=True) as folder:
         box, here = Path(folder) / "box", Path(folder) / "here"
         here.mkdir()
         shutil.copytree(template.folder, box)
