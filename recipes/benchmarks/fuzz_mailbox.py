@@ -206,16 +206,16 @@ def _attack(draw: random.Random, box: Path, secret: Path) -> str:
                 _change(draw, first / "adapter_config.json", secret)
             case "adapter" | "change":
                 path = newest / ("adapter_model.safetensors" if target == "adapter" else "update.safetensors")
-                if path.is_file():
+                if path.is_file() and not path.is_symlink():
                     data = hostile.mutate_bytes(draw, path.read_bytes())
-                    path.write_bytes(data)
+                    hostile.write(path, data, box)
                     if target == "adapter" and draw.random() < 0.8:
                         _name_adapter(newest / "round.json", data)
             case "metrics":
                 name = draw.choice(("x", "eval", "-", "a" * 80))
                 path = box / "metrics" / draw.choice((f"{head:06d}", "000000", "999999", "x")) / f"{name}.json"
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_bytes(hostile.dump(hostile.mutate_json(draw, {"eval_loss": 3.0, "b": 1.0}, str(secret))))
+                posted = hostile.mutate_json(draw, {"eval_loss": 3.0, "b": 1.0}, str(secret))
+                hostile.write(path, hostile.dump(posted), box)
             case _:
                 done[-1] = _files(draw, box, head, secret)
     return ", ".join(done)
@@ -226,10 +226,8 @@ CONTROL = {"format": 1, "paused": None, "clients": {CLIENT: {"repo": "evil/run-x
 
 def _change(draw: random.Random, path: Path, secret: Path, honest: Any = None) -> None:
     """Change a JSON file in its structure, or (rarely) in its bytes."""
-    if not path.is_file() and honest is None:
-        return
-    value = honest
-    if path.is_file():
+    value, there = honest, path.is_file() and not path.is_symlink()
+    if there:
         with contextlib.suppress(ValueError, RecursionError):
             value = json.loads(path.read_bytes())
     if value is None:
@@ -240,7 +238,7 @@ def _change(draw: random.Random, path: Path, secret: Path, honest: Any = None) -
     changed = hostile.dump(mutated)
     if draw.random() < 0.05:
         changed = hostile.mutate_bytes(draw, changed)
-    path.write_bytes(changed)
+    hostile.write(path, changed, path.parents[1])
 
 
 def _name_spec(fields: dict[str, Any]) -> None:
@@ -254,10 +252,10 @@ def _name_spec(fields: dict[str, Any]) -> None:
 
 def _name_adapter(path: Path, adapter: bytes) -> None:
     """Let the record vouch for a changed adapter."""
-    with contextlib.suppress(ValueError, RecursionError, TypeError):
-        fields = json.loads(path.read_bytes())
+    with contextlib.suppress(OSError, ValueError, RecursionError, TypeError):
+        fields = json.loads(path.read_bytes() if not path.is_symlink() else b"")
         fields |= {"adapter_sha256": hashlib.sha256(adapter).hexdigest(), "adapter_bytes": len(adapter)}
-        path.write_bytes(hostile.dump(fields))
+        hostile.write(path, hostile.dump(fields), path.parents[1])
 
 
 def _files(draw: random.Random, box: Path, head: int, secret: Path) -> str:
@@ -277,12 +275,11 @@ def _files(draw: random.Random, box: Path, head: int, secret: Path) -> str:
     ]
     place = draw.choice(places)
     if place.name in ("updates", "metrics", CLIENT, f"{head:06d}") and place.parent.name != "rounds":
-        if not place.exists() and draw.random() < 0.7:
-            place.parent.mkdir(parents=True, exist_ok=True)
+        if not place.exists() and not place.is_symlink() and place.parent.is_dir() and draw.random() < 0.7:
             place.symlink_to(draw.choice((secret.with_name(hostile.OUTSIDE), Path("/tmp"), place.parent / "nowhere")))
             return f"{place.relative_to(box)}: link to a folder"
         return "nothing"
-    data = place.read_bytes() if place.is_file() else b"{}"
+    data = place.read_bytes() if place.is_file() and not place.is_symlink() else b"{}"
     return f"{place.relative_to(box)}: {hostile.plant(draw, place, data, secret)}"
 
 

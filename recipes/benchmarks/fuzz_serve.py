@@ -33,7 +33,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 GOOD, BAD = ("good-a", "good-b"), "bad"
 MAX_GROWTH = 10**9  # bytes that one case may map
-CARD_SHARE = 0.05  # of the cases renew the card with its plot, which takes most of their time
+CARD_SHARE = 0.01  # of the cases renew the card with its plot, which takes most of their time
 SHAPES = {"layer.lora_A.weight": (4, 24), "layer.lora_B.weight": (24, 4)}
 SETTINGS: dict[str, dict[str, Any]] = {
     "plain": {"codec": "fp32", "share_saliency": True},
@@ -211,7 +211,7 @@ def _attack(draw: random.Random, template: Template, box: Path, secret: Path) ->
         case "message" | "refinement":
             if place == "refinement":
                 path = box / "refinements" / f"{draw.choice((0, round, max(0, round - 1))):06d}" / path.name
-            _write(path, _message(draw, template.message))
+            hostile.write(path, _message(draw, template.message), box)
         case "object":
             place = f"object: {hostile.plant(draw, path, template.message, secret)}"
         case "attachment":
@@ -219,7 +219,7 @@ def _attack(draw: random.Random, template: Template, box: Path, secret: Path) ->
             if draw.random() < 0.5:
                 place = f"attachment: {hostile.plant(draw, path, _attachment(draw), secret)}"
             else:
-                _write(path, _attachment(draw))
+                hostile.write(path, _attachment(draw), box)
         case "metrics":
             folder = draw.choice((f"{template.round:06d}", "000000", "000001", "999999", "x", "-1"))
             path = box / "metrics" / folder / draw.choice(("x.json", f"{BAD}.json", "\u202e.json", "a" * 80 + ".json"))
@@ -227,7 +227,7 @@ def _attack(draw: random.Random, template: Template, box: Path, secret: Path) ->
             if draw.random() < 0.3:
                 place = f"metrics: {hostile.plant(draw, path, data, secret)}"
             else:
-                _write(path, hostile.mutate_bytes(draw, data) if draw.random() < 0.2 else data)
+                hostile.write(path, hostile.mutate_bytes(draw, data) if draw.random() < 0.2 else data, box)
         case _:
             name = draw.choice((".tmp-x-1-00000000", "a b.safetensors", f"{BAD}.safetensors.part", "x" * 200, ".lock"))
             place = f"stray: {hostile.plant(draw, path.parent / name, b'x', secret)}"
@@ -269,13 +269,6 @@ def _attachment(draw: random.Random) -> bytes:
     text = hostile.dump(hostile.mutate_json(draw, fields, hostile.SECRET) if draw.random() < 0.7 else fields)
     data = save(tensors, metadata={"saliency": text.decode("utf-8", "replace")})
     return hostile.mutate_bytes(draw, data) if draw.random() < 0.3 else data
-
-
-def _write(path: Path, data: bytes) -> None:
-    if not path.parent.is_symlink() and not path.is_dir():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.unlink(missing_ok=True)
-        path.write_bytes(data)
 
 
 def _make_removable(box: Path) -> None:

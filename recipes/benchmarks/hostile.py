@@ -136,12 +136,28 @@ def mutate_bytes(draw: random.Random, data: bytes) -> bytes:
     return bytes(out)
 
 
+def write(path: Path, data: bytes, below: Path) -> None:
+    """Write a file of the hostile party's; where something odd was put in its way before, nothing happens."""
+    folders = [folder for folder in path.parents if folder.is_relative_to(below)]
+    if any(folder.is_symlink() or (folder.exists() and not folder.is_dir()) for folder in folders):
+        return
+    if path.is_symlink() or (path.exists() and not path.is_file()):
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists():
+        path.chmod(0o600)
+    path.write_bytes(data)
+
+
 def plant(draw: random.Random, path: Path, data: bytes, secret: Path) -> str:
     """Put something odd where a file is expected; returns what."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.is_symlink() or path.is_file():
-        path.unlink()
-    if path.exists():
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_symlink() or path.is_file():
+            path.unlink()
+        if path.exists():
+            return "left"
+    except OSError:  # something odd was put there before
         return "left"
     kind = draw.choice(
         (
