@@ -16,8 +16,12 @@ _SERVER = ("tests/federation/test_server_optimizers.py", "tests/federation/test_
 _UPDATE = ("tests/codec/test_update.py",)
 _MESSAGE = ("tests/codec/test_message.py", "tests/codec/test_format.py", "tests/attacks/test_container.py")
 _SCALE = ("tests/training/test_sensitivity_scale.py",)
-_SESSION = ("tests/federation/test_session.py", "tests/federation/test_previews.py")
-_VARIATES = ("tests/federation/test_scaffold.py", "tests/federation/test_coverage.py")
+_SESSION = (
+    "tests/federation/test_session.py",
+    "tests/federation/test_session_sizes.py",
+    "tests/federation/test_budget_share.py",
+)
+_VARIATES = ("tests/federation/test_scaffold.py",)
 _SCREENING = ("tests/federation/test_screening.py",)
 _COLLECTING = ("tests/federation/test_collecting.py", "tests/federation/test_weights.py")
 
@@ -262,6 +266,11 @@ MUTANTS: list[tuple[str, tuple[str, ...], Changes]] = [
             ("return readable if seal_key is None else keys.seal(seal_key, readable)", "return readable"),
             ("float(torch.linalg.vector_norm(self.residual))", "float(self.residual.sum())"),
             ("return hashlib.sha256(self.message).hexdigest()", "return hashlib.sha256(self.readable).hexdigest()"),
+            ("room = (max_bytes - overhead) // (2 if self._has_variate else 1)", "room = max_bytes - overhead"),
+            (
+                "corrected(turn.put(turn.take(self.travelling.take(delta))), self",
+                "corrected(self.travelling.take(delta), self",
+            ),
             (
                 "self.spec.refinement_budget is not None and not self.spec.refines(round)",
                 "self.spec.refinement_budget is not None",
@@ -275,11 +284,6 @@ MUTANTS: list[tuple[str, tuple[str, ...], Changes]] = [
             ("if name == scaffold.CARRIED}", "if False}"),
             ("variate = variate - scaffold.client_variate(", "variate = variate + 0 * scaffold.client_variate("),
             (".add_to(variate, 1.0)", ".add_to(variate, 2.0)"),
-            ("room = (max_bytes - overhead) // (2 if self._has_variate else 1)", "room = max_bytes - overhead"),
-            (
-                "corrected(turn.put(turn.take(self.travelling.take(delta))), self",
-                "corrected(self.travelling.take(delta), self",
-            ),
         ],
     ),
     (

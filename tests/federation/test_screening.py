@@ -9,6 +9,7 @@ from light import SCHEMA, make_spec
 from light_updates import delta, found_enrolled, make_message
 
 from fedfstq_hf.codec import SparseUpdate, get_codec, message
+from fedfstq_hf.codec.pairs import PAIR_PARAMS, join_pair
 from fedfstq_hf.errors import MessageError
 from fedfstq_hf.federation import keys
 from fedfstq_hf.federation.control import Control, Enrolment
@@ -132,6 +133,38 @@ def test_numbers_that_are_not_finite_and_pass_the_decoder(tmp_path, monkeypatch)
     codec = type(get_codec("fp32"))
     monkeypatch.setattr(codec, "decode", lambda *args, **kwargs: SparseUpdate(SCHEMA.num_params, None, poison))
     box.refuses(box.message(), r"^It decodes to values that are not finite\.$")
+
+
+def test_a_control_variate_that_is_not_finite(tmp_path, monkeypatch):
+    box = Box(tmp_path, scaffold_clients=2)
+    _, payload = message.unpack(box.message())
+    good, poison = torch.ones(SCHEMA.num_params), torch.full((SCHEMA.num_params,), torch.inf)
+    decoded = iter([good, good, poison, good])  # the variate is the first that is decoded of a message
+    codec = type(get_codec("fp32"))
+    monkeypatch.setattr(codec, "decode", lambda *args, **kwargs: SparseUpdate(SCHEMA.num_params, None, next(decoded)))
+    pair = message.pack(_header(box, params=dict(PAIR_PARAMS)), join_pair(payload, payload))
+    assert torch.equal(box.open(pair).variate.to_dense(), good)
+    box.refuses(pair, r"^It decodes to values that are not finite\.$")
+
+
+def test_one_payload_where_two_are_expected(tmp_path):
+    box = Box(tmp_path, scaffold_clients=2)
+    box.refuses(box.message(), r"carries no control variate; this federation's messages have two payloads\.$")
+
+
+def test_a_first_message_and_a_refinement_do_not_stand_for_each_other(tmp_path):
+    box = Box(tmp_path)
+    _, payload = message.unpack(box.message())
+    first, second = box.message(), message.pack(_header(box, params=dict(message.REFINEMENT_PARAMS)), payload)
+    box.refuses(second, r"^It is a refinement, and lies where the round's first message was expected\.$")
+    with pytest.raises(MessageError, match=r"^It is a first message, and lies where the round's refinement was"):
+        box.screening.open(UpdateRef("a", 0, len(first), refinement=True), first, box.base)
+    ref = UpdateRef("a", 0, len(second), refinement=True)
+    assert box.screening.open(ref, second, box.base).header.client_id == "a"
+
+
+def _header(box, **changes):
+    return message.Header(0, "a", 1, box.base, SCHEMA.fingerprint, "fp32", **changes)
 
 
 # Signatures
