@@ -12,9 +12,11 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
+from fedfstq_hf.adapter_config import check_own
 from fedfstq_hf.codec import Schema
 from fedfstq_hf.errors import AdapterMismatchError
 from fedfstq_hf.federation.travelling import is_lora_a
+from fedfstq_hf.text import printable
 
 # What scales or shapes the adapter's effect without showing in its tensors.
 _EFFECTIVE_LORA = (
@@ -202,15 +204,21 @@ def _plain(value: Any) -> Any:
 
 
 def _shown(value: Any) -> str:
-    return repr(_plain(value) if value else value)
+    return printable(repr(_plain(value) if value else value))
 
 
 def config_json(model: PeftModel, name: str) -> bytes:
-    """`adapter_config.json` as PEFT writes it, for inference."""
+    """`adapter_config.json` as PEFT writes it, for inference.
+
+    Raises:
+        AdapterMismatchError: no client would join with it, because a field is not one that adapter_config.py believes.
+    """
     config = model.peft_config[name].to_dict()
     config["inference_mode"] = True
     plain = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
-    return (json.dumps(plain, indent=2, sort_keys=True, default=str) + "\n").encode()
+    data = (json.dumps(plain, indent=2, sort_keys=True, default=str) + "\n").encode()
+    check_own(data)
+    return data
 
 
 def check_same_adapter(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:
@@ -256,7 +264,7 @@ def check_same_base(mine: Mapping[str, Any], theirs: Mapping[str, Any], name: st
     Raises:
         AdapterMismatchError: naming the first difference and the model to load.
     """
-    remedy = f"Load the base model {name!r}."
+    remedy = f"Load the base model {printable(repr(name))}."
     for key in sorted(theirs, key=lambda key: key == "embedding_probe"):  # last: it differs where shapes do
         expected, found = theirs[key], mine.get(key)
         if key == "embedding_probe":
@@ -266,11 +274,14 @@ def check_same_base(mine: Mapping[str, Any], theirs: Mapping[str, Any], name: st
                 )
         elif found != expected:
             raise AdapterMismatchError(
-                f"This base model has {key}={found!r}, the federation's has {expected!r}. {remedy}"
+                f"This base model has {printable(key)}={found!r}, the federation's has {printable(repr(expected))}. "
+                f"{remedy}"
             )
 
 
-def _close(mine: Sequence[float], theirs: Sequence[float]) -> bool:
-    a, b = torch.tensor(mine), torch.tensor(theirs)
+def _close(mine: Sequence[float], theirs: object) -> bool:
+    if not isinstance(theirs, list) or len(theirs) != len(mine) or not all(type(v) in (int, float) for v in theirs):
+        return False
+    a, b = torch.tensor(mine), torch.tensor(theirs, dtype=torch.float32)
     scale = float(b.abs().mean()) or 1.0
-    return a.shape == b.shape and bool(((a - b).abs() <= 0.05 * scale + 0.02 * b.abs()).all())
+    return bool(torch.isfinite(b).all()) and bool(((a - b).abs() <= 0.05 * scale + 0.02 * b.abs()).all())

@@ -18,13 +18,15 @@ class ClientFile:
     Attributes:
         mailbox: address of the federation.
         client_id: this client's name, unique in the federation.
-        data: changes to the federation's data section; at least `path`, this client's own data.
-        model: base model, where it lies elsewhere than the federation's spec says.
+        data: which data are trained on (see `own_data`): at least `path`, and what columns are read where those are not
+            `prompt` and `answer`.
+        model: base model, where the federation's spec names none on the Hub.
         uplink_budget: most bytes per message; the federation's default when not given.
         refinement_budget: likewise of second messages, in a federation that has them.
-        output_dir: of the trainer; the client's state goes to `OUTPUT_DIR/fedfstq`.
+        output_dir: of the trainer; the client's state goes to `OUTPUT_DIR.fedfstq` beside it.
         share_saliency: see `FedFSTQConfig`.
         signing_key: key file that signs this client's messages (`fedfstq keys new KEYFILE` makes one).
+        repo: Hub repo this client writes its messages to, where it is not ORG/RUN-CLIENT; see `FedFSTQConfig`.
         dtype: of the frozen base model.
         training: `TrainingArguments` that are the client's own, such as `per_device_train_batch_size`.
         poll_seconds, wait_seconds: see `FedFSTQConfig`.
@@ -39,6 +41,7 @@ class ClientFile:
     output_dir: str | None = None
     signing_key: str | None = None
     share_saliency: bool = False
+    repo: str | None = None
     dtype: Literal["float32", "bfloat16"] = "float32"
     training: dict[str, Any] = field(default_factory=dict)
     poll_seconds: float = 2.0

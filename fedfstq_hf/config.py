@@ -53,11 +53,21 @@ class FedFSTQConfig:
     )
     state_dir: str | None = field(
         default=None,
-        metadata={"help": "Folder of this client's residual and pending message; OUTPUT_DIR/fedfstq when not given."},
+        metadata={
+            "help": "Folder of this client's private state: residual, pending message, token sensitivities, places in "
+            "checkpoints. When not given, OUTPUT_DIR.fedfstq beside the output folder, from where nothing is uploaded."
+        },
     )
     signing_key: str | None = field(
         default=None,
         metadata={"help": "Key file that signs this client's messages; `fedfstq keys new KEYFILE` makes one."},
+    )
+    repo: str | None = field(
+        default=None,
+        metadata={
+            "help": "Hub repo this client writes its messages to, where it is not ORG/RUN-CLIENT; nothing that the "
+            "mailbox says changes that. ORG/RUN-mailbox agrees to a public mailbox that all clients write to."
+        },
     )
     poll_seconds: float = field(default=2.0, metadata={"help": "Mean seconds between two looks at the mailbox."})
     wait_seconds: float | None = field(
@@ -133,6 +143,10 @@ class FedFSTQConfig:
             raise ConfigError(f"poll_seconds must be positive, not {self.poll_seconds!r}.")
         if self.wait_seconds is not None and self.wait_seconds < 0:
             raise ConfigError(f"wait_seconds must be at least 0, or None to wait for ever; not {self.wait_seconds!r}.")
+        if self.repo is not None:
+            from fedfstq_hf.federation.hub.address import checked_repo  # not at the top: it imports the Hub's client
+
+            checked_repo(self.repo)
         if self.uplink_budget is not None:
             from fedfstq_hf.federation.budgets import open_budget  # not at the top: it imports torch
 

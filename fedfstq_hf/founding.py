@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
+import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, PeftType, get_peft_model
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments, set_seed
+from transformers.utils import find_adapter_config_file
 
 from fedfstq_hf.adapter import AdapterView, base_fingerprint, config_json
+from fedfstq_hf.adapter_config import parse as parse_adapter_config
+from fedfstq_hf.adapter_size import make_config
 from fedfstq_hf.errors import ConfigError, MailboxError
 from fedfstq_hf.federation import adapter_file
+from fedfstq_hf.federation.limits import CLIENT_DEFAULTS, SHARED_DATA, SHARED_TRAINING_ARGUMENTS
 from fedfstq_hf.federation.mailbox import ADAPTER_CONFIG_FILE
-from fedfstq_hf.federation.spec import SHARED_TRAINING_ARGUMENTS, FederationSpec
+from fedfstq_hf.federation.spec import FederationSpec
 from fedfstq_hf.recipe import MethodSettings, Recipe
+from fedfstq_hf.text import printable
 
 EMBEDDED_MODEL = "demo"
+_HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}(/[A-Za-z0-9][A-Za-z0-9._-]{0,95})?")
 _ROOM_FOR_HEADERS = 4096
 
 
@@ -45,15 +50,52 @@ def resolve_model(name: str) -> str:
 
 
 def load_base(name: str, dtype: str) -> tuple[Any, Any]:
-    """Base model and tokenizer.
+    """Base model and tokenizer that somebody chose for himself. No code of the model's repo is run.
 
     Raises:
         ConfigError: neither a folder with a model nor a Hub id that can be reached.
     """
+    return _load(name, dtype)
+
+
+def load_shared_base(name: str, dtype: str) -> tuple[Any, Any]:
+    """Base model and tokenizer that a mailbox names: `demo`, or a repo of the Hub with plain weights.
+
+    No code of the repo is run: neither custom classes nor pickled weights nor attention kernels that its config names.
+
+    Raises:
+        ConfigError: a path of this machine, which is not for a mailbox to choose; an adapter, which would name another
+            base; or a repo that cannot be reached or has no safetensors.
+    """
+    remedy = "Name the base model yourself: type --model FOLDER, or --model ORG/NAME of the Hub."
+    shown = printable(name)
+    if name == EMBEDDED_MODEL:
+        return _load(name, dtype)
+    if not _HUB_ID.fullmatch(name) or ".." in name or "--" in name:
+        raise ConfigError(f"The federation names its base model {shown!r}, which is no Hub id. {remedy}")
+    if os.path.lexists(name):
+        raise ConfigError(
+            f"The federation names its base model {shown!r}, and here that is a path, which transformers would load in "
+            f"the place of the Hub's. {remedy}"
+        )
+    try:
+        if find_adapter_config_file(resolve_model(name)) is not None:
+            raise ConfigError("it is an adapter, which names another base")
+        # attn_implementation=None overrules the config's, which can name a kernel to download and run
+        return _load(name, dtype, use_safetensors=True, attn_implementation=None)
+    except Exception as error:  # whatever files of somebody else make transformers raise
+        raise ConfigError(
+            f"The federation's base model {shown!r} cannot be loaded: {printable(error, 1000)}\n{remedy}"
+        ) from error
+
+
+def _load(name: str, dtype: str, **options: Any) -> tuple[Any, Any]:
     path = resolve_model(name)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype))
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_pretrained(
+            path, dtype=getattr(torch, dtype), trust_remote_code=False, **options
+        )
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"The base model {name!r} cannot be loaded: {error}\nGive a folder or a Hub id with --model."
@@ -76,21 +118,19 @@ def found(recipe: Recipe, seed: int) -> Founding:
 def wrap_base(base: Any, adapter_config: bytes) -> PeftModel:
     """The base with a trainable adapter of a published configuration; its numbers come from the mailbox later.
 
+    Only what adapter_config.py believes reaches PEFT, and no adapter larger than the base is made. The base that the
+    configuration names is not looked up: the adapter's is the one given here.
+
     Raises:
-        MailboxError: not the configuration of an adapter that this PEFT knows.
+        MailboxError: not the configuration of an adapter that can be made on this base.
     """
+    what = f"The mailbox's {ADAPTER_CONFIG_FILE}"
+    fields = parse_adapter_config(adapter_config, what, MailboxError)
     try:
-        fields = json.loads(adapter_config)
-        kind = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(fields["peft_type"])]
-        config = kind(**{name: value for name, value in fields.items() if name in kind.__dataclass_fields__})
-    except (ValueError, TypeError, AttributeError, KeyError) as error:
-        raise MailboxError(f"The mailbox's {ADAPTER_CONFIG_FILE} cannot be read: {error}") from error
-    config.inference_mode = False
-    # PEFT warns where the base is called otherwise here; the fingerprint is what tells bases apart
-    named, config.base_model_name_or_path = config.base_model_name_or_path, None
-    model = get_peft_model(base, config)
-    model.peft_config[model.active_adapter].base_model_name_or_path = named
-    return model
+        config = make_config(base, fields | {"base_model_name_or_path": None}, inference_mode=False)
+        return get_peft_model(base, config)
+    except Exception as error:  # PEFT raises what comes its way
+        raise MailboxError(f"{what} fits no adapter on this base model: {printable(error)}") from error
 
 
 def make_spec(
@@ -157,11 +197,8 @@ def make_spec(
         refresh_steps=training.refresh_steps,
         rho=training.rho,
         seed=seed,
-        data=dataclasses.asdict(recipe.data),
-        client_defaults={
-            "per_device_train_batch_size": training.per_device_train_batch_size,
-            "gradient_accumulation_steps": training.gradient_accumulation_steps,
-        },
+        data={name: getattr(recipe.data, name) for name in SHARED_DATA},
+        client_defaults={name: getattr(training, name) for name in CLIENT_DEFAULTS},
         **rules,
     )
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from fedfstq_hf.errors import MailboxError
 from fedfstq_hf.federation.coordinator import Coordinator
-from fedfstq_hf.federation.key_files import coordinator_unseal
+from fedfstq_hf.federation.key_files import coordinator_signer, coordinator_unseal
 from fedfstq_hf.federation.mailbox import SPEC_FILE, Mailbox, open_mailbox
 from fedfstq_hf.federation.spec import FederationSpec
 from fedfstq_hf.reporting.card_maker import card_maker
@@ -26,17 +26,23 @@ def open_federation(address: str) -> tuple[Mailbox, FederationSpec]:
 
 
 def make_coordinator(
-    address: str, *, key_file: str | os.PathLike[str] | None = None, reads_messages: bool = True
+    address: str,
+    *,
+    key_file: str | os.PathLike[str] | None = None,
+    reads_messages: bool = True,
+    publishes: bool = True,
 ) -> Coordinator:
     """The coordinator of a federation, which renews the card with every round.
 
     Args:
-        key_file: opens sealed messages.
-        reads_messages: False for one that will close no round, and so needs no key.
+        key_file: opens sealed messages, and signs records.
+        reads_messages: False for one that will close no round, and so opens none.
+        publishes: False for one that only renews the card, and so signs no record.
     """
     mailbox, spec = open_federation(address)
     unseal = coordinator_unseal(address, spec, key_file) if reads_messages else None
-    return Coordinator(mailbox, card=card_maker(address), unseal=unseal, saliency=_join_saliency)
+    sign = coordinator_signer(address, spec, key_file) if publishes else None
+    return Coordinator(mailbox, card=card_maker(address), unseal=unseal, sign=sign, saliency=_join_saliency)
 
 
 def _join_saliency(files: Sequence[tuple[bytes, float]]) -> Mapping[str, bytes]:

@@ -10,12 +10,12 @@ from fedfstq_hf.adapter import AdapterView, base_fingerprint, check_same_base
 from fedfstq_hf.errors import ConfigError, DataError
 from fedfstq_hf.evaluation import Evaluator
 from fedfstq_hf.federation import adapter_file
-from fedfstq_hf.federation.mailbox import ADAPTER_CONFIG_FILE, ADAPTER_FILE, RECORD_FILE, Mailbox
-from fedfstq_hf.federation.record import RoundRecord
+from fedfstq_hf.federation.mailbox import ADAPTER_CONFIG_FILE, ADAPTER_FILE, Mailbox
+from fedfstq_hf.federation.records import Records
 from fedfstq_hf.federation.spec import FederationSpec
-from fedfstq_hf.founding import load_base, wrap_base
-from fedfstq_hf.recipe import build
-from fedfstq_hf.workloads import DataConfig, load_workload
+from fedfstq_hf.founding import load_base, load_shared_base, wrap_base
+from fedfstq_hf.own_data import own_data
+from fedfstq_hf.workloads import DataConfig
 from fedfstq_hf.workloads.formats import read_text
 from fedfstq_hf.workloads.rows import read_rows
 from fedfstq_hf.workloads.tokenize import tokenize_pairs
@@ -43,47 +43,36 @@ def measure(
     """Evaluate a published adapter.
 
     Args:
-        data: changes to the federation's data section; `path` names the held-out examples. Of data with a split of
-            their own the test part is taken, of others all.
-        model: base model, where it lies elsewhere than the federation's spec says.
+        data: the evaluation's data section (see `own_data`); `path` names the held-out examples. Of data with a split
+            of their own the test part is taken, of others all.
+        model: base model, where the federation's spec names none on the Hub.
         round: whose adapter; the newest when None.
         batch_size: examples per forward pass.
         dtype: of the base model.
 
     Raises:
-        ConfigError: there is no such round.
+        ConfigError: there is no such round, or `data` has no path.
         AdapterMismatchError: another base model than the federation's.
     """
     head = mailbox.head() or 0
     chosen = head if round is None else round
     if not 0 <= chosen <= head:
         raise ConfigError(f"There is no round {chosen} yet: the newest is {head}. Give a round from 0 to {head}.")
-    config = _config(spec, data)
-    base, tokenizer = load_base(model or spec.model, dtype)
+    config = own_data(spec.data, data, "the evaluation")
+    base, tokenizer = load_base(model, dtype) if model is not None else load_shared_base(spec.model, dtype)
     adapted = wrap_base(base, mailbox.read(0, ADAPTER_CONFIG_FILE))
     check_same_base(base_fingerprint(adapted), spec.base_fingerprint, spec.model)
-    examples = _examples(config, tokenizer, held_out="path" in data)
-    record = RoundRecord.from_json(mailbox.read(chosen, RECORD_FILE))
-    state = adapter_file.load(mailbox.read(chosen, ADAPTER_FILE), expected_sha256=record.adapter_sha256)
+    examples = _examples(config, tokenizer)
+    record = Records(mailbox, spec)(chosen)
     view = AdapterView(adapted)
+    published = mailbox.read(chosen, ADAPTER_FILE)
+    state = adapter_file.load(published, expected_sha256=record.adapter_sha256, schema=view.schema)
     view.write(view.schema.flatten(state))
     return Measured(chosen, len(examples), Evaluator(examples, tokenizer.pad_token_id, batch_size)(adapted))
 
 
-def _config(spec: FederationSpec, data: Mapping[str, Any]) -> DataConfig:
-    """The federation's data section, changed by `data`."""
-    section = {**spec.data, **data}
-    if "path" in data:  # a held-out file need not say whose its rows are
-        section |= {"client_column": data.get("client_column"), "topic_column": data.get("topic_column")}
-        if section["path"] != "demo" and section.get("format") == "demo":
-            section["format"] = "jsonl"
-    return build(DataConfig, section, "the data to evaluate on")
-
-
-def _examples(config: DataConfig, tokenizer: Any, *, held_out: bool) -> Sequence[Mapping[str, Any]]:
-    """The test part of the data; of held-out data that name no parts, all."""
-    if not held_out:
-        return load_workload(config, tokenizer).test
+def _examples(config: DataConfig, tokenizer: Any) -> Sequence[Mapping[str, Any]]:
+    """The test part of the data; of data that name no parts, all."""
     texts = [read_text(row, config) for row in read_rows(config)]
     if any(text.split is not None for text in texts):
         texts = [text for text in texts if text.split == "test"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 import unicodedata
 
 _HIDDEN = frozenset({"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"})  # controls, formats (bidi), surrogates, separators
@@ -16,6 +17,12 @@ def printable(value: object, limit: int = 200) -> str:
     text = str(value)
     cut = text if len(text) <= limit else text[: limit - 3] + "..."
     return "".join(c if unicodedata.category(c) not in _HIDDEN else _escaped(c) for c in cut)
+
+
+def printable_traceback(error: BaseException) -> str:
+    """Where an error came from, line by line; what others wrote may stand in its message."""
+    lines = "".join(traceback.format_exception(error)).splitlines()
+    return "\n".join(printable(line) for line in lines)
 
 
 def _escaped(character: str) -> str:

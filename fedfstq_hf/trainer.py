@@ -25,6 +25,7 @@ from fedfstq_hf.federation.session import Settlement
 from fedfstq_hf.federation.spec import FederationSpec
 from fedfstq_hf.sensitivity import TokenSensitivity
 from fedfstq_hf.sensitivity.table import SensitivityTable
+from fedfstq_hf.training.arguments import announce, replaced, typed
 from fedfstq_hf.training.checkpoint import find_state
 from fedfstq_hf.training.joining import check_arguments, join
 from fedfstq_hf.training.packing import pack_local
@@ -32,13 +33,14 @@ from fedfstq_hf.training.processes import check_shared, join_together, open_proc
 from fedfstq_hf.training.resuming import ResumableRounds
 from fedfstq_hf.training.rounds import RoundSampler, dump_optimizer, load_optimizer, set_schedule, skip_batches
 from fedfstq_hf.training.steps import LocalSteps
+from fedfstq_hf.training.uploading import AllowListedUploads
 
 logger = logging.getLogger(__name__)
 
 _TrainerLike: Any = Trainer if TYPE_CHECKING else object  # the mixin stands before any Trainer class, TRL's included
 
 
-class FedFSTQMixin(ResumableRounds, LocalSteps, _TrainerLike):  # type: ignore[misc]
+class FedFSTQMixin(ResumableRounds, LocalSteps, AllowListedUploads, _TrainerLike):  # type: ignore[misc]
     """Adds the federation to a Trainer class; put it before that class in the bases.
 
     Args:
@@ -61,6 +63,9 @@ class FedFSTQMixin(ResumableRounds, LocalSteps, _TrainerLike):  # type: ignore[m
         self._ended = False
         self._start_adapter: Tensor | None = None
         self._fed_metrics: dict[str, float] = {}
+        self._staged = []
+        self._trained_with: dict[str, Any] = {}
+        self._check_uploads()
         self.settlements: list[Settlement] = []
         self.add_callback(_RoundEnd(self))
 
@@ -100,7 +105,7 @@ class FedFSTQMixin(ResumableRounds, LocalSteps, _TrainerLike):  # type: ignore[m
             if not resume_from_checkpoint or self._start_adapter is None:
                 self._start_adapter = self.adapter_view.read()
             self._observer.fisher.reset()
-            self._local_step, self._skipped_steps = 0, 0
+            self._local_step, self._skipped_steps, self._trained_with = 0, 0, {}
             output = super().train(resume_from_checkpoint, **kwargs)
             self._check_some_step_counted(self._skipped_steps, self._local_step, "local training")
             return output
@@ -132,29 +137,30 @@ class FedFSTQMixin(ResumableRounds, LocalSteps, _TrainerLike):  # type: ignore[m
 
         Args:
             participation: a mailbox's, or a simulation's.
-            spec: what the federation shares; its training arguments overwrite this trainer's.
+            spec: what the federation shares; its training arguments are this trainer's until it ends.
             resume_from_checkpoint: see `train`.
             **kwargs: passed on to `Trainer.train`.
         """
-        for name, value in spec.training.items():
-            if getattr(self.args, name) != value:
-                logger.info("The federation sets %s=%r (was %r).", name, value, getattr(self.args, name))
-                setattr(self.args, name, value)
         check_shared(participation, self._processes)
         check_arguments(self.args)
-        max_steps = self.args.max_steps
+        shared = typed(self.args, spec.training)
+        if self._processes.rank == 0:
+            announce(self.args, shared)
         self._participation, self._spec, self._ended = participation, spec, False
+        self._trained_with = {**shared, "max_steps": max(participation.total_steps, 1)}
         self.adapter_view.freeze_a(spec.freeze_a)
         self._set_up(spec, fit_probe=spec.share_saliency and self.federation.share_saliency)
-        self.args.max_steps = max(participation.total_steps, 1)
         try:
-            saved = self._processes.first_alone(lambda: find_state(resume_from_checkpoint, self.args.output_dir))
-            output = super().train(self._choose_checkpoint(saved), **kwargs)
-            reached_end = self.state.global_step >= self.args.max_steps  # a user's callback may have stopped it before
-            if reached_end and not self._ended and self._next_round():
-                raise MailboxError("The federation handed out a round after its last step.")
+            with replaced(self.args, **self._trained_with):
+                output_dir = self.args.output_dir
+                saved = self._processes.first_alone(
+                    lambda: find_state(resume_from_checkpoint, output_dir, self._states())
+                )
+                output = super().train(self._choose_checkpoint(saved), **kwargs)
+                reached_end = self.state.global_step >= self.args.max_steps  # a user's callback may have stopped it
+                if reached_end and not self._ended and self._next_round():
+                    raise MailboxError("The federation handed out a round after its last step.")
         finally:
-            self.args.max_steps = max_steps
             self._participation, self._spec, self._assignment, self._batches = None, None, None, None
             self._upcoming, self._resumed = (), None
         return output
@@ -174,6 +180,11 @@ class FedFSTQMixin(ResumableRounds, LocalSteps, _TrainerLike):  # type: ignore[m
             self.fisher_vector(),
             self._num_examples(),
         )
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """The Trainer's card; after a federation it names the arguments that the federation set."""
+        with replaced(self.args, **self._trained_with):
+            super().create_model_card(*args, **kwargs)
 
     def _check_dataset(self, dataset: Any) -> None:
         if dataset is None or not hasattr(dataset, "__len__"):

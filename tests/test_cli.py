@@ -182,13 +182,13 @@ def test_status_and_serve_once_before_anybody_sent_anything(launcher, box):
     ],
 )
 def test_a_client_that_cannot_take_part(launcher, tiny_recipe, box, tmp_path, changes, expected):
-    assert expected in fails(launcher, "train", client(tiny_recipe, box, tmp_path, **changes), cwd=tmp_path)
+    assert expected in fails(launcher, "train", "--yes", client(tiny_recipe, box, tmp_path, **changes), cwd=tmp_path)
 
 
 def test_an_empty_data_file(launcher, tiny_recipe, box, tmp_path):
     (tmp_path / "empty.jsonl").write_text("")
     file = client(tiny_recipe, box, tmp_path, data={"path": str(tmp_path / "empty.jsonl")})
-    assert "empty.jsonl holds no rows" in fails(launcher, "train", file)
+    assert "empty.jsonl holds no rows" in fails(launcher, "train", "--yes", file)
 
 
 def test_another_base_model(launcher, tiny_recipe, box, tmp_path):
@@ -200,19 +200,19 @@ def test_another_base_model(launcher, tiny_recipe, box, tmp_path):
     torch.nn.init.normal_(model.get_input_embeddings().weight, std=0.5)
     model.save_pretrained(tmp_path / "other")
     AutoTokenizer.from_pretrained(source).save_pretrained(tmp_path / "other")
-    message = fails(launcher, "train", client(tiny_recipe, box, tmp_path), "--model", tmp_path / "other")
+    message = fails(launcher, "train", "--yes", client(tiny_recipe, box, tmp_path), "--model", tmp_path / "other")
     assert f"other weights: its embeddings differ. Load the base model '{source}'." in message
 
 
 def test_an_override_on_the_command_line(launcher, tiny_recipe, box, tmp_path):
     file = client(tiny_recipe, box, tmp_path)
-    assert "unknown key 'client_ip'" in fails(launcher, "train", file, "--client_ip", "c2")
-    assert "client_id 'c/2'" in fails(launcher, "train", file, "--client_id", "c/2")
+    assert "unknown key 'client_ip'" in fails(launcher, "train", "--yes", file, "--client_ip", "c2")
+    assert "client_id 'c/2'" in fails(launcher, "train", "--yes", file, "--client_id", "c/2")
     settings = yaml.safe_load(file.read_text())
     del settings["client_id"]
     file.write_text(yaml.safe_dump(settings))
-    assert "client_id 'c/2'" in fails(launcher, "train", file, "--client_id", "c/2")
-    assert "lacks the key 'client_id', which has no default" in fails(launcher, "train", file)
+    assert "client_id 'c/2'" in fails(launcher, "train", "--yes", file, "--client_id", "c/2")
+    assert "lacks the key 'client_id', which has no default" in fails(launcher, "train", "--yes", file)
 
 
 # Ctrl-C, and going on
@@ -229,9 +229,9 @@ def test_a_federation_that_is_interrupted_and_goes_on(launcher, tiny_recipe, tmp
     assert serving.wait() == 130
     assert f"Stopped. Go on with: fedfstq serve {box}" in serving.stderr
 
-    training = launcher.start("train", file)
+    training = launcher.start("train", "--yes", file)
     wait_for(lambda: list(box.glob("updates/000000/*.safetensors")))
-    second = fails(launcher, "train", file)
+    second = fails(launcher, "train", "--yes", file)
     assert "Another process uses the client state in" in second
     assert "Stop it first, or give this client another state_dir." in second
     training.kill(signal.SIGINT)
@@ -245,13 +245,13 @@ def test_a_federation_that_is_interrupted_and_goes_on(launcher, tiny_recipe, tmp
     assert "round 1/2: 1 updates" in launcher.run("serve", box, "--once").stdout
 
     serving = launcher.start("serve", box, "--poll-seconds", "0.05")
-    training = launcher.run("train", file)
+    training = launcher.run("train", "--yes", file)
     assert serving.wait() == 0
     assert "Round 0: update accepted" in training.stderr
     assert f"Finished. Load it with: PeftModel.from_pretrained(base, {str(box)!r})" in serving.stdout
     assert launcher.run("status", box).stdout.rstrip().endswith("finished")
     assert json.loads((box / "rounds/000002/round.json").read_text())["finished"] is True
-    launcher.run("train", file)  # a finished federation has nothing left to do
+    launcher.run("train", "--yes", file)  # a finished federation has nothing left to do
     launcher.run("serve", box)
 
 

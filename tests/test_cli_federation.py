@@ -41,7 +41,7 @@ def record(box, round):
 
 def send(launcher, file, box, round=0, owner=FIRST):
     """Let a client train and send one message, and stop it."""
-    training = launcher.start("train", file)
+    training = launcher.start("train", "--yes", file)
     sent = box / f"updates/{round:06d}/{owner}.safetensors"
     wait_for(lambda: sent.exists() or training.poll() is not None)
     assert sent.exists(), training.stderr[-2000:]
@@ -106,7 +106,7 @@ def test_pause_resume_and_status(launcher, tiny_recipe, found, tmp_path):
 def test_enrol(launcher, tiny_recipe, found, tmp_path):
     box, _ = found("--clients", "x,y", "--min-clients", "1")
     file = client_file(tiny_recipe, box, tmp_path)
-    message = fails(launcher, "train", file)
+    message = fails(launcher, "train", "--yes", file)
     assert (
         f"Client '{FIRST}' is not enrolled in {box}. Check client_id, or ask for `fedfstq enrol {box} {FIRST}`."
         in message
@@ -142,13 +142,13 @@ def test_a_signed_and_sealed_federation(launcher, tiny_recipe, found, tmp_path):
     verify_key = public_key(launcher, mine, "ed25519:")
     settings = {"uplink_budget": 700, "signing_key": str(mine)}  # a signature and a seal take their bytes
     signed = client_file(tiny_recipe, box, tmp_path, **settings)
-    message = fails(launcher, "train", signed)
+    message = fails(launcher, "train", "--yes", signed)
     assert f"enrolled with no verify key, but {mine} signs as {verify_key}." in message
     launcher.run("enrol", box, FIRST, "--verify-key", verify_key)
-    message = fails(launcher, "train", signed, "--signing_key", str(other))
+    message = fails(launcher, "train", "--yes", signed, "--signing_key", str(other))
     assert f"is enrolled with {verify_key}, but {other} signs as" in message
     plain = client_file(tiny_recipe, box, tmp_path)
-    assert "takes signed messages only from client" in fails(launcher, "train", plain)
+    assert "takes signed messages only from client" in fails(launcher, "train", "--yes", plain)
     signed = client_file(tiny_recipe, box, tmp_path, **settings)
     send(launcher, signed, box)
     data = (box / f"updates/000000/{FIRST}.safetensors").read_bytes()
@@ -159,7 +159,7 @@ def test_a_signed_and_sealed_federation(launcher, tiny_recipe, found, tmp_path):
     assert "round 1/1: 1 updates" in served
     (accepted,) = record(box, 1)["accepted"]
     assert (accepted["client_id"], accepted["signed"]) == (FIRST, True)
-    assert "Round 0: update accepted" in launcher.run("train", signed).stderr
+    assert "Round 0: update accepted" in launcher.run("train", "--yes", signed).stderr
     for path in box.rglob("*"):  # no private key has gone anywhere
         if path.is_file():
             assert boss.read_text().split("\n")[1].encode() not in path.read_bytes()
@@ -168,7 +168,9 @@ def test_a_signed_and_sealed_federation(launcher, tiny_recipe, found, tmp_path):
 def test_a_key_where_none_is_needed(launcher, found, tmp_path):
     box, _ = found()
     launcher.run("keys", "new", tmp_path / "key")
-    assert "are not sealed: leave --key out." in fails(launcher, "serve", box, "--key", tmp_path / "key")
+    assert "are not sealed, nor its records signed: leave --key out." in fails(
+        launcher, "serve", box, "--key", tmp_path / "key"
+    )
 
 
 def test_sealing_to_a_public_key(launcher, found, tmp_path):
@@ -189,7 +191,8 @@ def test_evaluate_posts_what_status_and_card_show(launcher, tiny_recipe, found, 
         "".join(json.dumps({"prompt": row["prompt"], "answer": row["answer"]}) + "\n" for row in rows[:7])
     )
 
-    said = launcher.run("evaluate", box, "--data", held_out).stdout
+    model = ("--model", tiny_recipe.parent / "model")
+    said = launcher.run("evaluate", box, "--data", held_out, *model).stdout
     assert said.startswith("round 0, 7 examples of held-out: eval_loss ")
     posted = json.loads((box / "metrics/000000/held-out.json").read_text())
     assert set(posted) == {"eval_loss", "exact_match"}
@@ -199,20 +202,21 @@ def test_evaluate_posts_what_status_and_card_show(launcher, tiny_recipe, found, 
     assert "held-out" in card
     assert "eval_loss" in card
 
-    said = launcher.run("evaluate", box, "--source", "own-split", "--batch-size", "2").stdout
+    options = ("--data", tiny_recipe.parent / "data.jsonl", *model, "--source", "own-split", "--batch-size", "2")
+    said = launcher.run("evaluate", box, *options).stdout
     assert said.startswith("round 0, 6 examples of own-split: ")  # the rows whose split is test
-    assert launcher.run("evaluate", box, "--data", tiny_recipe.parent / "data.jsonl").stdout.startswith("round 0, 6 ex")
 
 
 def test_evaluate_an_earlier_round_and_as_a_client(launcher, tiny_recipe, found, tmp_path):
     box, _ = found("--min-clients", "1")
-    before = json.dumps(_metrics(launcher, box, "--source", "a"))
+    own = ("--data", tiny_recipe.parent / "data.jsonl", "--model", tiny_recipe.parent / "model")
+    before = json.dumps(_metrics(launcher, box, "--source", "a", *own))
     send(launcher, client_file(tiny_recipe, box, tmp_path), box)
     launcher.run("serve", box, "--once")
     card = (box / "README.md").read_bytes()
-    after = _metrics(launcher, box, "--source", "b", "--client-id", FIRST, round=1)
+    after = _metrics(launcher, box, "--source", "b", "--client-id", FIRST, *own, round=1)
     assert (box / "README.md").read_bytes() == card  # a client may not renew it
-    assert json.dumps(_metrics(launcher, box, "--source", "c", "--round", "0")) == before != json.dumps(after)
+    assert json.dumps(_metrics(launcher, box, "--source", "c", "--round", "0", *own)) == before != json.dumps(after)
 
 
 def _metrics(launcher, box, *options, round=0):
@@ -225,13 +229,19 @@ def test_what_cannot_be_evaluated(launcher, tiny_recipe, found, tmp_path):
     assert "There is no round 1 yet: the newest is 0. Give a round from 0 to 0." in fails(
         launcher, "evaluate", box, "--round", "1"
     )
-    assert "there is no file nowhere.jsonl" in fails(launcher, "evaluate", box, "--data", "nowhere.jsonl", cwd=tmp_path)
-    assert "unknown key 'fromat' in the data to evaluate on" in fails(launcher, "evaluate", box, "--data.fromat", "x")
+    assert "there is no file nowhere.jsonl" in fails(
+        launcher, "evaluate", box, "--data", "nowhere.jsonl", "--model", tiny_recipe.parent / "model", cwd=tmp_path
+    )
+    assert "the evaluation names no data, and a mailbox cannot: type --data.path" in fails(launcher, "evaluate", box)
+    data = ("--data", tiny_recipe.parent / "data.jsonl")
+    assert "unknown key 'fromat' in the evaluation" in fails(launcher, "evaluate", box, *data, "--data.fromat", "x")
+    assert "which is no Hub id. Name the base model yourself: type --model" in fails(launcher, "evaluate", box, *data)
     assert "cannot name a client or an evaluation set" in fails(launcher, "evaluate", box, "--source", "a b")
-    assert "cannot be loaded" in fails(launcher, "evaluate", box, "--model", "nowhere/at-all")
+    assert "cannot be loaded" in fails(launcher, "evaluate", box, *data, "--model", "nowhere/at-all")
     train_only = tmp_path / "train.jsonl"
     train_only.write_text(json.dumps({"prompt": "w1", "answer": "w2", "split": "train"}) + "\n")
-    assert "no row whose split is test" in fails(launcher, "evaluate", box, "--data", train_only)
+    model = ("--model", tiny_recipe.parent / "model")
+    assert "no row whose split is test" in fails(launcher, "evaluate", box, "--data", train_only, *model)
     assert not (box / "metrics").exists()
 
 
@@ -256,7 +266,7 @@ def test_rollback_and_stop(launcher, tiny_recipe, found, tmp_path):
     assert record(box, 3)["finished"] is True
     assert "is finished already; it cannot be stopped." in fails(launcher, "stop", box)
     assert "is finished already; it cannot be rolled back." in fails(launcher, "rollback", box, "0")
-    assert "Round 1: update refused Rolled back to round 0." in launcher.run("train", file).stderr
+    assert "Round 1: update refused Rolled back to round 0." in launcher.run("train", "--yes", file).stderr
     assert launcher.run("serve", box).stdout.count("Finished.") == 1
 
 

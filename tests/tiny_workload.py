@@ -86,6 +86,7 @@ def write_client_file(folder: Path, mailbox: Path, owner: str, target: Path) -> 
         "mailbox": str(mailbox),
         "client_id": owner,
         "data": {"path": str(folder / f"{owner}.jsonl")},
+        "model": str(folder / "model"),
         "output_dir": str(target / owner),
         "poll_seconds": 0.05,
         "wait_seconds": 120,

@@ -23,6 +23,7 @@ from fedfstq_hf.cli import (
     simulate,
 )
 from fedfstq_hf.errors import FedFSTQError
+from fedfstq_hf.text import printable
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # peft imports it wherever it is installed
 
@@ -52,5 +53,6 @@ def main(arguments: list[str] | None = None) -> Any:
     try:
         return app(args=arguments, standalone_mode=True)
     except FedFSTQError as error:
-        typer.secho(f"fedfstq: {error}", fg=typer.colors.RED, err=True)
+        text = "\n".join(printable(line, 4000) for line in str(error).split("\n"))  # it may quote what others wrote
+        typer.secho(f"fedfstq: {text}", fg=typer.colors.RED, err=True)
         sys.exit(2)

@@ -41,7 +41,7 @@ def resume(mailbox: _Mailbox) -> None:
 def enrol(
     mailbox: _Mailbox,
     clients: Annotated[list[str], typer.Argument(metavar="CLIENT...", help="Names of clients.")],
-    repo: Annotated[str | None, typer.Option(help="Hub repo that the client writes to.")] = None,
+    repo: Annotated[str | None, typer.Option(help="Hub repo, ORG/NAME, that its messages are read from.")] = None,
     account: Annotated[str | None, typer.Option(help="Hub account that opens the client's pull request.")] = None,
     verify_key: Annotated[
         str | None, typer.Option(help="The client's ed25519: public key: `fedfstq keys show` prints it.")

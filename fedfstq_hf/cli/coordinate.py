@@ -12,7 +12,9 @@ from fedfstq_hf.cli.options import INTERRUPTED, quieten
 app = typer.Typer()
 
 _Mailbox = Annotated[str, typer.Argument(help="Address of a federation: hf://ORG/REPO or a folder.")]
-_Key = Annotated[Path | None, typer.Option(metavar="KEYFILE", help="Key file that opens sealed messages.")]
+_Key = Annotated[
+    Path | None, typer.Option(metavar="KEYFILE", help="Key file that opens sealed messages and signs records.")
+]
 
 
 @app.command()
@@ -30,6 +32,7 @@ def serve(
     quieten()
     from fedfstq_hf.reporting.status import describe_round
     from fedfstq_hf.running_coordinator import make_coordinator
+    from fedfstq_hf.text import printable
 
     coordinator = make_coordinator(mailbox, key_file=key)
     typer.echo(describe_round(coordinator.record, coordinator.spec))
@@ -45,7 +48,7 @@ def serve(
     if last.finished:
         _say_finished(mailbox)
     elif once and coordinator.paused is not None:
-        typer.echo(f"Paused: {coordinator.paused}. Go on with: fedfstq resume {mailbox}")
+        typer.echo(f"Paused: {printable(coordinator.paused)}. Go on with: fedfstq resume {mailbox}")
 
 
 @app.command()
@@ -62,14 +65,16 @@ def stop(mailbox: _Mailbox, key: _Key = None) -> None:
 
 @app.command()
 def rollback(
-    mailbox: _Mailbox, round: Annotated[int, typer.Argument(help="Round whose adapter to go back to.")]
+    mailbox: _Mailbox,
+    round: Annotated[int, typer.Argument(help="Round whose adapter to go back to.")],
+    key: _Key = None,
 ) -> None:
     """Publish an earlier round's adapter as the next round; updates that wait are refused, and clients keep them."""
     quieten()
     from fedfstq_hf.reporting.status import describe_round
     from fedfstq_hf.running_coordinator import make_coordinator
 
-    coordinator = make_coordinator(mailbox, reads_messages=False)
+    coordinator = make_coordinator(mailbox, key_file=key, reads_messages=False)
     typer.echo(describe_round(coordinator.rollback(round), coordinator.spec))
 
 

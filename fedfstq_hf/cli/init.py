@@ -11,6 +11,7 @@ from fedfstq_hf.cli.options import OVERRIDABLE, parse_overrides, quieten
 from fedfstq_hf.errors import ConfigError
 
 if TYPE_CHECKING:
+    from fedfstq_hf.federation.keys import KeyPair
     from fedfstq_hf.federation.mailbox import Mailbox
     from fedfstq_hf.federation.spec import FederationSpec
 
@@ -52,6 +53,12 @@ def init(
         str | None,
         typer.Option(metavar="KEY", help="Seal messages: the coordinator's key file, or its x25519: public key."),
     ] = None,
+    key: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="KEYFILE", help="Sign each round's record with this key; clients refuse any other record."
+        ),
+    ] = None,
     share_saliency: Annotated[
         bool,
         typer.Option("--share-saliency", help="Clients that agree send which tokens matter; published in aggregate."),
@@ -77,11 +84,13 @@ def init(
     quieten()
     from fedfstq_hf.federation.control import Control, Enrolment
     from fedfstq_hf.federation.founding import found_federation
+    from fedfstq_hf.federation.keys import signer
     from fedfstq_hf.founding import found, make_spec
     from fedfstq_hf.reporting.card_maker import card_maker
 
     loaded = loaded.for_method(method)
     sealing_key = None if seal_to is None else _public_key(seal_to)
+    pair = None if key is None else _founder(key, sealing_key)
     founding = found(loaded, loaded.seeds[0])
     usual = loaded.federation.clients_per_round if clients_per_round is None else clients_per_round
     count = min(usual, len(names) if names else usual) if min_clients is None else min_clients
@@ -99,6 +108,7 @@ def init(
         clip=clip or None,
         signatures=signatures,
         sealing_key=sealing_key,
+        founder_key=None if pair is None else pair.verify_key,
         share_saliency=share_saliency,
     )
     record = found_federation(
@@ -108,6 +118,7 @@ def init(
         founding.adapter_config,
         control=None if names is None else Control(clients={name: Enrolment() for name in names}),
         card=card_maker(mailbox, description=loaded.description),
+        sign=None if pair is None else signer(pair, spec.id),
     )
     typer.echo(
         f"Founded {loaded.name} in {mailbox}: {founding.view.schema.num_params:,} adapter parameters "
@@ -144,11 +155,21 @@ def _public_key(key: str) -> str:
     return keys.load_signing_key(key).seal_key
 
 
+def _founder(key: Path, sealing_key: str | None) -> KeyPair:
+    """The keys that sign records; `serve` takes one key file, which must open sealed messages too."""
+    from fedfstq_hf.federation import keys
+
+    pair = keys.load_signing_key(key)
+    if sealing_key not in (None, pair.seal_key):
+        raise ConfigError(f"--key and --seal-to are of different key files. Type --seal-to {key} as well.")
+    return pair
+
+
 def _next_steps(mailbox: str, spec: FederationSpec, names: list[str] | None) -> str:
     lines = []
     if spec.signatures:
         who = names[0] if names else "CLIENT"
         lines.append(f"Enrol each client's key: fedfstq enrol {mailbox} {who} --verify-key ed25519:...")
-    key = " --key KEYFILE" if spec.sealing_key is not None else ""
+    key = " --key KEYFILE" if (spec.sealing_key, spec.founder_key) != (None, None) else ""
     lines.append(f"Next: fedfstq serve {mailbox}{key}")
     return "\n".join(lines)

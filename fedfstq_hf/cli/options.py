@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 
 from fedfstq_hf.errors import ConfigError
+from fedfstq_hf.text import printable
 
 OVERRIDABLE = {"allow_extra_args": True, "ignore_unknown_options": True}
 INTERRUPTED = 130
@@ -40,14 +42,22 @@ def _key(name: str) -> str:
     return ".".join(part if place == own else part.replace("-", "_") for place, part in enumerate(parts))
 
 
+class _Visible(logging.Formatter):
+    """Shows control characters escaped: a message may quote what others wrote, and this goes to a terminal."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return "\n".join(printable(line, 4000) for line in super().format(record).split("\n"))
+
+
 def quieten() -> None:
     """Keep libraries' chatter out of the output; our own log goes to stderr."""
-    import logging
     import os
     import warnings
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr)
+    for handler in logging.getLogger().handlers:
+        handler.setFormatter(_Visible("%(message)s"))
     for noisy in ("httpx", "httpx2", "filelock", "matplotlib"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     warnings.filterwarnings(

@@ -13,13 +13,16 @@ app = typer.Typer()
 
 @app.command()
 def report(
-    runs: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Run folders of `fedfstq simulate`.")],
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN...", help="Run folders of `fedfstq simulate`, or WORKLOAD.jsonl.zst.")
+    ],
     out: Annotated[
         Path, typer.Option(metavar="FILE.html", help="The page; the same tables as Markdown go beside it.")
     ] = Path("report.html"),
     plots: Annotated[
         Path | None, typer.Option(metavar="FOLDER", help="Write each plot there as well, as an SVG of its own.")
     ] = None,
+    methods: Annotated[str | None, typer.Option(metavar="NAME,NAME", help="Of these methods only.")] = None,
 ) -> None:
     """Put runs side by side: one HTML page with plots, and its tables as Markdown.
 
@@ -28,6 +31,9 @@ def report(
     from fedfstq_hf.reporting.comparison import write_comparison
 
     more = [] if plots is None else ["--plots", str(plots)]
+    more += [] if methods is None else ["--methods", methods]
     command = shlex.join(["fedfstq", "report", *map(str, runs), "--out", str(out), *more])
-    page, text = write_comparison(runs, out, command=command, plots=plots)
+    page, text = write_comparison(
+        runs, out, command=command, plots=plots, methods=methods.split(",") if methods else None
+    )
     typer.echo(f"Wrote {page} and {text}.")

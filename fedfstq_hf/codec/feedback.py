@@ -32,7 +32,7 @@ class ErrorFeedback:
     def after(self, corrected: Tensor, sent: SparseUpdate) -> Tensor:
         """Residual once `sent` was accepted: `corrected - sent`, a new vector (num_params,).
 
-        If the update was refused or lost, the residual is `corrected` itself.
+        If the update was refused or lost, the residual stays what it was before: the next `delta` replaces this one.
         """
         residual = corrected.clone()
         sent.add_to(residual, -1.0)

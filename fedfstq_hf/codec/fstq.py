@@ -53,7 +53,7 @@ class FstqCodec:
     ) -> None:
         if parts not in ("auto", "factors", "coordinates"):
             raise ConfigError(f'fstq parts is {parts!r}; expected "auto", "factors" or "coordinates"')
-        if levels != "auto" and levels not in LEVELS:
+        if levels not in ("auto", *LEVELS) or isinstance(levels, (bool, float)):
             raise ConfigError(f'fstq levels is {levels!r}; expected "auto", 1, 2, 4 or 8')
         if isinstance(fisher_power, bool) or fisher_power not in POWERS:
             raise ConfigError(f"fstq fisher_power is {fisher_power!r}; expected 0.25, 0.375, 0.5, 0.75 or 1")

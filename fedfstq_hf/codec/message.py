@@ -20,7 +20,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -37,6 +36,10 @@ REFINEMENT_PARAMS: dict[str, JSONScalar] = {"refinement": True}
 """Parameters of a client's second message of a round, its whole update said better than the first could."""
 # begins a message that is sealed to its reader (federation/keys.py); as a safetensors length it would be absurd
 SEALED_PREFIX = b"fedfstq sealed\n"
+ATTACHMENT = "attachment"
+"""Named as the codec of what is no update: a file that a client sends beside its updates, as it is."""
+MAX_CONTAINER = 8 + 2 * MAX_METADATA + 256
+"""No container has more bytes around its payload: escaping at most doubles the metadata, and the frame is short."""
 _MAX_INT = 2**53 - 1
 _HEX = re.compile(r"[0-9a-f]{64}")
 _CLIENT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -72,8 +75,10 @@ class Header:
         for key, value in _items(self.params):
             if not isinstance(key, str) or not isinstance(value, (str, int, float, bool, type(None))):
                 raise MessageError(f"codec parameter {key!r:.60} is {value!r:.60}; expected text, number, bool or null")
-            if isinstance(value, float) and not math.isfinite(value):
-                raise MessageError(f"codec parameter {key!r:.60} is {value!r}; expected a finite number")
+            if isinstance(value, (int, float)) and not -_MAX_INT <= value <= _MAX_INT:
+                raise MessageError(
+                    f"codec parameter {key!r:.60} is {value!r:.60}; expected a number within +-(2**53 - 1)"
+                )
 
 
 class Unpacked(NamedTuple):
@@ -97,6 +102,11 @@ def pack(header: Header, payload: bytes, sign: Callable[[bytes], bytes] | None =
     return _envelope(header, digest + signature, len(payload)) + payload
 
 
+def attachment_header(name: str, *, client_id: str, round: int, base: str, schema: str) -> Header:
+    """Header of a client's attachment `name` to its message of a round; arguments as in `Header`."""
+    return Header(round, client_id, 0, base, schema, ATTACHMENT, {"name": name})
+
+
 def overhead(header: Header, max_payload: int, signed: bool = False) -> int:
     """Container bytes around a payload of at most `max_payload` bytes: exact for that size, an upper bound below it."""
     return len(_envelope(header, _NO_DIGEST + (_NO_SIGNATURE if signed else b""), max_payload))
@@ -117,8 +127,7 @@ def unpack_signed(data: bytes, *, max_bytes: int | None = None) -> Unpacked:
     if len(data) < 8:
         raise MessageError(f"message has {len(data)} bytes; expected at least the 8 bytes of a safetensors length")
     length = int.from_bytes(data[:8], "little")
-    # escaping at most doubles the metadata; the frame around it is below 256 bytes
-    if length > min(len(data) - 8, 2 * MAX_METADATA + 256):
+    if length > min(len(data), MAX_CONTAINER) - 8:
         raise MessageError(f"message announces a header of {length} bytes; more than it holds or the format allows")
     payload = data[8 + length :]
     header, seal = _parse(data[8 : 8 + length])

@@ -37,7 +37,7 @@ _BUILTIN = {
     "sparseloco": ".baselines.sparseloco",
     "topk": ".baselines.topk",
     "trellis": ".trellis",
-    "uniform": ".uniform",
+    "uniform": ".uniform.codec",
     "uniform-fisher": ".baselines.uniform_fisher",
 }
 _REGISTRY: dict[str, Callable[..., Codec]] = {}
@@ -110,7 +110,7 @@ def codec_names() -> list[str]:
     return sorted({*_BUILTIN, *_REGISTRY})
 
 
-def get_codec(name: str, **options: Any) -> Codec:
+def get_codec(name: str, /, **options: Any) -> Codec:
     """Construct a codec by name. Raises ConfigError, naming the nearest match, for an unknown name or option."""
     if name not in _REGISTRY and name in _BUILTIN:
         import_module(_BUILTIN[name], __package__)

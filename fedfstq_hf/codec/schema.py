@@ -43,7 +43,7 @@ class Schema:
         for name in sorted(state):
             tensor = state[name]
             if not tensor.dtype.is_floating_point:
-                raise AdapterMismatchError(f"adapter tensor {name!r} is {tensor.dtype}; expected floating point")
+                raise AdapterMismatchError(f"adapter tensor {name!r:.120} is {tensor.dtype}; expected floating point")
             dtype = str(tensor.dtype).removeprefix("torch.")
             specs.append(TensorSpec(name, tuple(tensor.shape), dtype, offset, tensor.numel()))
             offset += tensor.numel()
@@ -92,6 +92,6 @@ class Schema:
         if given != expected:
             missing, extra = sorted(expected - given), sorted(given - expected)
             raise AdapterMismatchError(
-                f"adapter tensors do not match the schema: {len(missing)} missing {missing[:3]}, "
-                f"{len(extra)} unexpected {extra[:3]}; use the federation's base model and LoRA configuration"
+                f"adapter tensors do not match the schema: {len(missing)} missing {missing[:3]!s:.300}, "
+                f"{len(extra)} unexpected {extra[:3]!s:.300}; use the federation's base model and LoRA configuration"
             )

@@ -24,11 +24,11 @@ def load_model(dtype: "torch.dtype | None" = None) -> Any:
     import torch
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(model_path(), dtype=dtype or torch.float32)
+    return AutoModelForCausalLM.from_pretrained(model_path(), dtype=dtype or torch.float32, trust_remote_code=False)
 
 
 def load_tokenizer() -> Any:
     """The demo's byte-level BPE tokenizer; it adds no special tokens by itself."""
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(model_path())
+    return AutoTokenizer.from_pretrained(model_path(), trust_remote_code=False)

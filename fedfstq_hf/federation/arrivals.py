@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable
+import logging
+from collections.abc import Callable, Collection, Iterable
 
+from fedfstq_hf.errors import MailboxError, MailboxUnavailableError, MessageError
 from fedfstq_hf.federation.control import read_control
 from fedfstq_hf.federation.lateness import unnamed
 from fedfstq_hf.federation.mailbox import Mailbox, UpdateRef
 from fedfstq_hf.federation.record import RefusedUpdate, RoundRecord
 from fedfstq_hf.federation.spec import FederationSpec
+from fedfstq_hf.text import printable
+
+logger = logging.getLogger(__name__)
 
 
 class Arrivals:
@@ -36,11 +41,18 @@ class Arrivals:
         self._record = record
         self._max_bytes = max_bytes
 
-    def of(self, round: int, *, refinements: bool = False) -> list[UpdateRef]:
-        """Messages of enrolled clients for a round, in client-id order."""
-        control = read_control(self._mailbox)
-        clients = None if control.clients is None else sorted(control.clients)
-        return list(self._mailbox.list_updates(round, clients, refinements=refinements))
+    def of(self, round: int, without: Collection[str] = (), *, refinements: bool = False) -> list[UpdateRef]:
+        """Messages of enrolled clients for a round, but those of `without`, in client-id order.
+
+        Where only some were asked in a round that is long over, only they are looked for: the others may be thousands.
+        """
+        control, selected = read_control(self._mailbox), self._record(round).selected
+        enrolled = None if control.clients is None else set(control.clients)
+        if selected is not None and enrolled is not None and round < self._round - self._spec.max_staleness - 1:
+            enrolled &= set(selected)
+        clients = None if enrolled is None else sorted(enrolled.difference(without))
+        refs = self._mailbox.list_updates(round, clients, refinements=refinements)
+        return [ref for ref in refs if ref.client_id not in without]
 
     def updates(self, rounds_back: int) -> tuple[list[UpdateRef], list[UpdateRef]]:
         """Updates to collect now, in client-id order, and late ones of up to `rounds_back` rounds that came too late.
@@ -51,21 +63,26 @@ class Arrivals:
         oldest = self._oldest_usable()
         in_time = [ref for ref in earlier if ref.round >= oldest]
         newest = {ref.client_id: ref for ref in (*in_time, *self.of(self._round))}
-        usable = sorted(newest.values())
-        return usable, [ref for ref in earlier if ref not in usable]
+        used = set(newest.values())
+        return sorted(used), [ref for ref in earlier if ref not in used]
 
     def refinements(self) -> list[UpdateRef]:
         """Second messages of the round before, which are used now."""
         return self._refinements_of(self._round - 1) if self._round else []
+
+    def silent(self, heard: Iterable[UpdateRef]) -> list[UpdateRef]:
+        """Second messages of the open round from clients without a first one: theirs would have said nothing."""
+        clients = {ref.client_id for ref in heard}
+        return [ref for ref in self._refinements_of(self._round) if ref.client_id not in clients]
 
     def stopped(self) -> tuple[RefusedUpdate, ...]:
         """Second messages of the open round, if it is the last one because the federation is stopped."""
         reason = "The federation was stopped, and this round's previews count in full."
         return tuple(self.unused(ref, reason) for ref in self._refinements_of(self._round))
 
-    def late_refinements(self) -> list[UpdateRef]:
-        """Second messages of the round before that one which no record names."""
-        return unnamed(self._round, 1, self._refinements_of, self._record, refinements=True)
+    def late_refinements(self, rounds_back: int) -> list[UpdateRef]:
+        """Second messages of up to `rounds_back` rounds before that one which no record names."""
+        return unnamed(self._round, rounds_back, self._refinements_of, self._record, refinements=True)
 
     def late(self, refs: Iterable[UpdateRef]) -> tuple[RefusedUpdate, ...]:
         """Their entries in a record."""
@@ -79,8 +96,8 @@ class Arrivals:
             ref.client_id, ref.sha256 or self._sha256(ref), ref.num_bytes, reason, other, ref.refinement
         )
 
-    def _refinements_of(self, round: int) -> list[UpdateRef]:
-        return self.of(round, refinements=True) if self._spec.refines(round) else []
+    def _refinements_of(self, round: int, without: Collection[str] = ()) -> list[UpdateRef]:
+        return self.of(round, without, refinements=True) if self._spec.refines(round) else []
 
     def _oldest_usable(self) -> int:
         """The earliest round whose updates may still be used: none from before a rollback, which is to undo them."""
@@ -89,6 +106,18 @@ class Arrivals:
         return next(restored, oldest)
 
     def _sha256(self, ref: UpdateRef) -> str:
+        """Of its bytes; empty where it is too large to be read, or cannot be read any more."""
         if ref.num_bytes > self._max_bytes:
             return ""
-        return hashlib.sha256(self._mailbox.read_update(ref, max_bytes=ref.num_bytes)).hexdigest()
+        try:
+            return hashlib.sha256(self._mailbox.read_update(ref, max_bytes=ref.num_bytes)).hexdigest()
+        except MailboxUnavailableError:
+            raise
+        except (MailboxError, MessageError) as error:
+            logger.warning(
+                "The message of client %s for round %d, which is not used, cannot be read: %s",
+                ref.client_id,
+                ref.round,
+                printable(error),
+            )
+            return ""

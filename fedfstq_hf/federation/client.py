@@ -14,18 +14,21 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from fedfstq_hf.codec import CodecContext, Schema, get_codec, message
+from fedfstq_hf.codec import message
 from fedfstq_hf.errors import BudgetError, FedFSTQError, MailboxError, MailboxUnavailableError
 from fedfstq_hf.federation import adapter_file
 from fedfstq_hf.federation.budgets import Budgets, MessageBudget, expected_messages, posted_losses
 from fedfstq_hf.federation.control import read_control
-from fedfstq_hf.federation.downlink import cheapest_download
+from fedfstq_hf.federation.downlink import apply_change, cheapest_download
 from fedfstq_hf.federation.following import Following
 from fedfstq_hf.federation.mailbox import ADAPTER_FILE, SALIENCY_FILE, UPDATE_FILE, Mailbox
+from fedfstq_hf.federation.posted_metrics import read_metrics
 from fedfstq_hf.federation.record import RoundRecord
 from fedfstq_hf.federation.records import Records
 from fedfstq_hf.federation.scaffold import read_variate
-from fedfstq_hf.federation.session import ClientSession, Pending, Settlement
+from fedfstq_hf.federation.session import ClientSession, Settlement, says_nothing_yet
+from fedfstq_hf.federation.session_state import Pending
+from fedfstq_hf.text import printable
 
 logger = logging.getLogger(__name__)
 
@@ -140,7 +143,10 @@ class MailboxParticipation:
         self._saliency = saliency
         self._held: tuple[RoundRecord, Tensor] | None = None
         self._posted_round = -1
-        self._record = Records(mailbox)
+        self._undone = -1  # rollbacks up to this round are undone here
+        self._record = Records(mailbox, session.spec)
+        self._most_bytes = adapter_file.most_bytes(session.travelling.whole)
+        self._attached_bytes = 0
         self._smallest = math.inf  # bytes of the smallest message that was checked
         self._check_share(session.spec.min_clients)
 
@@ -152,6 +158,7 @@ class MailboxParticipation:
             if record.round > newest:  # it goes on, though perhaps without this client
                 started, newest = time.monotonic(), record.round
             if self._settled(record):
+                self._undo(record)
                 if record.finished:
                     self._following.wait()
                     return None
@@ -176,7 +183,7 @@ class MailboxParticipation:
                     "is lost."
                 )
             paused = read_control(self.mailbox).paused
-            state = f"paused: {paused}" if paused else f"waiting for round {record.round + 1}"
+            state = f"paused: {printable(paused)}" if paused else f"waiting for round {record.round + 1}"
             if state != announced:
                 logger.info("%s: %s.", self.mailbox.address, state)
                 announced, wait = state, self._poll_seconds
@@ -185,13 +192,17 @@ class MailboxParticipation:
 
     def complete(self, assignment: Assignment, result: LocalResult) -> dict[str, float]:
         """Store the message, then post it."""
-        posted = posted_losses(self.mailbox.read_metrics()) if self._budgets.first.controller is not None else ()
+        # anybody who can write the mailbox posts metrics: where messages need signatures, they steer nothing
+        follows = self._budgets.first.controller is not None and not self.session.spec.signatures
+        posted = posted_losses(read_metrics(self.mailbox, up_to=assignment.round)) if follows else ()
         owed = self.session.residual_norm()
         pending = store_message(self.session, self._budgets, assignment, result, posted)
         self._post(self._record(assignment.round))
         return {
             "fed_round": assignment.round,
-            "fed_uplink_bytes": len(pending.message) + len(pending.refinement or b""),
+            "fed_uplink_bytes": self._attached_bytes
+            + (0 if says_nothing_yet(pending) else len(pending.message))
+            + len(pending.refinement or b""),
             "fed_residual_norm": owed,  # of what earlier messages left out and this one carried on
         }
 
@@ -241,27 +252,39 @@ class MailboxParticipation:
         if pending is None:
             return True
         if newest.round > pending.round:
-            if pending.refinement is not None and newest.round == pending.round + 1:  # after a restart
+            undone = newest.restored_from is not None
+            if pending.refinement is not None and newest.round == pending.round + 1 and not undone:  # after a restart
                 self._following.start(pending.round, pending.refinement)
             last = pending.round + 1 + self.session.spec.max_staleness
             records = [self._record(round) for round in range(pending.round + 1, min(newest.round, last) + 1)]
-            naming = [r for r in records if r.fate(self.session.client_id, pending.sha256) is not None]
-            if naming or newest.round >= last or newest.finished:
-                return self._settle(naming[0] if naming else records[-1])
+            deciding = next((record for record in records if self.session.decides(record)), None)
+            if deciding is not None or newest.round >= last or newest.finished:
+                self._settle(deciding or records[-1])
+                return True
         self._post(newest)  # after a restart it may not have arrived; the same bytes again change nothing
         return False
 
-    def _settle(self, record: RoundRecord) -> bool:
+    def _settle(self, record: RoundRecord) -> None:
         settlement = self.session.settle(record)
         self.settlements.append(settlement)
-        if settlement.outcome != "accepted":
+        if settlement.outcome in ("refused", "late"):
             logger.warning(
-                "The update of round %d was %s%s; all of it stays in the residual.",
+                "The update of round %d was %s%s; it is not sent again: the next round's training takes its place.",
                 settlement.round,
                 settlement.outcome,
-                f": {settlement.reason}" if settlement.reason else "",
+                f": {printable(settlement.reason.removesuffix('.'))}" if settlement.reason else "",
             )
-        return True
+
+    def _undo(self, newest: RoundRecord) -> None:
+        """Drop what the session holds of rounds that were rolled back, also while this client was away."""
+        oldest = self.session.oldest_round
+        if oldest is not None:
+            for round in range(max(oldest, self._undone) + 1, newest.round + 1):
+                record = self._record(round)
+                if self.session.undo(record):
+                    back = f"Round {round} went back to round {record.restored_from}"
+                    logger.warning("%s: what this client kept of later rounds is dropped.", back)
+        self._undone = newest.round
 
     def _post(self, newest: RoundRecord) -> None:
         """Send the pending message, for at most as long as the round is open: by then it is late anyway."""
@@ -274,7 +297,8 @@ class MailboxParticipation:
             patience = newest.deadline - newest.opened_at
         try:
             self._attach(pending.round)
-            self.mailbox.post_update(pending.round, self.session.client_id, pending.message, patience=patience)
+            if not says_nothing_yet(pending):
+                self.mailbox.post_update(pending.round, self.session.client_id, pending.message, patience=patience)
         except MailboxUnavailableError as error:
             if patience is None:
                 raise
@@ -293,7 +317,16 @@ class MailboxParticipation:
         if data is None:
             return
         try:
-            self.mailbox.post_attachment(self.session.client_id, SALIENCY_FILE, data)
+            header = message.attachment_header(
+                SALIENCY_FILE,
+                client_id=self.session.client_id,
+                round=round,
+                base=self._record(round).adapter_sha256,
+                schema=self.session.schema.fingerprint,
+            )
+            sent = self.session.envelope(header, data)
+            self.mailbox.post_attachment(self.session.client_id, SALIENCY_FILE, sent)
+            self._attached_bytes = len(sent)
         except MailboxError as error:  # the update must not wait for it
             logger.warning("The token sensitivities could not be sent: %s", error)
 
@@ -306,7 +339,7 @@ class MailboxParticipation:
             with contextlib.suppress(FedFSTQError):  # a damaged change only costs the download of the whole
                 base, adapter = held
                 for round in way.changes:
-                    data = self.mailbox.read(round, UPDATE_FILE)
+                    data = self.mailbox.read(round, UPDATE_FILE, max_bytes=self._most_bytes)
                     self.downlink_bytes += len(data)
                     following = self._record(round)
                     adapter = apply_change(data, base, adapter, following, self.session.travelling.whole)
@@ -314,10 +347,11 @@ class MailboxParticipation:
             if base.round != record.round:
                 adapter = None
         if adapter is None:
-            data = self.mailbox.read(record.round, ADAPTER_FILE)
+            data = self.mailbox.read(record.round, ADAPTER_FILE, max_bytes=self._most_bytes)
             self.downlink_bytes += len(data)
-            state = adapter_file.load(data, expected_sha256=record.adapter_sha256)
-            adapter = self.session.travelling.whole.flatten(state)
+            schema = self.session.travelling.whole
+            state = adapter_file.load(data, expected_sha256=record.adapter_sha256, schema=schema)
+            adapter = schema.flatten(state)
         self._held = (record, adapter)
         return adapter
 
@@ -364,21 +398,3 @@ def store_message(
         carried={**result.carried, **moved},
         variate=result.variate,
     )
-
-
-def apply_change(data: bytes, base: RoundRecord, adapter: Tensor, record: RoundRecord, schema: Schema) -> Tensor:
-    """Θ_{t+1} from Θ_t and the packed global change; exact, which the record's sha256 proves.
-
-    Raises:
-        MailboxError: the change is damaged, or does not lead from `base` to `record`.
-    """
-    header, payload = message.unpack(data)
-    if header.base != base.adapter_sha256:
-        raise MailboxError(f"The packed change of round {record.round} starts from another adapter.")
-    update = get_codec(header.codec).decode(payload, schema, CodecContext(round=record.round))
-    changed = adapter + update.to_dense()
-    if hashlib.sha256(adapter_file.dump(schema.unflatten(changed))).hexdigest() != record.adapter_sha256:
-        raise MailboxError(
-            f"The packed change of round {record.round} does not give the adapter that its record names."
-        )
-    return changed

@@ -15,8 +15,12 @@ from typing import Any
 from fedfstq_hf.errors import ConfigError, MailboxError
 from fedfstq_hf.federation.keys import parse_public_key
 from fedfstq_hf.federation.mailbox import Mailbox, checked_name
+from fedfstq_hf.federation.untrusted import parse_object
+from fedfstq_hf.text import printable
 
 FORMAT = 1
+MAX_BYTES = 4 * 10**6
+"""Some 30,000 clients, each with a key."""
 _TRIES = 50
 
 
@@ -25,7 +29,8 @@ class Enrolment:
     """One enrolled client.
 
     Attributes:
-        repo: Hub repo that it writes to, where it is not the one named after it.
+        repo: Hub repo that its messages are read from, where it is not the one named after it. Where it writes them is
+            its own decision.
         account: Hub account whose pull requests are its own.
         verify_key: Ed25519 public key that its messages are signed with.
         max_examples: it counts at most as that many examples.
@@ -37,8 +42,14 @@ class Enrolment:
     max_examples: int | None = None
 
     def __post_init__(self) -> None:
-        if self.max_examples is not None and (not isinstance(self.max_examples, int) or self.max_examples < 1):
+        if self.max_examples is not None and (type(self.max_examples) is not int or self.max_examples < 1):
             raise ConfigError(f"max_examples must be a whole number of at least 1, not {self.max_examples!r}.")
+        if self.repo is not None:
+            from fedfstq_hf.federation.hub.address import checked_repo  # not at the top: a folder needs no Hub
+
+            checked_repo(self.repo)
+        if self.account is not None and not isinstance(self.account, str):
+            raise ConfigError(f"account must be the name of a Hub account, not {self.account!r:.40}.")
         if self.verify_key is not None:
             parse_public_key(self.verify_key, "ed25519")
 
@@ -93,19 +104,29 @@ class Control:
         if data is None:
             return cls()
         try:
-            fields = json.loads(data)
-            if fields["format"] != FORMAT:
-                raise MailboxError(
-                    f"The federation's control file has format {fields['format']!r}; this version reads {FORMAT}."
-                )
-            clients = fields["clients"]
+            fields = parse_object(data, "It", max_bytes=MAX_BYTES)
+        except MailboxError as error:
+            raise _unreadable(error) from None
+        if fields.get("format", FORMAT) != FORMAT:
+            raise MailboxError(
+                f"The federation's control file has format {printable(repr(fields['format']), 40)}; this version "
+                f"reads {FORMAT}."
+            )
+        try:
+            clients, paused, _ = fields["clients"], fields["paused"], fields["format"]
             if clients is not None:
                 clients = {checked_name(name): Enrolment(**entry) for name, entry in clients.items()}
-            return cls(clients=clients, paused=fields["paused"])
+            if not isinstance(paused, str | None):
+                raise TypeError(f"paused is {paused!r:.40}, expected a reason or null")
+            return cls(clients=clients, paused=paused)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise MailboxError(
-                f"The federation's control file cannot be read ({error}). Restore it from the mailbox's history."
-            ) from error
+            raise _unreadable(error) from error
+
+
+def _unreadable(error: Exception) -> MailboxError:
+    return MailboxError(
+        f"The federation's control file cannot be read ({printable(error)}). Restore it from the mailbox's history."
+    )
 
 
 def read_control(mailbox: Mailbox) -> Control:

@@ -27,13 +27,14 @@ from fedfstq_hf.errors import (
 from fedfstq_hf.federation import adapter_file, history, scaffold
 from fedfstq_hf.federation.aggregation import server_step
 from fedfstq_hf.federation.arrivals import Arrivals
-from fedfstq_hf.federation.attachments import SaliencyMaker, join_attachments
+from fedfstq_hf.federation.attachments import Joined, SaliencyMaker, join_attachments, sent_bytes
+from fedfstq_hf.federation.clipping import Usual
 from fedfstq_hf.federation.collecting import Collected, Collector
 from fedfstq_hf.federation.control import read_control
+from fedfstq_hf.federation.lateness import LOOK_BACK
 from fedfstq_hf.federation.mailbox import (
     ADAPTER_CONFIG_FILE,
     ADAPTER_FILE,
-    HISTORY_FILE,
     RECORD_FILE,
     SERVER_STATE_FILE,
     SPEC_FILE,
@@ -41,13 +42,16 @@ from fedfstq_hf.federation.mailbox import (
     Mailbox,
     RootFiles,
 )
+from fedfstq_hf.federation.posted_metrics import read_metrics
 from fedfstq_hf.federation.publication import CardMaker, make_record, pack_change, root_files
 from fedfstq_hf.federation.record import RoundRecord
 from fedfstq_hf.federation.records import Records
 from fedfstq_hf.federation.refining import Refined, refine
 from fedfstq_hf.federation.screening import Screening, Unseal
+from fedfstq_hf.federation.signed_records import Sign
 from fedfstq_hf.federation.spec import FederationSpec
 from fedfstq_hf.federation.travelling import Travelling
+from fedfstq_hf.text import printable, printable_traceback
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +66,7 @@ class Coordinator:
         clock: seconds since the epoch; a simulation passes its own.
         card: makes the root's readable files for each round.
         unseal: opens sealed messages.
+        sign: signs records with the founder's key, where the spec names one.
         saliency: joins the token sensitivities that clients attached to the last round; None leaves them.
     """
 
@@ -72,6 +77,7 @@ class Coordinator:
         clock: Callable[[], float] = time.time,
         card: CardMaker | None = None,
         unseal: Unseal | None = None,
+        sign: Sign | None = None,
         saliency: SaliencyMaker | None = None,
     ) -> None:
         self.mailbox = mailbox
@@ -83,7 +89,7 @@ class Coordinator:
         self._card = card
         self._unseal = unseal
         self._saliency = saliency
-        self._record = Records(mailbox)
+        self._sign = sign
         self._collector: Collector
         self._arrivals: Arrivals
         self._history: list[history.HistoryRow] = []
@@ -93,9 +99,10 @@ class Coordinator:
                 f"{mailbox.address} holds no federation yet. Make one with `fedfstq init {mailbox.address} ...`."
             )
         self.spec = FederationSpec.from_json(mailbox.read(0, SPEC_FILE))
+        self._record = Records(mailbox, self.spec, unseal)
         self._adapter_config = mailbox.read(0, ADAPTER_CONFIG_FILE)
         self._load_head(head)
-        self._history = history.complete(mailbox.read_root(HISTORY_FILE), self.record.round, self._record)
+        self._history = history.complete(self.mailbox.read_root, self.record.round, self._record)
         self.refresh()
 
     @property
@@ -114,7 +121,8 @@ class Coordinator:
         if control.paused is not None:
             return False
         usable, _ = self._arrivals.updates(self.spec.max_staleness)
-        return self._enough(sum(not self._collector.refused(ref, control) for ref in usable))
+        heard = [*usable, *self._arrivals.silent(usable)]
+        return self._enough(len(self._collector.open(heard, control)))
 
     def close_round(self) -> RoundRecord | None:
         """Aggregate the messages that lie in the mailbox and publish the next round.
@@ -123,20 +131,24 @@ class Coordinator:
             The new record. None when, after refusals, too few messages are left to close the round: call again later.
             If another coordinator published first, its record is adopted and returned.
         """
-        collected = self._collect()
-        if not self._enough(len(collected.accepted)):
+        finished = self.record.round + 1 >= self.spec.rounds
+        collected = self._collect(finished=finished)
+        count = len(collected.accepted)
+        if not self._enough(count) and not self._enough(count + self._silent()):
             return None
-        return self._publish_mean(collected, finished=self.record.round + 1 >= self.spec.rounds)
+        return self._publish_mean(collected, finished=finished)
 
     def stop(self) -> RoundRecord:
         """End the federation now: what has arrived is used, and the round made from it is the last one."""
         self._refuse_finished("stopped")
         while not self.finished:  # a coordinator that publishes at this moment only delays it
-            self._publish_mean(self._collect(), finished=True)
+            self._publish_mean(self._collect(finished=True), finished=True)
         return self.record
 
     def rollback(self, round: int) -> RoundRecord:
         """Publish the adapter and server state of an earlier round as the next one; waiting updates are refused.
+
+        Clients drop what they kept of the rounds in between (`ClientSession.undo`).
 
         Raises:
             MailboxError: there is no such round, or the mailbox no longer holds its adapter.
@@ -150,16 +162,17 @@ class Coordinator:
         adapter = self.mailbox.read(round, ADAPTER_FILE)
         adapter_file.load(adapter, expected_sha256=self._record(round).adapter_sha256)
         while True:
-            usable, late = self._arrivals.updates(self.spec.max_staleness + 1)
+            finished = self.record.round + 1 >= self.spec.rounds
+            usable, late = self._arrivals.updates(self._look_back(finished))
             usable += self._arrivals.refinements()
-            files = self._files(self._server_state(round), None, None)
+            state = self._server_state(round)
+            files = {} if state is None else {SERVER_STATE_FILE: state}  # control variates begin anew, with zeros
             record = self._next_record(
                 adapter,
-                finished=self.record.round + 1 >= self.spec.rounds,
+                finished=finished,
                 refused=tuple(self._arrivals.unused(ref, f"Rolled back to round {round}.") for ref in usable),
-                late=self._arrivals.late([*late, *self._arrivals.late_refinements()]),
+                late=self._arrivals.late([*late, *self._arrivals.late_refinements(self._look_back(finished))]),
                 restored_from=round,
-                **scaffold.record_fields(files),
             )
             if self._publish(record, adapter, files) is record:
                 return record
@@ -197,7 +210,7 @@ class Coordinator:
             else:
                 if (self.paused is not None) != paused:
                     paused = not paused
-                    logger.info("Paused: %s" if paused else "Going on.%s", self.paused or "")
+                    logger.info("Paused: %s" if paused else "Going on.%s", printable(self.paused or ""))
                 sleep(self._until_deadline(wait) * random.uniform(0.8, 1.2))
                 wait = min(wait * _PATIENCE_GROWTH, poll_seconds * _LONGEST_WAIT)
         return self.record
@@ -223,6 +236,7 @@ class Coordinator:
             num_params=self.travelling.schema.num_params,
             base=lambda round: self._record(round).adapter_sha256,
             selected=lambda round: self._record(round).selected,
+            usual=lambda: Usual.of(self._record(round), self.adapter),
         )
 
     def _other_head(self) -> RoundRecord | None:
@@ -235,7 +249,7 @@ class Coordinator:
 
     def _adopt(self, head: int) -> None:
         self._load_head(head)
-        self._history = history.complete(self.mailbox.read_root(HISTORY_FILE), head, self._record)
+        self._history = history.complete(self.mailbox.read_root, self.record.round, self._record)
 
     def _enough(self, count: int) -> bool:
         late = self.record.deadline is not None and self._clock() >= self.record.deadline
@@ -248,16 +262,32 @@ class Coordinator:
     def _screening(self) -> Screening:
         return Screening(self.spec, self.travelling.schema, read_control(self.mailbox), self._unseal)
 
-    def _collect(self) -> Collected:
-        usable, late = self._arrivals.updates(self.spec.max_staleness + 1)
-        late = [*late, *self._arrivals.late_refinements()]
+    def _look_back(self, finished: bool) -> int:
+        """How many closed rounds are looked at for messages that no record names."""
+        return self.record.round if finished else max(self.spec.max_staleness + 1, LOOK_BACK)
+
+    def _collect(self, *, finished: bool = False) -> Collected:
+        back = self._look_back(finished)
+        usable, late = self._arrivals.updates(back)
+        late = [*late, *self._arrivals.late_refinements(back)]
         return dataclasses.replace(self._collector.collect(usable, self._screening()), late=self._arrivals.late(late))
+
+    def _silent(self) -> int:
+        """How many clients have no preview in the open round, and a refinement that can be used a round later."""
+        usable, _ = self._arrivals.updates(self.spec.max_staleness)
+        refs = self._arrivals.silent(usable)
+        return len(self._collector.collect(refs, self._screening()).accepted) if refs else 0
 
     def _refine(self) -> Refined | None:
         """What refinements change about the last round; None where there are none, or that round was rolled back."""
         record = self.record
         if not record.round or not self.spec.refines(record.round - 1) or record.restored_from is not None:
             return None
+        if record.hides_figures:
+            raise MailboxError(
+                f"What the updates of round {record.round - 1} weighed is sealed to {self.spec.sealing_key}: start the "
+                "coordinator with its key file."
+            )
         previews = {ref.client_id: ref for ref in self._arrivals.of(record.round - 1)}
         refinements = {ref.client_id: ref for ref in self._arrivals.refinements()}
         return refine(self._collector_of(record.round - 1), record, previews, refinements, self._screening())
@@ -285,16 +315,18 @@ class Coordinator:
                 "nothing was published. Start a federation with a smaller server learning rate."
             )
         data = adapter_file.dump(self.schema.unflatten(adapter))
-        packed = pack_change(change, self.record, self.schema, sum(entry.num_examples for entry in collected.accepted))
+        shown = () if self.spec.sealing_key is not None else collected.accepted
+        packed = pack_change(change, self.record, self.schema, sum(entry.num_examples for entry in shown))
         files = self._files(server_state, packed if len(packed) < len(data) else None, collected.variates)
-        attached: Mapping[str, bytes] = {}
-        attached_bytes = 0
+        attached = Joined({})
         if finished and self.spec.share_saliency and self._saliency is not None:
-            attached, attached_bytes = join_attachments(self.mailbox, collected.accepted, self._saliency)
+            attached = join_attachments(
+                self.mailbox, self.record, collected.accepted, self._screening(), self._saliency
+            )
         record = self._next_record(
             data,
             finished=finished,
-            attached_bytes=attached_bytes,
+            unpublished=attached.unpublished,
             accepted=collected.accepted,
             refinements=refined.used if refined is not None else (),
             refused=(*collected.refused, *(refined.refused if refined is not None else ()), *stopped),
@@ -302,7 +334,7 @@ class Coordinator:
             update_bytes=len(packed) if UPDATE_FILE in files else None,
             **scaffold.record_fields(files),
         )
-        return self._publish(record, data, files, attached)
+        return self._publish(record, data, files, attached.files)
 
     def _mean_update(self, collected: Collected, refined: Refined | None, finished: bool) -> Tensor:
         """What the server steps along; see `federation.refining`."""
@@ -322,7 +354,11 @@ class Coordinator:
         selected = None
         if not finished:
             selected = read_control(self.mailbox).select(round, self.spec.seed, self.spec.clients_per_round)
-        return make_record(self.spec, adapter, round, self._clock(), finished=finished, selected=selected, **fields)
+        elif self.spec.share_saliency:
+            seen = {entry.client_id for kind in ("accepted", "refused", "late") for entry in fields.get(kind, ())}
+            fields["attached_bytes"] = sent_bytes(self.mailbox, seen.union(read_control(self.mailbox).clients or ()))
+        fields |= {"finished": finished, "selected": selected, "sign": self._sign}
+        return make_record(self.spec, adapter, round, self._clock(), **fields)
 
     def _publish(
         self,
@@ -361,13 +397,16 @@ class Coordinator:
     def _root(
         self, record: RoundRecord, rows: Sequence[history.HistoryRow], attached: Mapping[str, bytes] | None = None
     ) -> RootFiles:
-        metrics: Mapping[int, Mapping[str, Mapping[str, Any]]] = {}
-        if self._card is not None:
+        card, metrics = self._card, {}
+        if card is not None:
             control = read_control(self.mailbox)
-            metrics = self.mailbox.read_metrics(
-                sorted(control.clients or {entry.client_id for entry in record.updates})
-            )
-        return root_files(self.spec, record, rows, metrics, self._adapter_config, self._card, attached)
+            clients = sorted(control.clients or {entry.client_id for entry in record.updates})
+            try:
+                metrics = read_metrics(self.mailbox, clients, up_to=record.round)
+            except Exception as error:
+                logger.warning("No card without the posted metrics:\n%s", printable_traceback(error))
+                card = None
+        return root_files(self.spec, record, rows, metrics, self._adapter_config, card, attached)
 
     def _refuse_finished(self, what: str) -> None:
         if self.finished:

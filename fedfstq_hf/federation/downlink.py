@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from torch import Tensor
+
+from fedfstq_hf.codec import CodecContext, Schema, get_codec, message
+from fedfstq_hf.errors import MailboxError
+from fedfstq_hf.federation import adapter_file
 from fedfstq_hf.federation.record import RoundRecord
 
 
@@ -31,3 +37,21 @@ def cheapest_download(held: int | None, wanted: int, record: Callable[[int], Rou
                 return Download(None, whole + variate)
         return Download(rounds, total + variate)
     return Download(None, whole + variate)
+
+
+def apply_change(data: bytes, base: RoundRecord, adapter: Tensor, record: RoundRecord, schema: Schema) -> Tensor:
+    """Θ_{t+1} from Θ_t and the packed global change; exact, which the record's sha256 proves.
+
+    Raises:
+        MailboxError: the change is damaged, or does not lead from `base` to `record`.
+    """
+    header, payload = message.unpack(data)
+    if header.base != base.adapter_sha256:
+        raise MailboxError(f"The packed change of round {record.round} starts from another adapter.")
+    update = get_codec(header.codec).decode(payload, schema, CodecContext(round=record.round))
+    changed = adapter + update.to_dense()
+    if hashlib.sha256(adapter_file.dump(schema.unflatten(changed))).hexdigest() != record.adapter_sha256:
+        raise MailboxError(
+            f"The packed change of round {record.round} does not give the adapter that its record names."
+        )
+    return changed

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 
+from fedfstq_hf.adapter_config import check_own
 from fedfstq_hf.codec import get_codec
 from fedfstq_hf.errors import ConfigError, RoundConflictError
 from fedfstq_hf.federation import history
@@ -12,6 +13,7 @@ from fedfstq_hf.federation.control import Control
 from fedfstq_hf.federation.mailbox import ADAPTER_CONFIG_FILE, ADAPTER_FILE, RECORD_FILE, SPEC_FILE, Mailbox
 from fedfstq_hf.federation.publication import CardMaker, make_record, root_files
 from fedfstq_hf.federation.record import RoundRecord
+from fedfstq_hf.federation.signed_records import Sign
 from fedfstq_hf.federation.spec import FederationSpec
 
 
@@ -24,21 +26,27 @@ def found_federation(
     control: Control | None = None,
     now: float | None = None,
     card: CardMaker | None = None,
+    sign: Sign | None = None,
 ) -> RoundRecord:
     """Publish round 0: the spec and the initial adapter.
 
     Args:
         adapter: an `adapter_model.safetensors` file; its schema must be the spec's.
-        adapter_config: the PEFT `adapter_config.json`.
+        adapter_config: the PEFT `adapter_config.json`; `{}` for an adapter that PEFT does not know.
         control: who is enrolled; None lets anybody join who can write to the mailbox.
         now: seconds since the epoch; the wall clock when None.
         card: makes the root's readable files.
+        sign: signs the record with the spec's founder key (`keys.signer`), where it names one.
 
     Raises:
+        AdapterMismatchError: no client would join with this configuration.
+        ConfigError: the spec asks for more clients than are enrolled, or for a signature that cannot be made.
         RoundConflictError: the mailbox already holds a federation.
     """
     check_server(spec.server)
     get_codec(spec.codec, **spec.codec_options)
+    if adapter_config.strip() != b"{}":
+        check_own(adapter_config)
     if mailbox.head() is not None:
         raise RoundConflictError(
             f"{mailbox.address} already holds a federation. Give a new address, or go on with "
@@ -61,6 +69,7 @@ def found_federation(
         0,
         time.time() if now is None else now,
         selected=control.select(0, spec.seed, spec.clients_per_round),
+        sign=sign,
     )
     files = {
         SPEC_FILE: spec.to_json(),

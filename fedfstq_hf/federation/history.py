@@ -11,8 +11,11 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from fedfstq_hf.errors import MailboxError
+from fedfstq_hf.errors import MailboxError, MailboxUnavailableError
+from fedfstq_hf.federation.mailbox import HISTORY_FILE, RootReader
 from fedfstq_hf.federation.record import RefusedUpdate, RoundRecord
+from fedfstq_hf.federation.untrusted import parse_object
+from fedfstq_hf.text import printable
 
 logger = logging.getLogger(__name__)
 
@@ -21,6 +24,8 @@ _MAX_REASON_LENGTH = 60
 _READ = 500
 """Of a reason no more characters are looked at."""
 _OTHER = "other reasons"
+_MAX_LINE = 10_000
+_CLASS = re.compile(r"[A-Za-z][A-Za-z ,.'-]{0,59}")
 
 # The first pattern that a reason contains names its class; what stands in none keeps its own words, without values.
 _REASONS = (
@@ -50,8 +55,9 @@ class HistoryRow:
     Attributes:
         round: 0 is the initial adapter.
         opened_at: seconds since the epoch by the coordinator's clock.
-        num_examples: training examples behind the accepted updates.
-        uplink_bytes: all messages that arrived for this round: accepted, refused and late ones, and refinements.
+        num_examples: training examples behind the accepted updates; None in a sealed federation, where the totals of
+            rounds with different clients would tell those of single clients.
+        uplink_bytes: all that arrived for this round: accepted, refused and late messages, refinements, attachments.
         dense_uplink_bytes: what as many plain adapter files would have weighed.
         downlink_bytes: what a client that follows every round downloads: the packed change where it was published,
             else the adapter file; with it the control variate, where there is one.
@@ -59,13 +65,13 @@ class HistoryRow:
         accepted, refused, late: numbers of updates; refinements are not among them.
         reasons: class of reason -> number of updates refused for it.
         restored_from: the round whose adapter this one took over, None for a round made from updates.
-        clipped: accepted updates that were scaled down for their norm.
+        clipped: accepted updates that were scaled down for their norm; None in a sealed federation.
         refinements_unused: refinements that were refused or late. Where their previews were used, those alone count.
     """
 
     round: int
     opened_at: float
-    num_examples: int
+    num_examples: int | None
     uplink_bytes: int
     dense_uplink_bytes: int
     downlink_bytes: int
@@ -75,7 +81,7 @@ class HistoryRow:
     late: int = 0
     reasons: Mapping[str, int] = field(default_factory=dict)
     restored_from: int | None = None
-    clipped: int = 0
+    clipped: int | None = 0
     refinements_unused: int = 0
 
 
@@ -104,8 +110,8 @@ def row(record: RoundRecord, previous: RoundRecord | None) -> HistoryRow:
     return HistoryRow(
         round=record.round,
         opened_at=record.opened_at,
-        num_examples=sum(update.num_examples for update in record.accepted),
-        uplink_bytes=sum(update.num_bytes for update in record.updates),
+        num_examples=None if record.sealed else sum(update.num_examples for update in record.accepted),
+        uplink_bytes=record.uplink_bytes,
         dense_uplink_bytes=0 if previous is None else previous.adapter_bytes * messages,
         downlink_bytes=record.variate_bytes
         + (record.adapter_bytes if record.update_bytes is None else record.update_bytes),
@@ -115,7 +121,7 @@ def row(record: RoundRecord, previous: RoundRecord | None) -> HistoryRow:
         late=len(late),
         reasons=_fewest(Counter(reason_class(update.reason) for update in refused)),
         restored_from=record.restored_from,
-        clipped=sum(update.scale < 1 for update in record.accepted),
+        clipped=None if record.sealed else sum(update.scale < 1 for update in record.accepted),
         refinements_unused=len(record.refused) + len(record.late) - len(refused) - len(late),
     )
 
@@ -160,31 +166,30 @@ def load(data: bytes) -> list[HistoryRow]:
         MailboxError: a line is no row, or rounds do not go up.
     """
     rows: list[HistoryRow] = []
-    try:
-        lines = data.decode().removesuffix("\n").split("\n") if data else []
-    except UnicodeDecodeError as error:
-        raise MailboxError(f"The mailbox's history cannot be read: {error}") from error
+    lines = data.removesuffix(b"\n").split(b"\n") if data else []
     for number, line in enumerate(lines, start=1):
+        what = f"Line {number} of the mailbox's history"
         try:
-            entry = HistoryRow(**json.loads(line))
+            entry = HistoryRow(**parse_object(line, what, max_bytes=_MAX_LINE))
             _check(entry)
-        except (ValueError, TypeError, RecursionError) as error:
-            raise MailboxError(f"Line {number} of the mailbox's history cannot be read: {error}") from error
+        except (ValueError, TypeError) as error:
+            raise MailboxError(f"{what} cannot be read: {printable(error)}") from error
         if rows and entry.round <= rows[-1].round:
             raise MailboxError(
-                f"Line {number} of the mailbox's history is round {entry.round} after round {rows[-1].round}; expected "
-                "rounds that go up."
+                f"{what} is round {entry.round} after round {rows[-1].round}; expected rounds that go up."
             )
         rows.append(entry)
     return rows
 
 
-def complete(data: bytes | None, head: int, records: Callable[[int], RoundRecord]) -> list[HistoryRow]:
-    """The rows of rounds 0 to `head`: those in `data`, and what it lacks from the round records."""
+def complete(read: RootReader, head: int, records: Callable[[int], RoundRecord]) -> list[HistoryRow]:
+    """The rows of rounds 0 to `head`: those in the file at the root, and what it lacks from the round records."""
     try:
-        rows = load(data or b"")
+        rows = load(read(HISTORY_FILE) or b"")
+    except MailboxUnavailableError:
+        raise
     except MailboxError as error:
-        logger.warning("%s It is made again from the round records.", error)
+        logger.warning("%s It is made again from the round records.", printable(error, 500))
         rows = []
     rows = [entry for place, entry in enumerate(rows) if entry.round == place <= head]
     for round in range(len(rows), head + 1):
@@ -213,8 +218,9 @@ def _check(entry: HistoryRow) -> None:
             case "opened_at":
                 valid = type(value) in (int, float) and math.isfinite(value)
             case "reasons":
-                valid = isinstance(value, dict) and all(_is_count(count) for count in value.values())
-            case "restored_from":
+                valid = isinstance(value, dict) and len(value) <= _MAX_REASONS
+                valid = valid and all(_CLASS.fullmatch(name) and _is_count(count) for name, count in value.items())
+            case "restored_from" | "num_examples" | "clipped":
                 valid = value is None or _is_count(value)
             case _:
                 valid = _is_count(value)

@@ -51,8 +51,8 @@ def coordinator_unseal(address: str, spec: FederationSpec, key_file: KeyFile | N
         ConfigError: they are sealed, and the key is missing or another one.
     """
     if spec.sealing_key is None:
-        if key_file is not None:
-            raise ConfigError(f"Messages in {address} are not sealed: leave --key out.")
+        if key_file is not None and spec.founder_key is None:
+            raise ConfigError(f"Messages in {address} are not sealed, nor its records signed: leave --key out.")
         return None
     if key_file is None:
         raise ConfigError(
@@ -66,3 +66,25 @@ def coordinator_unseal(address: str, spec: FederationSpec, key_file: KeyFile | N
             f"{pair.seal_key}. Give the key file that the federation was founded with."
         )
     return partial(keys.unseal, pair)
+
+
+def coordinator_signer(address: str, spec: FederationSpec, key_file: KeyFile | None) -> Callable[[bytes], bytes] | None:
+    """What signs the records of a federation; None where they are not signed.
+
+    Raises:
+        ConfigError: they are signed, and the key is missing or another one.
+    """
+    if spec.founder_key is None:
+        return None
+    if key_file is None:
+        raise ConfigError(
+            f"Records of {address} are signed with {spec.founder_key}. Type --key KEYFILE with the key file that this "
+            "public key belongs to."
+        )
+    pair = keys.load_signing_key(os.fspath(key_file))
+    if pair.verify_key != spec.founder_key:
+        raise ConfigError(
+            f"Records of {address} are signed with {spec.founder_key}; {key_file} signs as {pair.verify_key}. Give the "
+            "key file that the federation was founded with."
+        )
+    return keys.signer(pair, spec.id)

@@ -81,8 +81,8 @@ class Mailbox(Protocol):
     def head(self) -> int | None:
         """The newest published round, None before round 0 was published."""
 
-    def read(self, round: int, name: str) -> bytes:
-        """A file of a published round. Raises `MailboxError` when it is not there."""
+    def read(self, round: int, name: str, *, max_bytes: int | None = None) -> bytes:
+        """A file of a published round. Raises `MailboxError` when it is not there, or larger than `max_bytes`."""
 
     def read_root(self, name: str) -> bytes | None:
         """A file at the root as it is now, None where there is none."""
@@ -101,6 +101,9 @@ class Mailbox(Protocol):
 
     def write_control(self, data: bytes, *, expected: bytes | None) -> bool:
         """Replace it if it still is `expected`; False if somebody else wrote first."""
+
+    def check_client(self, client_id: str) -> None:
+        """Raise `MailboxError` if this client may not post, as far as that can be known before it trains."""
 
     def post_update(
         self, round: int, client_id: str, message: bytes, *, patience: float | None = None, refinement: bool = False
@@ -139,12 +142,21 @@ class Mailbox(Protocol):
     def read_attachment(self, client_id: str, name: str, *, max_bytes: int) -> bytes | None:
         """What a client attached, None if nothing. Raises `MessageError` if it is larger than `max_bytes`."""
 
+    def attachment_bytes(self, client_id: str, name: str) -> int:
+        """Its size, however large, without reading it; 0 if nothing is there."""
+
     def housekeep(self, round: int, *, clients: int, keep_rounds: int, tag: bool, finished: bool = False) -> None:
         """After publishing `round`: tag it, drop messages that are older than `keep_rounds`. Best effort."""
 
 
 def open_mailbox(
-    address: str, *, create: bool = False, layout: str | None = None, private: bool = True, token: str | None = None
+    address: str,
+    *,
+    create: bool = False,
+    layout: str | None = None,
+    private: bool = True,
+    token: str | None = None,
+    client_repo: str | None = None,
 ) -> Mailbox:
     """The mailbox at an address: `hf://org/repo`, or the path of a folder.
 
@@ -153,17 +165,18 @@ def open_mailbox(
         private: whether a new federation's Hub repos are private.
         layout: of a new Hub mailbox, one of `LAYOUTS`; an existing one knows its own.
         token: for the Hub, where it is not in `HF_TOKEN` or stored by `hf auth login`.
+        client_repo: Hub repo that the client writes its messages to, where it is not `ORG/RUN-CLIENT`.
 
     Raises:
         MailboxError: the address has a scheme that no mailbox serves.
-        ConfigError: the layout is unknown.
+        ConfigError: the layout is unknown, or a folder is given what is for the Hub.
     """
     if layout is not None and layout not in LAYOUTS:
         raise ConfigError(f"Unknown mailbox layout {layout!r}; choose one of {', '.join(LAYOUTS)}.")
     if address.startswith("hf://"):
         from fedfstq_hf.federation.hub.mailbox import HubMailbox
 
-        return HubMailbox(address, create=create, layout=layout, private=private, token=token)
+        return HubMailbox(address, create=create, layout=layout, private=private, token=token, client_repo=client_repo)
     if "://" in address and not address.startswith("file://"):
         scheme = address.split("://", 1)[0]
         raise MailboxError(
@@ -171,6 +184,8 @@ def open_mailbox(
         )
     if layout is not None:
         raise ConfigError(f"A folder mailbox has no layouts (given: {layout!r}); leave it out, or give hf://ORG/REPO.")
+    if client_repo is not None:
+        raise ConfigError(f"repo is for a federation on the Hub; {address} is a folder. Leave repo out.")
     from fedfstq_hf.federation.local import FolderMailbox
 
     return FolderMailbox(address.removeprefix("file://"))

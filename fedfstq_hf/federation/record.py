@@ -4,18 +4,29 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
 from fedfstq_hf import __version__
 from fedfstq_hf.errors import MailboxError
+from fedfstq_hf.federation.mailbox import checked_name
+from fedfstq_hf.federation.untrusted import parse_object
+from fedfstq_hf.text import printable
 
 FORMAT = 2
+FIGURES = ("num_examples", "weight", "norm", "scale")
+"""Of an `AcceptedUpdate`; public records of sealed federations leave them out."""
+MAX_BYTES = 16 * 10**6
+MAX_REASON = 300
+"""Characters of a reason for which an update was not used."""
 
 
 @dataclass(frozen=True)
 class AcceptedUpdate:
     """One client's share of a round.
+
+    `FIGURES` are 0 (scale: 1) in the record of a sealed federation that was read without the coordinator's key.
 
     Attributes:
         sha256: of the message as it lay in the mailbox; names it in the record.
@@ -30,9 +41,9 @@ class AcceptedUpdate:
     client_id: str
     sha256: str
     num_bytes: int
-    num_examples: int
-    weight: float
-    norm: float
+    num_examples: int = 0
+    weight: float = 0.0
+    norm: float = 0.0
     scale: float = 1.0
     staleness: int = 0
     signed: bool = False
@@ -71,7 +82,10 @@ class RoundRecord:
         selected: the clients whose updates of this round are wanted; None for all.
         restored_from: the earlier round whose adapter this round published again, after a rollback.
         variate_sha256, variate_bytes: of the published control variate (SCAFFOLD); None and 0 without one.
-        attached_bytes: what clients sent beside their updates (token sensitivities) and this round took in.
+        attached_bytes: what clients sent beside their updates (token sensitivities), used or not; in the last round.
+        unpublished: why nothing was published of it; empty where something was, or nothing was sent.
+        sealed: in a sealed federation a box with the `FIGURES` of its updates (`federation.sealed_figures`), base64.
+        signature: of the founder (`federation.signed_records`), 128 hex digits; empty without one.
         package_version: of the coordinator.
     """
 
@@ -90,8 +104,11 @@ class RoundRecord:
     selected: tuple[str, ...] | None = None
     restored_from: int | None = None
     attached_bytes: int = 0
+    unpublished: str = ""
     variate_sha256: str | None = None
     variate_bytes: int = 0
+    sealed: str | None = None
+    signature: str = ""
     package_version: str = __version__
     format: int = field(default=FORMAT)
 
@@ -104,6 +121,12 @@ class RoundRecord:
     def uplink_bytes(self) -> int:
         """Bytes that arrived from all clients together since the previous record, refused and late ones included."""
         return self.attached_bytes + sum(update.num_bytes for update in self.updates)
+
+    @property
+    def hides_figures(self) -> bool:
+        """Whether it has updates whose `FIGURES` are sealed, and was read without the key."""
+        used = (*self.accepted, *self.refinements)
+        return self.sealed is not None and bool(used) and not any(update.weight for update in used)
 
     def fate(self, client_id: str, sha256: str) -> AcceptedUpdate | RefusedUpdate | None:
         """What became of a client's message; None when the record does not name it (late or lost)."""
@@ -129,8 +152,13 @@ class RoundRecord:
         return in_time | others
 
     def to_json(self) -> bytes:
-        """Readable JSON with sorted keys."""
-        return (json.dumps(dataclasses.asdict(self), indent=1, sort_keys=True) + "\n").encode()
+        """Readable JSON with sorted keys; `FIGURES` are left out where `sealed` holds them."""
+        fields = dataclasses.asdict(self)
+        if self.sealed is not None:
+            for update in (*fields["accepted"], *fields["refinements"]):
+                for name in FIGURES:
+                    del update[name]
+        return (json.dumps(fields, indent=1, sort_keys=True) + "\n").encode()
 
     @classmethod
     def from_json(cls, data: bytes) -> RoundRecord:
@@ -140,18 +168,51 @@ class RoundRecord:
             MailboxError: not a round record of this format.
         """
         try:
-            fields: dict[str, Any] = json.loads(data)
+            fields = parse_object(data, "The mailbox's round record", max_bytes=MAX_BYTES)
             if fields.get("format") != FORMAT:
                 raise other_version("round record", fields, FORMAT)
-            fields["accepted"] = tuple(AcceptedUpdate(**entry) for entry in fields["accepted"])
-            fields["refused"] = tuple(RefusedUpdate(**entry) for entry in fields["refused"])
-            fields["late"] = tuple(RefusedUpdate(**entry) for entry in fields["late"])
-            fields["refinements"] = tuple(AcceptedUpdate(**entry) for entry in fields.get("refinements", ()))
+            for name, kind in _UPDATES.items():
+                entries = fields[name] if name != "refinements" else fields.get(name, [])
+                fields[name] = tuple(kind(**_checked(kind, entry)) for entry in entries)
             if fields["selected"] is not None:
-                fields["selected"] = tuple(fields["selected"])
-            return cls(**fields)
+                fields["selected"] = tuple(checked_name(str(client)) for client in fields["selected"])
+            return cls(**_checked(cls, fields))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise MailboxError(f"The mailbox's round record cannot be read: {error}") from error
+            raise MailboxError(f"The mailbox's round record cannot be read: {printable(error)}") from error
+
+
+_UPDATES = {
+    "accepted": AcceptedUpdate,
+    "refused": RefusedUpdate,
+    "late": RefusedUpdate,
+    "refinements": AcceptedUpdate,
+}
+_TYPES: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "str": (str,), "bool": (bool,)}
+_SHA256 = re.compile(r"[0-9a-f]{0,64}")
+
+
+def _checked(kind: type, fields: Any) -> dict[str, Any]:
+    """The fields of a record or an update, each of the type that its class gives it; numbers are not negative.
+
+    Raises:
+        ValueError, TypeError, MailboxError: they are not.
+    """
+    if not isinstance(fields, dict):
+        raise TypeError(f"an update is a {type(fields).__name__}, expected an object")
+    for field_ in dataclasses.fields(kind):
+        value, (name, *optional) = fields.get(field_.name, field_.default), str(field_.type).split(" | ")
+        if name not in _TYPES or (value is None and optional) or value is dataclasses.MISSING:
+            continue  # a missing one is named by the class
+        right = isinstance(value, _TYPES[name]) and isinstance(value, bool) == (name == "bool")
+        if not right or (name in ("int", "float") and value < 0):
+            raise ValueError(f"{field_.name} is {value!r:.60}, expected {field_.type}")
+        if field_.name == "client_id":
+            checked_name(value)
+        if field_.name.endswith("sha256") and not _SHA256.fullmatch(value):
+            raise ValueError(f"{field_.name} is {value!r:.60}, expected hex digits")
+        if field_.name == "reason":
+            fields["reason"] = value[:MAX_REASON]
+    return fields
 
 
 def other_version(what: str, fields: dict[str, Any], expected: int) -> MailboxError:
@@ -159,10 +220,11 @@ def other_version(what: str, fields: dict[str, Any], expected: int) -> MailboxEr
     version = fields.get("package_version")
     remedy = (
         f"Type: pip install fedfstq_hf=={version}"
-        if isinstance(version, str) and version != __version__
+        # no more than a version: whoever types what stands there installs it
+        if isinstance(version, str) and re.fullmatch(r"[0-9][0-9A-Za-z.+]{0,30}", version) and version != __version__
         else "Install the fedfstq_hf version that the federation's coordinator runs."
     )
     return MailboxError(
-        f"The mailbox's {what} has format {fields.get('format')!r:.40}; fedfstq_hf {__version__} reads format "
-        f"{expected}. {remedy}"
+        f"The mailbox's {what} has format {printable(repr(fields.get('format')), 40)}; fedfstq_hf {__version__} reads "
+        f"format {expected}. {remedy}"
     )

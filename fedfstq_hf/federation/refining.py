@@ -11,6 +11,13 @@ spec's `preview_step`. With s = 1 all of a preview's noise is there when the nex
 and more of the update comes a round late. c is the spec's `preview_correction`: clients that start from a noisy adapter
 repair part of its noise, and what they have repaired must not be taken back again. The last round has neither, nor
 have those after the spec's `preview_rounds`: their messages are as long as refinements, and waited for.
+
+A preview that was used and cannot be read again (its client was dismissed, the message is gone or another one) can be
+neither taken back nor replaced. What it said stays, once. With L the weights of all such previews, they stand for s L
+of the mean, and the other clients make up the rest. P_{t-1} is then the sum over those that can be read, with the
+weights that were published, R_{t-1} the mean of their clients, and what is added to s P_t
+
+    (1 - s L) R_{t-1} - s (c P_{t-1} + (1 - c) (1 - L) R_{t-1})
 """
 
 from __future__ import annotations
@@ -37,8 +44,7 @@ logger = logging.getLogger(__name__)
 class Refined:
     """What refinements change about the last round.
 
-    `change` is (1 - s) R_{t-1} + c s (R_{t-1} - P_{t-1}), (num_params,) float32; `used` are the refinements in R_{t-1},
-    with their shares.
+    `change` is what is added to s P_t, (num_params,) float32; `used` are the refinements in R_{t-1}, with their shares.
     """
 
     change: Tensor
@@ -74,8 +80,9 @@ def refine(
         collected = collector.collect(sorted({**used, **good}.values()), screening)
     mean = collected.mean.result() if collected.accepted else torch.zeros(collector.num_params)
     step, taken_back = screening.spec.preview_step, screening.spec.preview_correction
+    stays = sum(entry.weight for entry in record.accepted if entry.client_id in lost)
     return Refined(
-        mean - step * (taken_back * said + (1 - taken_back) * mean),
+        (1 - step * stays) * mean - step * (taken_back * said + (1 - taken_back) * (1 - stays) * mean),
         tuple(entry for entry in collected.accepted if entry.client_id in good),
         refused,
     )
@@ -84,10 +91,7 @@ def refine(
 def _said(
     collector: Collector, record: RoundRecord, previews: Mapping[str, UpdateRef], screening: Screening
 ) -> tuple[Tensor, set[str]]:
-    """What those previews said in the mean that can be read again, and the clients whose preview cannot.
-
-    Theirs stays as it was: what cannot be taken back must not be said twice.
-    """
+    """What those previews said in the mean that can be read again, and the clients whose preview cannot."""
     mean, lost = WeightedMean(collector.num_params), set()
     for entry in record.accepted:
         try:

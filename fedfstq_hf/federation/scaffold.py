@@ -5,7 +5,8 @@ A message carries, beside the update, the change of c_i; the server adds it: c <
 clients, so that c stays the mean of all c_i. As in the paper all clients weigh alike, also in the mean update.
 
 A client takes its change over when a record names its message, and then by what the codec made of it: server and
-client agree about every c_i, and what a lossy codec leaves out is part of the next change.
+client agree about every c_i, and what a lossy codec leaves out is part of the next change. After a rollback all begin
+anew with zeros: what clients held in an earlier round nobody knows any more.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from fedfstq_hf.codec import SparseUpdate
 from fedfstq_hf.errors import MailboxError
+from fedfstq_hf.federation import clipping
 from fedfstq_hf.federation.mailbox import VARIATE_FILE, Mailbox
 from fedfstq_hf.federation.record import RoundRecord
 from fedfstq_hf.federation.spec import FederationSpec
@@ -28,6 +30,7 @@ from fedfstq_hf.federation.spec import FederationSpec
 CARRIED = "scaffold.variate"
 """Key of c_i, (num_params,) float32, among what a session carries."""
 _TENSOR = "control_variate"
+_MAX_HEADER = 1000
 
 
 def client_variate(carried: Mapping[str, Tensor], num_params: int) -> Tensor:
@@ -43,9 +46,9 @@ def read_variate(mailbox: Mailbox, record: RoundRecord, spec: FederationSpec, nu
     """
     if spec.scaffold_clients is None:
         return None
-    if record.variate_sha256 is None:  # before the first aggregation
+    if record.variate_sha256 is None:  # before the first aggregation, or after a rollback
         return torch.zeros(num_params)
-    data = mailbox.read(record.round, VARIATE_FILE)
+    data = mailbox.read(record.round, VARIATE_FILE, max_bytes=4 * num_params + _MAX_HEADER)
     try:
         if hashlib.sha256(data).hexdigest() != record.variate_sha256:
             raise ValueError("its sha256 is not the one that the round's record names")
@@ -63,8 +66,7 @@ def next_variate(
     """What to publish after the round of `record`: file name -> content; nothing without control variates.
 
     Args:
-        changes: the sum of the accepted changes, (num_params,) float64; None where there were none, as after a
-            rollback: clients keep their c_i, so the server keeps c.
+        changes: the sum of the accepted changes, (num_params,) float64; None where there were none.
     """
     variate = read_variate(mailbox, record, spec, num_params)
     if variate is None or spec.scaffold_clients is None:
@@ -87,15 +89,14 @@ class VariateChanges:
 
     Args:
         norms: of all changes that are going to be added.
-        clip: a change that is longer than that many times the median is shortened to it; None for none.
+        clip: a change that is longer than that many times the median is shortened to it; None for none. A single
+            change among many that are zero has nothing to be compared with, and is not added.
     """
 
     def __init__(self, num_params: int, norms: Sequence[float], clip: float | None) -> None:
         self.sum = torch.zeros(num_params, dtype=torch.float64)
-        middle = sorted(norms)[(len(norms) - 1) // 2] if norms else 0.0
-        self._longest = clip * middle if clip is not None and middle > 0 else None
+        self._longest = clipping.longest(norms, clip)
 
     def add(self, change: SparseUpdate) -> None:
         """Add one client's change."""
-        norm, longest = change.norm(), self._longest
-        change.add_to(self.sum, 1.0 if longest is None or norm <= longest else longest / norm)
+        change.add_to(self.sum, clipping.scale(change.norm(), self._longest))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -57,7 +57,7 @@ class Screening:
         """The largest message that is read at all, in bytes."""
         return self.spec.max_message_bytes + (keys.SEAL_OVERHEAD if self.spec.sealing_key else 0)
 
-    def check_sender(self, ref: UpdateRef, selected: tuple[str, ...] | None) -> None:
+    def check_sender(self, ref: UpdateRef, selected: Collection[str] | None) -> None:
         """Refuse an update before it is read: who sent it, and how large it is.
 
         Raises:
@@ -74,33 +74,31 @@ class Screening:
         """Decode a message.
 
         Args:
-            ref: where it lay: the client it must come from and the round it must be for.
+            ref: where it lay: the client it must come from, the round it must be for, and the size it was listed with.
             base: sha256 of the adapter file that it must be based on.
 
         Raises:
             MessageError: it is malformed, or not what `ref` and the federation say.
         """
+        if len(data) != ref.num_bytes:  # a weight may follow from it
+            raise MessageError(f"It has {len(data)} bytes; the mailbox listed it with {ref.num_bytes}.")
         data = self._unsealed(data)
         header, payload, digest, signature = message.unpack_signed(data, max_bytes=self.spec.max_message_bytes)
-        expected = {
-            "client": (header.client_id, ref.client_id),
-            "round": (header.round, ref.round),
-            "base adapter": (header.base, base),
-            "schema": (header.schema, self._schema.fingerprint),
-            "codec": (header.codec, self.spec.codec),
-        }
-        for what, (given, wanted) in expected.items():
-            if given != wanted:
-                raise MessageError(f"It names {what} {given}; expected {wanted}.")
+        self._check_origin(header, ref.client_id, ref.round, base, self.spec.codec)
         if header.num_examples < 1:
             raise MessageError(f"It says that it was trained on {header.num_examples} examples; expected at least 1.")
         if (header.params == message.REFINEMENT_PARAMS) != ref.refinement:
             wrong, right = ("first message", "refinement") if ref.refinement else ("refinement", "first message")
             raise MessageError(f"It is a {wrong}, and lies where the round's {right} was expected.")
+        pair = self.spec.scaffold_clients is not None
+        if not pair and header.params not in ({}, message.REFINEMENT_PARAMS):
+            raise MessageError(
+                f"It has parameters {header.params!r:.80}; this federation's messages have none of these."
+            )
         signed = self._verified(ref.client_id, digest, signature)
         context = CodecContext(round=ref.round)
         variate: SparseUpdate | None = None
-        if self.spec.scaffold_clients is not None:
+        if pair:
             if header.params != PAIR_PARAMS:
                 raise MessageError("It carries no control variate; this federation's messages have two payloads.")
             payload, second = split_pair(payload)
@@ -111,6 +109,45 @@ class Screening:
         if not math.isfinite(norm) or (variate is not None and not math.isfinite(variate.norm())):
             raise MessageError("It decodes to values that are not finite.")
         return OpenedUpdate(header, update, norm, signed, None if turn.everything else turn.covers(), variate)
+
+    def open_attachment(
+        self, client_id: str, name: str, data: bytes, *, round: int, base: str, max_bytes: int
+    ) -> bytes:
+        """The file that a client attached to its message of a round, signed and sealed as its messages must be.
+
+        Args:
+            client_id: where it lay.
+            name: of the file.
+            round: that it must be attached to.
+            base: sha256 of that round's adapter file.
+            max_bytes: of the file.
+
+        Raises:
+            MessageError: it is malformed, or another attachment than that.
+        """
+        data = self._unsealed(data)
+        header, payload, digest, signature = message.unpack_signed(data, max_bytes=max_bytes + message.MAX_CONTAINER)
+        self._check_origin(header, client_id, round, base, message.ATTACHMENT)
+        if header != message.attachment_header(
+            name, client_id=client_id, round=round, base=base, schema=self._schema.fingerprint
+        ):
+            raise MessageError(f"It is not the attachment {name}, or says more than its name.")
+        if len(payload) > max_bytes:
+            raise MessageError(f"It has {len(payload)} bytes; at most {max_bytes} are taken.")
+        self._verified(client_id, digest, signature)
+        return payload
+
+    def _check_origin(self, header: message.Header, client_id: str, round: int, base: str, codec: str) -> None:
+        expected = {
+            "client": (header.client_id, client_id),
+            "round": (header.round, round),
+            "base adapter": (header.base, base),
+            "schema": (header.schema, self._schema.fingerprint),
+            "codec": (header.codec, codec),
+        }
+        for what, (given, wanted) in expected.items():
+            if given != wanted:
+                raise MessageError(f"It names {what} {given}; expected {wanted}.")
 
     def _unsealed(self, data: bytes) -> bytes:
         sealed = keys.is_sealed(data)

@@ -1,16 +1,19 @@
 """What one client carries from round to round, and the transaction that keeps it whole.
 
-A client is idle (residual, carried state) or has one message pending: packed and stored, its fate not yet known. Both
-states are one file, replaced atomically: `finish` stores the message before anybody may push it, `settle` turns it
-into the next residual once a round record says what became of it. Killed anywhere, a client therefore neither sends
-twice nor loses a residual. The session knows no Trainer; a simulation drives many of them with one.
+A client is idle or has one message pending: packed and stored, its fate not yet known. Both states are one file,
+replaced atomically: `finish` stores the message before anybody may push it, `settle` follows what a round record says
+became of it. Killed anywhere, a client therefore neither sends twice nor loses a residual. The session knows no
+Trainer; a simulation drives many of them with one.
+
+The residual is what *accepted* messages left out. A message that was not used (late, refused, lost) leaves it as it
+was: the next local training starts from a newer adapter and says again where this client's data pull. Were the unused
+change kept as well, a client that is late twenty times would pull with the force of twenty.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import fcntl
-import hashlib
-import json
 import math
 import os
 from collections.abc import Callable
@@ -19,8 +22,6 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load, save
 from torch import Tensor
 
 from fedfstq_hf.codec import CodecContext, ErrorFeedback, Schema, get_codec, message
@@ -28,31 +29,10 @@ from fedfstq_hf.codec.pairs import PAIR_OVERHEAD, PAIR_PARAMS, join_pair, split_
 from fedfstq_hf.errors import AdapterMismatchError, BudgetError, MailboxError, NonFiniteError, SessionBusyError
 from fedfstq_hf.federation import keys, scaffold, storage
 from fedfstq_hf.federation.record import AcceptedUpdate, RoundRecord
+from fedfstq_hf.federation.session_state import FORMAT, STATE_FILE, Pending, SessionState
 from fedfstq_hf.federation.spec import FederationSpec
 
-FORMAT = 2
-_FILE = "session.safetensors"
 _MANY_EXAMPLES = 10**9  # as many digits as a header may need
-
-
-@dataclass(frozen=True)
-class Pending:
-    """A stored message whose fate is unknown.
-
-    `message` is what travels, `readable` the same before it was sealed; `corrected` is Δ plus residual, (num_params,)
-    float32; `refinement` is what follows the message, where the federation has refinements.
-    """
-
-    round: int
-    message: bytes
-    corrected: Tensor
-    readable: bytes
-    refinement: bytes | None = None
-
-    @property
-    def sha256(self) -> str:
-        """Hex digest that the round record names it by."""
-        return hashlib.sha256(self.message).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -65,7 +45,10 @@ class Caps:
 
 @dataclass(frozen=True)
 class Settlement:
-    """What became of a message: `"accepted"`, `"refused"` (with reason) or `"late"` (the record does not name it)."""
+    """What became of a message, and why.
+
+    `"accepted"`, `"refused"`, `"late"` (no record names it), or `"follows"`: its refinement says it all.
+    """
 
     round: int
     outcome: str
@@ -88,7 +71,9 @@ class ClientSession:
         last_round: the round whose local training this client finished last; -1 before the first.
         travelling: which of its tensors the messages are about.
         schema: of those.
-        residual: what error feedback still owes, (schema.num_params,) float32; None stands for zeros.
+        residual: what error feedback still owes of accepted messages, (schema.num_params,) float32; None stands for
+            zeros. A pending message has no part in it yet.
+        settled_round: of the record that made the residual and the control variate; -1 before the first.
         carried: other tensors that travel from round to round (token sensitivity, optimizer moments).
     """
 
@@ -112,10 +97,7 @@ class ClientSession:
         self.spec = spec
         self.travelling = spec.travelling(schema)
         self.schema = self.travelling.schema
-        self.last_round = -1
-        self.residual: Tensor | None = None
-        self.carried: dict[str, Tensor] = {}
-        self.pending: Pending | None = None
+        self._take(SessionState())
         self._codec = get_codec(spec.codec, **spec.codec_options)
         self._feedback = ErrorFeedback(decay=spec.error_feedback)
         self._has_variate = spec.scaffold_clients is not None
@@ -135,7 +117,8 @@ class ClientSession:
             self._lock = _lock(self._folder)
             storage.remove_leftovers(self._folder)
             try:
-                self._load(self._folder)
+                if (self._folder / STATE_FILE).exists():
+                    self._take(SessionState.read(self._folder / STATE_FILE, self._identity))
             except MailboxError:
                 self.close()
                 raise
@@ -197,7 +180,7 @@ class ClientSession:
             again = self._pack(*update, refinement_bytes, cap=self._caps.refinement, refines=True)
             refinement = self._sealed(again)
         pending = Pending(round, self._sealed(readable), corrected, readable, refinement)
-        self._store(last_round=round, residual=None, carried={**(carried or {}), **kept}, pending=pending)
+        self._store(last_round=round, carried={**(carried or {}), **kept}, pending=pending)
         return pending
 
     def check_budget(self, max_bytes: int) -> None:
@@ -207,35 +190,85 @@ class ClientSession:
         self._pack(self.spec.rounds, "0" * 64, zeros, None, _MANY_EXAMPLES, max_bytes, zeros, refines=refines)
 
     def settle(self, record: RoundRecord) -> Settlement:
-        """Turn the pending message into the next residual.
+        """Take what became of the pending message into the state.
 
         Args:
-            record: of a later round: the first that names the message, or the last that could have.
+            record: of a later round: the first that decides about the message (`decides`), or the last that could have.
         """
         pending = self.pending
         if pending is None or record.round <= pending.round:
             raise MailboxError(
                 f"Client {self.client_id!r} has no message that the record of round {record.round} settles."
             )
-        fate, carried = record.fate(self.client_id, pending.sha256), self.carried
-        if isinstance(fate, AcceptedUpdate):
-            _, payload = message.unpack(pending.readable)
-            context = CodecContext(round=pending.round)
-            if self._has_variate:
-                payload, second = split_pair(payload)
-                variate = scaffold.client_variate(carried, self.schema.num_params).clone()
-                self._codec.decode(second, self.schema, context).add_to(variate, 1.0)
-                carried = {**carried, scaffold.CARRIED: variate}
-            turn = self.spec.turn(self.schema, self.client_id, pending.round)
-            sent = turn.put_update(self._codec.decode(payload, turn.schema, context))
-            settlement = Settlement(pending.round, "accepted")
-            residual = self._feedback.after(pending.corrected, sent)
-        else:
-            settlement = Settlement(pending.round, "late" if fate is None else "refused", fate.reason if fate else "")
-            residual = pending.corrected
+        if says_nothing_yet(pending):
+            self._store(pending=None)
+            return Settlement(pending.round, "follows")
+        fate = record.fate(self.client_id, pending.sha256)
+        if not isinstance(fate, AcceptedUpdate):
+            self._store(pending=None)
+            if fate is not None:
+                return Settlement(pending.round, "refused", fate.reason)
+            return Settlement(pending.round, "late", self._why_unused(pending, record))
+        _, payload = message.unpack(pending.readable)
+        context, carried = CodecContext(round=pending.round), self.carried
+        if self._has_variate:
+            payload, second = split_pair(payload)
+            variate = scaffold.client_variate(carried, self.schema.num_params).clone()
+            self._codec.decode(second, self.schema, context).add_to(variate, 1.0)
+            carried = {**carried, scaffold.CARRIED: variate}
+        turn = self.spec.turn(self.schema, self.client_id, pending.round)
+        sent = turn.put_update(self._codec.decode(payload, turn.schema, context))
+        # all that was sent, also where the server clipped it: what is cut off for its length is not owed
+        residual = self._feedback.after(pending.corrected, sent)
         keeps = self.spec.error_feedback > 0 and bool(residual.any())  # a lossless codec leaves nothing to keep
-        self._store(last_round=self.last_round, residual=residual if keeps else None, carried=carried, pending=None)
-        return settlement
+        self._store(residual=residual if keeps else None, settled_round=record.round, carried=carried, pending=None)
+        return Settlement(pending.round, "accepted")
+
+    def decides(self, record: RoundRecord) -> bool:
+        """Whether a later round's record decides about the pending message: no record after it can still use it."""
+        return self.pending is not None and (
+            record.fate(self.client_id, self.pending.sha256) is not None or self._why_unused(self.pending, record) != ""
+        )
+
+    def _why_unused(self, pending: Pending, record: RoundRecord) -> str:
+        if record.restored_from is not None:
+            return f"round {record.round} went back to round {record.restored_from}"
+        if self.client_id in record.named(pending.round):
+            return "another message of this client was there"  # of a state that was lost since
+        return ""
+
+    @property
+    def oldest_round(self) -> int | None:
+        """A rollback after this round may undo something that is held here; None where nothing is held."""
+        kept = {name for name in self.carried if name != scaffold.CARRIED}
+        owes = self.residual is not None or scaffold.CARRIED in self.carried
+        made = [round for round, held in ((self.settled_round, owes), (self.last_round, bool(kept))) if held]
+        return min(made, default=None)
+
+    def undo(self, record: RoundRecord) -> bool:
+        """Drop what was made in rounds that a rollback undid; whether there was anything.
+
+        The residual goes if it holds anything of a message that was accepted after the restored round, though it may
+        hold older things too; what is carried goes if its last local training started from the restored round or a
+        later one. The control variate always goes: the server's begins anew with zeros as well.
+
+        Args:
+            record: of a rollback. A message from before it is settled first.
+        """
+        restored = record.restored_from
+        if restored is None:
+            return False
+        carried, residual = dict(self.carried), self.residual
+        if restored < self.settled_round < record.round:
+            residual = None
+        if self.settled_round < record.round:
+            carried.pop(scaffold.CARRIED, None)
+        if restored <= self.last_round < record.round:
+            carried = {name: value for name, value in carried.items() if name == scaffold.CARRIED}
+        if residual is self.residual and carried.keys() == self.carried.keys():
+            return False
+        self._store(residual=residual, carried=carried)
+        return True
 
     def residual_norm(self) -> float:
         """L2 norm of the residual."""
@@ -246,6 +279,10 @@ class ClientSession:
         if self._lock is not None:
             self._lock.close()
             self._lock = None
+
+    def envelope(self, header: message.Header, payload: bytes) -> bytes:
+        """What travels of a message of this client: signed with its key, and sealed where the federation is."""
+        return self._sealed(message.pack(header, payload, sign=self._sign))
 
     def _sealed(self, readable: bytes) -> bytes:
         seal_key = self.spec.sealing_key
@@ -310,70 +347,21 @@ class ClientSession:
             ) from error
         return message.pack(header, payload, sign=self._sign)
 
-    def _store(
-        self, *, last_round: int, residual: Tensor | None, carried: dict[str, Tensor], pending: Pending | None
-    ) -> None:
+    def _store(self, **changes: Any) -> None:
+        """Make the changes (attribute -> value), on disk first."""
+        now = SessionState(self.last_round, self.settled_round, self.residual, self.carried, self.pending)
+        state = dataclasses.replace(now, **changes)
         if self._folder is not None:
-            tensors = {f"carried.{name}": tensor.detach().cpu().contiguous() for name, tensor in carried.items()}
-            if residual is not None:
-                tensors["residual"] = residual
-            fields: dict[str, Any] = {
-                **self._identity,
-                "last_round": last_round,
-                "pending_round": None,
-            }
-            if pending is not None:
-                fields["pending_round"] = pending.round
-                tensors["pending.message"] = torch.frombuffer(bytearray(pending.message), dtype=torch.uint8)
-                tensors["pending.corrected"] = pending.corrected
-                if pending.readable != pending.message:
-                    tensors["pending.readable"] = torch.frombuffer(bytearray(pending.readable), dtype=torch.uint8)
-                if pending.refinement is not None:
-                    tensors["pending.refinement"] = torch.frombuffer(bytearray(pending.refinement), dtype=torch.uint8)
-            data = save(tensors, metadata={"fedfstq": json.dumps(fields, sort_keys=True)})
-            storage.replace_file(self._folder / _FILE, data, durable=self._durable)
-        self.last_round, self.residual, self.carried, self.pending = last_round, residual, carried, pending
+            storage.replace_file(self._folder / STATE_FILE, state.to_bytes(self._identity), durable=self._durable)
+        self._take(state)
 
-    def _load(self, folder: Path) -> None:
-        path = folder / _FILE
-        if not path.exists():
-            return
-        try:
-            data = path.read_bytes()
-            # Not safe_open: a Ctrl-C within it comes out as a TypeError, which would look like a damaged file.
-            tensors = load(data)
-            fields = json.loads(_metadata(data)["fedfstq"])
-        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-            raise MailboxError(
-                f"The client state {path} cannot be read ({error}). Restore it from a backup, or move it away to join "
-                "as a new client: its residual is then lost."
-            ) from error
-        for key, value in self._identity.items():
-            if fields.get(key) != value:
-                raise MailboxError(
-                    f"The client state {path} has {key} {fields.get(key)!r}, expected {value!r}: it belongs to another "
-                    "client, federation, adapter or version. Give this client a state folder of its own (state_dir, or "
-                    "another output_dir)."
-                )
-        self.last_round = fields["last_round"]
-        self.residual = tensors.get("residual")
-        self.carried = {
-            name.removeprefix("carried."): value for name, value in tensors.items() if name.startswith("carried.")
-        }
-        if fields["pending_round"] is not None:
-            data = tensors["pending.message"].numpy().tobytes()
-            readable = tensors["pending.readable"].numpy().tobytes() if "pending.readable" in tensors else data
-            second = tensors["pending.refinement"].numpy().tobytes() if "pending.refinement" in tensors else None
-            self.pending = Pending(fields["pending_round"], data, tensors["pending.corrected"], readable, second)
-
-
-def _metadata(data: bytes) -> dict[str, str]:
-    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-    return dict(header["__metadata__"])
+    def _take(self, state: SessionState) -> None:
+        self.last_round, self.settled_round = state.last_round, state.settled_round
+        self.residual, self.carried, self.pending = state.residual, dict(state.carried), state.pending
 
 
 def says_nothing_yet(pending: Pending) -> bool:
-    """Whether a message is an empty preview: its link had room for a header only, and its refinement says it all."""
+    """Whether a message is an empty preview, which is not sent: all of it follows in its refinement."""
     return pending.refinement is not None and not message.unpack(pending.readable)[1]
 
 

@@ -3,37 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import math
-import uuid
+import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from fedfstq_hf import __version__
 from fedfstq_hf.codec import Schema
 from fedfstq_hf.errors import ConfigError, MailboxError
+from fedfstq_hf.federation import limits
 from fedfstq_hf.federation.keys import parse_public_key
 from fedfstq_hf.federation.record import other_version
 from fedfstq_hf.federation.travelling import Travelling
 from fedfstq_hf.federation.turns import Turn, turn_of
+from fedfstq_hf.federation.untrusted import parse_object
 from fedfstq_hf.sensitivity.options import check_fisher, check_objective
 from fedfstq_hf.switches import check_coverage, check_freeze_a, check_refinement, check_switches, check_weights
+from fedfstq_hf.text import printable
 
-FORMAT = 2
-
-# TrainingArguments that every client must share; batch size, precision, logging and the like are a client's own.
-SHARED_TRAINING_ARGUMENTS = (
-    "adam_beta1",
-    "adam_beta2",
-    "adam_epsilon",
-    "learning_rate",
-    "lr_scheduler_type",
-    "max_grad_norm",
-    "optim",
-    "warmup_steps",
-    "weight_decay",
-)
+FORMAT = 3
 
 
 @dataclass(frozen=True)
@@ -62,7 +54,7 @@ class FederationSpec:
         error_feedback: decay of the residual that a client carries to its next update; 0 switches it off.
         max_message_bytes: larger messages are refused unread.
         server: `{"optimizer": any torch.optim class, "lr": ..., ...}` on the pseudo-gradient; SGD with lr 1 is FedAvg.
-        training: values for `SHARED_TRAINING_ARGUMENTS`.
+        training: values for `limits.SHARED_TRAINING_ARGUMENTS`.
         optimizer_state: `"fresh"` restarts the client's optimizer in each round, `"kept"` carries its moments on.
         refresh_steps: token sensitivity is read off every that many local steps (H).
         rho: decay of the two Fisher averages.
@@ -77,20 +69,23 @@ class FederationSpec:
         learned_binarisation, binarisation_warmup, binarisation_rho: FedBAT's training (`fedfstq_hf.switches`).
         token_merge_ratio, token_merge_layer: Fed-ToMe's (likewise).
         seed: of data order and dropout, together with client id and round.
-        data: how clients format their examples (the data section of the recipe), for `fedfstq train`.
-        client_defaults: `TrainingArguments` that `fedfstq train` starts from; each client may choose others.
+        data: `{"format": ..., "max_length": ...}`: the format of the founder's examples, which clients are told and
+            nothing more, and how many tokens `fedfstq train` cuts an example to.
+        client_defaults: batch size and accumulation that `fedfstq train` starts from; each client may choose others.
         clients_per_round: how many of the enrolled clients are asked for an update in each round; None for all.
         max_staleness: a late update is still used up to that many rounds after its own; 0 refuses all late ones.
         staleness_discount: factor on the weight of an update per round of its staleness.
         weights: what an update weighs in the mean, one of `WEIGHTS`.
         clip: an update whose norm exceeds that many times the round's median norm is scaled down to it; None for none.
+            `federation.clipping` says what holds where most messages of a round say nothing.
         weight_cap: an update weighs at most that many times the round's median; None for no cap.
         signatures: True refuses updates without a valid signature of an enrolled key.
+        founder_key: public key whose holder signs each round's record; clients refuse records without. None for none.
         sealing_key: public key that clients seal their messages to; None sends them readable.
         tag_every: the Hub repo is tagged at every that many rounds.
         share_saliency: clients that agree may send their token sensitivities, which are published in aggregate.
         package_version: of the founder.
-        id: drawn when the federation is founded, so that no client brings the state of another one of the same shape.
+        salt: drawn when the federation is founded, so that no two of the same settings have the same `id`.
     """
 
     name: str
@@ -139,36 +134,42 @@ class FederationSpec:
     clip: float | None = 10.0
     weight_cap: float | None = 10.0
     signatures: bool = False
+    founder_key: str | None = None
     sealing_key: str | None = None
     tag_every: int = 10
     share_saliency: bool = False
     package_version: str = __version__
-    id: str = field(default_factory=lambda: uuid.uuid4().hex)
+    salt: str = field(default_factory=lambda: secrets.token_hex(16))
     format: int = FORMAT
 
     def __post_init__(self) -> None:
-        for name in ("rounds", "local_steps", "min_clients", "refresh_steps", "max_message_bytes", "tag_every"):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be a whole number of at least 1, not {getattr(self, name)!r}.")
-        if self.round_seconds is not None and not (0 < self.round_seconds < math.inf):
+        limits.check_types(self)
+        limits.check_base_fingerprint(self.base_fingerprint)
+        limits.check_training(self.training)
+        limits.check_client_defaults(self.client_defaults)
+        limits.check_shared_data(self.data)
+        limits.check_codec(self.codec, self.codec_options)
+        if self.round_seconds is not None and self.round_seconds <= 0:
             raise ConfigError(
                 f"round_seconds must be a positive number of seconds or null, not {self.round_seconds!r}."
             )
         if not 0 <= self.error_feedback <= 1:
             raise ConfigError(f"error_feedback must lie in [0, 1] (0 switches it off), not {self.error_feedback!r}.")
+        if not 0 <= self.rho < 1:
+            raise ConfigError(f"rho must lie in [0, 1), not {self.rho!r}.")
         if self.clients_per_round is not None and self.clients_per_round < self.min_clients:
             raise ConfigError(
                 f"clients_per_round is {self.clients_per_round}, but min_clients = {self.min_clients} updates close a "
                 "round: no round could ever close. Ask at least min_clients clients."
             )
-        if not isinstance(self.max_staleness, int) or self.max_staleness < 0:
-            raise ConfigError(f"max_staleness must be a whole number of at least 0, not {self.max_staleness!r}.")
         if not 0 < self.staleness_discount <= 1:
             raise ConfigError(f"staleness_discount must lie in (0, 1], not {self.staleness_discount!r}.")
         for name in ("clip", "weight_cap"):
             limit = getattr(self, name)
-            if limit is not None and not (1 <= limit < math.inf):
+            if limit is not None and limit < 1:
                 raise ConfigError(f"{name} is a multiple of the round's median: at least 1, or null; not {limit!r}.")
+        if self.founder_key is not None:
+            parse_public_key(self.founder_key, "ed25519")
         if self.sealing_key is not None:
             parse_public_key(self.sealing_key, "x25519")
         check_objective(self.objective, self.token_keep_ratio)
@@ -190,21 +191,17 @@ class FederationSpec:
         )
         if self.refinement_budget is not None and self.max_staleness:
             raise ConfigError("refinement_budget and max_staleness cannot be combined: leave one of them out.")
-        if self.scaffold_clients is not None and (type(self.scaffold_clients) is not int or self.scaffold_clients < 1):
-            raise ConfigError(
-                f"scaffold_clients is the number of the federation's clients, or null; not {self.scaffold_clients!r}."
-            )
-        if self.mean_examples is not None and (type(self.mean_examples) is not int or self.mean_examples < 1):
-            raise ConfigError(
-                f"mean_examples is the mean number of a client's examples, or null; not {self.mean_examples!r}."
-            )
         if self.optimizer_state not in ("fresh", "kept"):
             raise ConfigError(f"optimizer_state must be 'fresh' or 'kept', not {self.optimizer_state!r}.")
-        if unknown := sorted(set(self.training) - set(SHARED_TRAINING_ARGUMENTS)):
-            raise ConfigError(
-                f"training.{unknown[0]} cannot be shared by a federation; it can share "
-                f"{', '.join(SHARED_TRAINING_ARGUMENTS)}."
-            )
+
+    @cached_property
+    def id(self) -> str:
+        """Hex sha256 over the canonical JSON of all fields: who copies a federation's id copies all of its settings.
+
+        Signatures are good for one id. Client states belong to one.
+        """
+        content = json.dumps(dataclasses.asdict(self), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(b"fedfstq federation\n" + content.encode()).hexdigest()
 
     def travelling(self, schema: Schema) -> Travelling:
         """What of an adapter with that schema travels."""
@@ -232,16 +229,37 @@ class FederationSpec:
         return turn_of(schema, self.coverage, seed=self.seed, client_id=client_id, round=round)
 
     def to_json(self) -> bytes:
-        """Readable JSON with sorted keys."""
-        return (json.dumps(dataclasses.asdict(self), indent=1, sort_keys=True) + "\n").encode()
+        """Readable JSON with sorted keys, `id` among them."""
+        fields = {**dataclasses.asdict(self), "id": self.id}
+        return (json.dumps(fields, indent=1, sort_keys=True) + "\n").encode()
 
     @classmethod
     def from_json(cls, data: bytes) -> FederationSpec:
-        """Parse `spec.json`. Raises `MailboxError` for another format, unknown fields or impossible values."""
+        """Parse `spec.json`, of at most `limits.MAX_SPEC_BYTES`.
+
+        Raises:
+            MailboxError: it is of another format, lacks fields, has unknown ones or values out of range, or its `id`
+                is not that of its content.
+        """
+        fields = parse_object(data, "The mailbox's spec", max_bytes=limits.MAX_SPEC_BYTES)
+        if fields.get("format") != FORMAT:
+            raise other_version("spec", fields, FORMAT)
+        stored = fields.pop("id", None)
+        known = {item.name: item for item in dataclasses.fields(cls)}
+        if unknown := sorted(set(fields) - set(known)):
+            raise MailboxError(f"The mailbox's spec cannot be read: unknown field {printable(unknown[0], 80)}.")
+        for name, item in known.items():
+            required = item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
+            if required and name not in fields:
+                raise MailboxError(f"The mailbox's spec cannot be read: it lacks {name}.")
         try:
-            fields = json.loads(data)
-            if fields.get("format") != FORMAT:
-                raise other_version("spec", fields, FORMAT)
-            return cls(**fields)
-        except (ValueError, TypeError, AttributeError) as error:
-            raise MailboxError(f"The mailbox's spec cannot be read: {error}") from error
+            spec = cls(**fields)
+        except ConfigError as error:
+            raise MailboxError(f"The mailbox's spec cannot be read: {printable(error, 1000)}") from error
+        if stored != spec.id:
+            shown = printable(repr(stored), 80)
+            raise MailboxError(
+                f"The mailbox's spec says that its id is {shown}, but its content has id {spec.id}: it was altered "
+                "after the founding, or has the id of another federation. Ask who founded it."
+            )
+        return spec

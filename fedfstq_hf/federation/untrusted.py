@@ -6,27 +6,28 @@ import json
 import math
 from typing import Any
 
-from fedfstq_hf.errors import MailboxError
+from fedfstq_hf.errors import FedFSTQError, MailboxError
 from fedfstq_hf.text import printable
 
 MAX_DEPTH = 16
 """Deepest nesting of a file that this package writes is 6."""
 
 
-def parse_object(data: bytes, what: str, *, max_bytes: int) -> dict[str, Any]:
+def parse_object(data: bytes, what: str, *, max_bytes: int, error: type[FedFSTQError] = MailboxError) -> dict[str, Any]:
     """Parse one JSON object.
 
     Args:
         data: UTF-8 text.
         what: names the file in errors, such as "The mailbox's spec".
         max_bytes: larger files are refused unread.
+        error: what is raised where the file is not part of a mailbox.
 
     Raises:
-        MailboxError: it is too large, no JSON object, nested deeper than `MAX_DEPTH`, names a key twice, or holds a
+        error: it is too large, no JSON object, nested deeper than `MAX_DEPTH`, names a key twice, or holds a
             number that is not finite or a whole number beyond 64 bits.
     """
     if len(data) > max_bytes:
-        raise MailboxError(f"{what} has {len(data)} bytes; expected at most {max_bytes}.")
+        raise error(f"{what} has {len(data)} bytes; expected at most {max_bytes}.")
     try:
         found = json.loads(
             data.decode("utf-8"),
@@ -35,12 +36,12 @@ def parse_object(data: bytes, what: str, *, max_bytes: int) -> dict[str, Any]:
             parse_float=_finite,
             parse_int=_bounded,
         )
-    except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
-        raise MailboxError(f"{what} cannot be read: {printable(error)}") from error
+    except (ValueError, RecursionError) as broken:  # UnicodeDecodeError is a ValueError
+        raise error(f"{what} cannot be read: {printable(broken)}") from broken
     if not isinstance(found, dict):
-        raise MailboxError(f"{what} cannot be read: it is a {type(found).__name__}; expected an object.")
+        raise error(f"{what} cannot be read: it is a {type(found).__name__}; expected an object.")
     if _depth(found) > MAX_DEPTH:
-        raise MailboxError(f"{what} cannot be read: it is nested deeper than {MAX_DEPTH}.")
+        raise error(f"{what} cannot be read: it is nested deeper than {MAX_DEPTH}.")
     return found
 
 

@@ -18,8 +18,11 @@ from fedfstq_hf.sensitivity import TokenSensitivity
 
 logger = logging.getLogger(__name__)
 
-MIN_CLIENTS = 2
-"""An id that fewer clients saw is published as one never seen, where there are so many clients."""
+MIN_CLIENTS = 3
+"""Nothing is published of fewer clients, and an id that fewer of them saw is published as one never seen.
+
+With two, either could take its own table away and read the other's.
+"""
 
 
 def client_saliency(
@@ -71,7 +74,10 @@ def join_saliency(files: Sequence[tuple[bytes, float]]) -> dict[str, bytes]:
             most, is left out.
 
     Returns:
-        Path -> content at the root of the published repo; nothing where no file is usable.
+        Path -> content at the root of the published repo.
+
+    Raises:
+        DataError: fewer than `MIN_CLIENTS` files are usable: theirs would not be an aggregate.
     """
     tables: list[tuple[Saliency, float]] = []
     for data, weight in files:
@@ -79,12 +85,15 @@ def join_saliency(files: Sequence[tuple[bytes, float]]) -> dict[str, bytes]:
             tables.append((unpack(data), weight))
         except (MessageError, DataError) as error:
             logger.warning("A client's token sensitivities are left out: %s", error)
-    kinds = Counter(_kind(table) for table, _ in tables)
-    if not kinds:
-        return {}
-    most = kinds.most_common(1)[0][0]
-    kept = [(table, weight) for table, weight in tables if _kind(table) == most and weight > 0]
-    joined = aggregate([t for t, _ in kept], [w for _, w in kept], min_clients=min(MIN_CLIENTS, len(kept)))
+    kinds = Counter(_kind(table) for table, weight in tables if weight > 0)
+    most = kinds.most_common(1)[0][0] if kinds else None
+    kept = [(table, weight) for table, weight in tables if weight > 0 and _kind(table) == most]
+    if len(kept) < MIN_CLIENTS:
+        raise DataError(
+            f"Token sensitivities of {len(kept)} clients are usable, out of {len(files)} that were sent; fewer than "
+            f"{MIN_CLIENTS} would show what single clients have seen."
+        )
+    joined = aggregate([t for t, _ in kept], [w for _, w in kept], min_clients=MIN_CLIENTS)
     return {FILE_NAME: pack(joined), HUB_PATH: custom_generate_source().encode()}
 
 

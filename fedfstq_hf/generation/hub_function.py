@@ -1,4 +1,9 @@
-"""The `custom_generate/generate.py` to publish beside an adapter, for users without this package."""
+"""The `custom_generate/generate.py` to publish beside an adapter, for users without this package.
+
+They run it with `trust_remote_code=True`, so it is code that whoever can write to the repo chooses. Recommend it with
+`revision=` and the full sha of a commit only. Users of this package need it not: `TokenReducer.from_pretrained` reads
+numbers from the repo, and runs no code of it.
+"""
 
 from __future__ import annotations
 

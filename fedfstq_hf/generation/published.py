@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from huggingface_hub.utils import HFValidationError, validate_repo_id
 
+from fedfstq_hf.adapter_config import MAX_BYTES
 from fedfstq_hf.errors import AdapterMismatchError, ConfigError
+from fedfstq_hf.federation.mailbox import ADAPTER_CONFIG_FILE
+from fedfstq_hf.federation.untrusted import parse_object
 from fedfstq_hf.generation.saliency import Saliency, tokenizer_fingerprint
 from fedfstq_hf.generation.saliency_file import FILE_NAME, unpack
+from fedfstq_hf.generation.saliency_file import MAX_BYTES as MAX_SALIENCY_BYTES
 from fedfstq_hf.generation.scorer import Scorer
 from fedfstq_hf.generation.scorers import Combined, QueryAttention, TokenTable
+from fedfstq_hf.given_folder import file_in
+from fedfstq_hf.text import printable
 
 logger = logging.getLogger(__name__)
 _told: set[str] = set()
@@ -26,11 +32,11 @@ QUERY_WEIGHT = 0.9
 def published_file(repo: str, name: str) -> Path | None:
     """A file of a folder or Hub repo (`org/name` or `hf://org/name`); None if the repo has no such file.
 
-    Raises huggingface_hub's errors if the repo cannot be reached or does not exist.
+    Raises ConfigError for a link that leads out of the folder, huggingface_hub's errors if the repo cannot be reached
+    or does not exist.
     """
-    if not repo.startswith("hf://") and Path(repo).is_dir():
-        path = Path(repo) / name
-        return path if path.is_file() else None
+    if _is_folder(repo):
+        return file_in(Path(repo), name, ConfigError)
     try:
         return Path(hf_hub_download(repo.removeprefix("hf://"), name))
     except LocalEntryNotFoundError:
@@ -45,15 +51,37 @@ def published_tokenizer(repo: str) -> Any:
 
     own = published_file(repo, "tokenizer_config.json")
     if own is not None:
-        return AutoTokenizer.from_pretrained(repo.removeprefix("hf://"))
-    adapter = published_file(repo, "adapter_config.json")
-    base = json.loads(adapter.read_text()).get("base_model_name_or_path") if adapter is not None else None
-    if not base:
+        return AutoTokenizer.from_pretrained(repo.removeprefix("hf://"), trust_remote_code=False)
+    adapter = published_file(repo, ADAPTER_CONFIG_FILE)
+    if adapter is None:
+        return None
+    what = f"{ADAPTER_CONFIG_FILE} of {repo}"
+    fields = parse_object(_read(adapter, MAX_BYTES), what, max_bytes=MAX_BYTES, error=AdapterMismatchError)
+    base = fields.get("base_model_name_or_path")
+    if not base or not isinstance(base, str) or not (_is_folder(repo) or _is_hub_id(base)):
         return None
     try:
-        return AutoTokenizer.from_pretrained(base)
+        return AutoTokenizer.from_pretrained(base, trust_remote_code=False)
     except (OSError, ValueError):  # the base is somewhere else by now; whoever needs a tokenizer says so
         return None
+
+
+def _is_folder(repo: str) -> bool:
+    return not repo.startswith("hf://") and Path(repo).is_dir()
+
+
+def _is_hub_id(name: str) -> bool:
+    """Whether a repo of the Hub names another, and not a folder of this machine."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return not Path(name).exists()
+
+
+def _read(path: Path, max_bytes: int) -> bytes:
+    with path.open("rb") as file:
+        return file.read(max_bytes + 1)
 
 
 def published_scorer(repo: str, tokenizer: Any, model: Any = None) -> Scorer:
@@ -67,7 +95,7 @@ def published_scorer(repo: str, tokenizer: Any, model: Any = None) -> Scorer:
             _told.add(repo)
             logger.warning("%s publishes no %s; token reduction uses the query-aware scorer alone", repo, FILE_NAME)
         return QueryAttention()
-    saliency = unpack(path.read_bytes())
+    saliency = unpack(_read(path, MAX_SALIENCY_BYTES))
     check_saliency(saliency, tokenizer, model)
     return Combined([QueryAttention(), TokenTable(saliency.scores())], [QUERY_WEIGHT, 1.0 - QUERY_WEIGHT])
 
@@ -81,8 +109,9 @@ def check_saliency(saliency: Saliency, tokenizer: Any, model: Any = None) -> Non
     mine = tokenizer_fingerprint(tokenizer)
     if mine != saliency.tokenizer:
         raise AdapterMismatchError(
-            f"{FILE_NAME} is for tokenizer {saliency.tokenizer[:12]} with {saliency.vocab_size} ids, this tokenizer is "
-            f"{mine[:12]} with {len(tokenizer)}; use the base model's own tokenizer, or scorer=QueryAttention()"
+            f"{FILE_NAME} is for tokenizer {printable(saliency.tokenizer[:12])} with {saliency.vocab_size} ids, this "
+            f"tokenizer is {mine[:12]} with {len(tokenizer)}; use the base model's own tokenizer, or "
+            "scorer=QueryAttention()"
         )
     if model is None or not saliency.base:
         return
@@ -92,5 +121,6 @@ def check_saliency(saliency: Saliency, tokenizer: Any, model: Any = None) -> Non
     wrong = {name: value for name, value in theirs.items() if value is not None and value != ours[name]}
     if wrong:
         raise AdapterMismatchError(
-            f"{FILE_NAME} belongs to a base with {wrong}, this model has {ours}; load the adapter's own base model"
+            f"{FILE_NAME} belongs to a base with {printable(wrong)}, this model has {ours}; load the adapter's own "
+            "base model"
         )

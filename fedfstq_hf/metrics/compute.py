@@ -45,7 +45,7 @@ def make_compute_metrics(tokenizer: Any, metrics: Sequence[str] = DEFAULT_METRIC
 
     Args:
         tokenizer: decodes ids.
-        metrics: names among exact_match, meteor, rouge_l and token_f1. (token_recall compares no texts.)
+        metrics: names among exact_match, rouge_l and token_f1. (token_recall compares no texts.)
 
     Returns:
         A function of an `EvalPrediction` with predictions (num_examples, seq) from `predicted_ids` and label_ids of the

@@ -11,7 +11,6 @@ from fedfstq_hf.errors import ConfigError
 
 _CLASSES = {
     "exact_match": "ExactMatch",
-    "meteor": "Meteor",
     "rouge_l": "RougeL",
     "token_f1": "TokenF1",
     "token_recall": "TokenRecall",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
@@ -18,6 +19,9 @@ from fedfstq_hf.reporting.card_merge import decode, merge_card
 from fedfstq_hf.reporting.card_metrics import Measurement, Metrics, finite, main_metric, newest
 from fedfstq_hf.reporting.card_plot import curves, quality_vs_uplink
 from fedfstq_hf.reporting.card_text import code, hub_id, language_codes, license_id, one_line, paragraphs, texts
+from fedfstq_hf.text import printable_traceback
+
+logger = logging.getLogger(__name__)
 
 CARD_FILE = "README.md"
 PLOT_FILE = "quality_vs_uplink.png"
@@ -59,6 +63,7 @@ def render_card(
     repo_id: str | None,
     extra: Mapping[str, Any] | None = None,
     existing: str | bytes | None = None,
+    with_plot: bool = True,
 ) -> str:
     """The text of `README.md` for a published round. What is not known is left out, down to its heading.
 
@@ -73,6 +78,7 @@ def render_card(
         existing: the card that is in the repo. What a person wrote there stays, see `card_merge.merge_card`: text
             outside our two markers, and metadata other than base_model, library_name and model-index. Where the markers
             were deleted, the whole text is the person's, and only those three keys are kept up to date.
+        with_plot: whether the plot is shown, where there is something to plot.
     """
     extra = extra or {}
     history = [row for row in history if row.round <= record.round]
@@ -93,7 +99,7 @@ def render_card(
         measurements=[_measurement_line(entry) for entry in measurements[:MAX_MEASUREMENTS]],
         more_measurements=max(0, len(measurements) - MAX_MEASUREMENTS),
         measured_first=any(entry.first is not None for entry in measurements),
-        plot=PLOT_FILE if curves(history, metrics) else None,
+        plot=PLOT_FILE if with_plot and curves(history, metrics) else None,
         plot_text=f"{_alt(main_metric(metrics))} against cumulative uplink bytes of all clients",
         totals=facts.totals(history),
         rounds=lines,
@@ -121,8 +127,16 @@ def root_files(
 ) -> dict[str, bytes]:
     """The card and, where there is something to plot, the plot that it shows, by file name.
 
-    Arguments are those of `render_card`; the same ones give the same bytes. The card is always UTF-8.
+    Arguments are those of `render_card`; the same ones give the same bytes. The card is always UTF-8. Where the plot
+    cannot be drawn, the card comes without it.
     """
+    rows = [row for row in history if row.round <= record.round]
+    plot, drawn = None, True
+    try:
+        plot = quality_vs_uplink(rows, finite(metrics, up_to=record.round))
+    except Exception as error:  # whatever a library finds odd about what was posted
+        logger.warning("The card has no plot:\n%s", printable_traceback(error))
+        drawn = False
     text = render_card(
         spec,
         record,
@@ -132,9 +146,8 @@ def root_files(
         repo_id=repo_id,
         extra=extra,
         existing=existing,
+        with_plot=drawn,
     )
-    rows = [row for row in history if row.round <= record.round]
-    plot = quality_vs_uplink(rows, finite(metrics, up_to=record.round))
     return {CARD_FILE: text.encode()} | ({PLOT_FILE: plot} if plot is not None else {})
 
 

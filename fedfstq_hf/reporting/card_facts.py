@@ -138,7 +138,7 @@ def refusals(history: Sequence[HistoryRow]) -> list[Line]:
 def fate(history: Sequence[HistoryRow]) -> str | None:
     """What became of the updates that arrived; None while there are none."""
     used, refused, late, clipped, unused = (
-        sum(getattr(row, name) for row in history)
+        sum(getattr(row, name) or 0 for row in history)
         for name in ("accepted", "refused", "late", "clipped", "refinements_unused")
     )
     arrived = used + refused + late

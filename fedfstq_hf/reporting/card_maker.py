@@ -19,11 +19,6 @@ def card_maker(address: str, *, description: str | None = None) -> CardMaker:
     repo_id = address.removeprefix(_HUB) if address.startswith(_HUB) else None
 
     def make(facts: RoundFacts) -> Mapping[str, bytes]:
-        path = str(facts.spec.data.get("path", ""))
-        extra = {
-            "datasets": path if "/" in path and not path.endswith(".jsonl") else None,
-            "description": description,
-        }
         return root_files(
             facts.spec,
             facts.record,
@@ -31,7 +26,7 @@ def card_maker(address: str, *, description: str | None = None) -> CardMaker:
             facts.metrics,
             adapter_config=facts.adapter_config,
             repo_id=repo_id,
-            extra=extra,
+            extra={"description": description},
             existing=facts.existing_card,
         )
 

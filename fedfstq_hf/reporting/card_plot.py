@@ -52,6 +52,8 @@ def quality_vs_uplink(history: Sequence[HistoryRow], metrics: Metrics) -> bytes 
     has no zero. The ground is white and not transparent, so that the text can be read on a dark page too. The same
     input gives the same bytes.
     """
+    from matplotlib.text import Text
+
     drawn = curves(history, metrics)
     name = main_metric(metrics)
     if not drawn or name is None:
@@ -66,6 +68,9 @@ def quality_vs_uplink(history: Sequence[HistoryRow], metrics: Metrics) -> bytes 
         figure.legend(handles, labels, loc="outside upper left", ncols=3, frameon=False, fontsize=10)
     else:
         axes.set_title(f"measured on {_short(next(iter(shown)))}", loc="left", fontsize=10, color="#555555")
+    for text in figure.findobj(Text):  # names are others': neither formulas nor TeX, whatever this machine's settings
+        text.set_parse_math(False)
+        text.set_usetex(False)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=150, facecolor="white", metadata={"Software": None})
     return buffer.getvalue()
@@ -123,8 +128,8 @@ def _draw(axes: Axes, number: int, source: str, points: Points) -> None:
 
 
 def _short(text: str) -> str:
-    """A source's or metric's name as a label; `$` would start a formula."""
-    printable = "".join(char for char in text if char.isprintable()).replace("$", "")
+    """A source's or metric's name as a label."""
+    printable = "".join(char for char in text if char.isprintable())
     return printable if len(printable) <= _MAX_LABEL else printable[: _MAX_LABEL - 1] + "…"
 
 

@@ -16,15 +16,21 @@ from fedfstq_hf.reporting.page_figures import figures
 
 
 def write_comparison(
-    folders: Sequence[str | Path], out: str | Path, *, command: str, plots: str | Path | None = None
+    folders: Sequence[str | Path],
+    out: str | Path,
+    *,
+    command: str,
+    plots: str | Path | None = None,
+    methods: Sequence[str] | None = None,
 ) -> tuple[Path, Path]:
     """Write the page `out` and, beside it, the same name with `.md`; returns both paths.
 
     Args:
-        folders: run folders of `fedfstq simulate`.
+        folders: run folders of `fedfstq simulate`, or archives of such runs.
         out: the page, ending in `.html`. An earlier page is replaced, a file of anything else is not.
         command: the line that makes the page again.
         plots: a folder for each plot as an SVG of its own; None for none.
+        methods: of these methods only; None for all.
 
     Raises:
         ConfigError: a folder holds no run, or `out` or `plots` cannot be written to.
@@ -36,7 +42,7 @@ def write_comparison(
     text = page.with_suffix(".md")
     for path, mark in ((page, GENERATOR), (text, MARK)):
         _check_free(path, mark, f"--out {path.with_name('comparison.html')}")
-    comparisons = [compare(workload) for workload in group_runs(read_runs(folders))]
+    comparisons = [compare(workload) for workload in group_runs(read_runs(folders, methods))]
     sweeps = find_sweeps(comparisons)
     title = _title(comparisons, sweeps)
     drawn = {} if plots is None else {Path(plots) / name: svg for name, svg in figures(comparisons, sweeps)}

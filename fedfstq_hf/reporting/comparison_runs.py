@@ -1,13 +1,14 @@
-"""One run folder of `fedfstq simulate`, read for a comparison: recipe, rows, the command and version where known."""
+"""Runs of `fedfstq simulate`, read for a comparison: recipe, rows, the command and version where known."""
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from fedfstq_hf.errors import ConfigError, DataError
 from fedfstq_hf.recipe.schema import Recipe
+from fedfstq_hf.reporting.archive import SUFFIX, read_archive
 from fedfstq_hf.reporting.summary import Row, curves, read_rows
 
 _RECIPE, _ROWS, _REPORT, _LEDGER = "recipe.json", "metrics.jsonl", "report.md", "ledger.json"
@@ -28,10 +29,10 @@ _KEYS = (
 
 @dataclass(frozen=True)
 class Run:
-    """What one run folder holds.
+    """What one run folder holds, or one line of an archive.
 
     Attributes:
-        folder: as it was given.
+        folder: as it was given; of a run in an archive the archive's path and the run's name in it.
         series: method -> seed -> rows of rounds 0, 1, 2, ... as far as the run came.
         command: the line that made it; None where the run has not finished and so has no report.
         version: of the package that founded its federations; None where their folders are gone.
@@ -51,17 +52,40 @@ class Run:
         return None if rows is None else int(rows[-1]["round"])
 
 
-def read_runs(folders: Sequence[str | Path]) -> list[Run]:
-    """Read each folder once, in the order given.
+def read_runs(folders: Sequence[str | Path], methods: Sequence[str] | None = None) -> list[Run]:
+    """Read each folder or archive once, in the order given.
+
+    Args:
+        folders: run folders, or archives (`*.jsonl.zst`).
+        methods: of these methods only; None for all.
 
     Raises:
-        ConfigError: no folder, or one that holds no run.
+        ConfigError: no folder, one that holds no run, or no run of one of the methods.
         DataError: a run's files cannot be read, or it has no rows yet.
     """
     if not folders:
         raise ConfigError("There is no run to report on. Type: fedfstq report DIR..., each of `fedfstq simulate`.")
     distinct = {Path(folder).resolve(): Path(folder) for folder in reversed(folders)}
-    return [read_run(folder) for folder in reversed(distinct.values())]
+    runs: list[Run] = []
+    for folder in reversed(distinct.values()):
+        runs += _archived_runs(folder) if folder.name.endswith(SUFFIX) and folder.is_file() else [read_run(folder)]
+    if methods is None:
+        return runs
+    known = sorted({method for run in runs for method in run.series})
+    if missing := sorted(set(methods) - set(known)):
+        raise ConfigError(f"No run is of method {missing[0]!r}. There are runs of {', '.join(known)}.")
+    kept = [replace(run, series={name: run.series[name] for name in methods if name in run.series}) for run in runs]
+    return [run for run in kept if run.series]
+
+
+def _archived_runs(path: Path) -> list[Run]:
+    runs = []
+    for entry in read_archive(path):
+        folder = path / entry["run"]
+        recipe = _recipe(entry["recipe"], folder)
+        series = _series(entry["rows"], recipe, folder)
+        runs.append(Run(folder, recipe, series, _typed(str(entry["ledger"].get("command", ""))), None, torn=False))
+    return runs
 
 
 def read_run(folder: Path) -> Run:
@@ -75,6 +99,11 @@ def read_run(folder: Path) -> Run:
         rows = read_rows(folder / _ROWS)
     except UnicodeDecodeError as error:
         raise DataError(f"{folder / _ROWS} is not text ({error}); {_EXPECTED}.") from None
+    series = _series(rows, recipe, folder)
+    return Run(folder, recipe, series, _find_command(folder), _find_version(folder), torn=num_lines > len(rows))
+
+
+def _series(rows: Sequence[Row], recipe: Recipe, folder: Path) -> dict[str, dict[int, list[Row]]]:
     for number, row in enumerate(rows, start=1):
         _check_row(row, recipe, f"{folder / _ROWS}, line {number}")
     if not rows:
@@ -83,10 +112,9 @@ def read_run(folder: Path) -> Run:
             "`fedfstq simulate ... --resume`, or leave it out."
         )
     try:
-        series = curves(rows)
+        return curves(rows)
     except DataError as error:
         raise DataError(f"{folder / _ROWS}: {error}") from None
-    return Run(folder, recipe, series, _find_command(folder), _find_version(folder), torn=num_lines > len(rows))
 
 
 def _nothing_there(folder: Path) -> str:
@@ -106,11 +134,17 @@ def _nothing_there(folder: Path) -> str:
 
 def _read_recipe(path: Path) -> Recipe:
     try:
-        return Recipe.from_dict(json.loads(path.read_text(encoding="utf-8")), str(path))
-    except ConfigError as error:
-        raise ConfigError(f"{error} (a run of another version of this package?). Leave {path.parent} out.") from None
+        found = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise DataError(f"{path} cannot be read ({error}); {_EXPECTED}.") from None
+    return _recipe(found, path.parent)
+
+
+def _recipe(found: object, folder: Path) -> Recipe:
+    try:
+        return Recipe.from_dict(found, str(folder / _RECIPE))
+    except ConfigError as error:
+        raise ConfigError(f"{error} (a run of another version of this package?). Leave {folder} out.") from None
 
 
 def _check_row(row: Any, recipe: Recipe, where: str) -> None:
@@ -133,8 +167,12 @@ def _find_command(folder: Path) -> str | None:
         command = blocks[1].strip() if len(blocks) > 2 else ""
     except (OSError, UnicodeDecodeError):
         command = _ledger_command(folder / _LEDGER)
-    typed = command.startswith(("fedfstq simulate ", "python recipes/"))
-    return command if typed and "#" not in command else None
+    return _typed(command)
+
+
+def _typed(command: str) -> str | None:
+    """A command line, None for anything else that stands in its place."""
+    return command if command.startswith(("fedfstq simulate ", "python recipes/")) and "#" not in command else None
 
 
 def _ledger_command(path: Path) -> str:

@@ -185,9 +185,9 @@ def _packets(federation: FederationSettings) -> str:
         return "No packet is lost."
     return (
         f"Each transmission of a packet of {PACKET_BYTES} bytes is lost with probability {federation.packet_loss:g}; a "
-        f"packet is repeated up to {federation.retransmissions} times, a message that lacks one is lost and stays in "
-        "its client's residual, and a round of which nothing arrives is sent again. Times and energy are of all bytes "
-        "on the air, uplink bytes of each message once."
+        f"packet is repeated up to {federation.retransmissions} times, a message that lacks one is lost, and a "
+        "round of which nothing arrives is sent again. Times and energy are of all bytes on the air, uplink bytes of "
+        "each message once."
     )
 
 

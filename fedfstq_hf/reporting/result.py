@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from fedfstq_hf.reporting.archive import read_archive
 from fedfstq_hf.reporting.comparison_estimate import Estimate
 from fedfstq_hf.reporting.comparison_figures import Comparison, MethodFigures, compare
 from fedfstq_hf.reporting.comparison_runs import read_runs
@@ -15,31 +15,26 @@ from fedfstq_hf.reporting.comparison_targets import Reached
 from fedfstq_hf.reporting.comparison_workloads import group_runs, settings_text
 
 
-def write_result(folders: Sequence[str | Path], path: Path) -> Path:
-    """Write the figures of the runs in `folders` to `path` and return it.
+def write_result(archive: Path, path: Path) -> Path:
+    """Write the figures of the runs in an archive to `path` and return it.
 
     Bytes are totals over all clients, seconds are simulated, ratios are the reference's figure over the method's; each
     figure is `[mean, sample standard deviation]` over seeds, null where a seed lacks it.
     """
-    facts = [_facts(Path(folder)) for folder in folders]
+    facts = [run["ledger"] for run in read_archive(archive)]
     tree: dict[str, Any] = {
         "commands": sorted({fact["command"] for fact in facts if fact.get("command")}),
         "commits": sorted({fact["commit"] for fact in facts if fact.get("commit")}),
         "minutes": round(sum(fact.get("minutes", 0.0) for fact in facts), 1),
         "cores": sorted({fact["cores"] for fact in facts if fact.get("cores")}),
         "devices": sorted({fact.get("device", "CPU") for fact in facts if fact}),
-        "workloads": [_workload(compare(workload)) for workload in group_runs(read_runs(folders))],
+        "workloads": [_workload(compare(workload)) for workload in group_runs(read_runs([archive]))],
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(tree, indent=1) + "\n", encoding="utf-8")
     os.replace(partial, path)
     return path
-
-
-def _facts(folder: Path) -> dict[str, Any]:
-    path = folder / "ledger.json"
-    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
 
 
 def _workload(comparison: Comparison) -> dict[str, Any]:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from fedfstq_hf.errors import MailboxError
 from fedfstq_hf.federation.control import read_control
-from fedfstq_hf.federation.mailbox import RECORD_FILE, SPEC_FILE, Mailbox
+from fedfstq_hf.federation.mailbox import SPEC_FILE, Mailbox
+from fedfstq_hf.federation.posted_metrics import read_metrics
 from fedfstq_hf.federation.record import RoundRecord
+from fedfstq_hf.federation.records import Records
 from fedfstq_hf.federation.spec import FederationSpec
 from fedfstq_hf.reporting.units import format_bytes
+from fedfstq_hf.text import printable
 
 
 def describe_round(record: RoundRecord, spec: FederationSpec) -> str:
@@ -21,9 +24,11 @@ def describe_round(record: RoundRecord, spec: FederationSpec) -> str:
         )
     if record.restored_from is not None:
         line += f", rolled back to round {record.restored_from}"
-    others = [f"  refused {update.client_id}: {update.reason}" for update in record.refused]
-    others += [f"  late {update.client_id}: {update.reason}" for update in record.late]
-    clipped = [f"{update.client_id} ({update.scale:.3g}x)" for update in record.accepted if update.scale < 1]
+    named = [("refused", update) for update in record.refused] + [("late", update) for update in record.late]
+    others = [f"  {fate} {printable(update.client_id)}: {printable(update.reason)}" for fate, update in named]
+    if record.unpublished:
+        others.append(f"  no token sensitivities published: {printable(record.unpublished)}")
+    clipped = [f"{printable(entry.client_id)} ({entry.scale:.3g}x)" for entry in record.accepted if entry.scale < 1]
     if clipped:
         others.append(f"  clipped {', '.join(clipped)}")
     return "\n".join([line, *others])
@@ -45,20 +50,22 @@ def render_status(mailbox: Mailbox) -> str:
             f"{mailbox.address} holds no federation. Make one with `fedfstq init {mailbox.address} ...`."
         )
     spec = FederationSpec.from_json(mailbox.read(0, SPEC_FILE))
-    lines = [f"{spec.name}: {spec.model}, codec {spec.codec}, {spec.rounds} rounds of {spec.local_steps} local steps"]
+    name, model, codec = map(printable, (spec.name, spec.model, spec.codec))
+    lines = [f"{name}: {model}, codec {codec}, {spec.rounds} rounds of {spec.local_steps} local steps"]
     uplink = 0
     control = read_control(mailbox)
-    measured = mailbox.read_metrics(sorted(control.clients or ()))
+    measured = read_metrics(mailbox, sorted(control.clients or ()), up_to=head)
+    unsigned = "unsigned: " if spec.signatures else ""  # as all metrics are
+    records = Records(mailbox, spec)
     for round in range(head + 1):
-        record = RoundRecord.from_json(mailbox.read(round, RECORD_FILE))
+        record = records(round)
         uplink += record.uplink_bytes
         posted = [
             f"{source} {name} {value:.4f}"
             for source, metrics in measured.get(round, {}).items()
             for name, value in metrics.items()
-            if isinstance(value, float)
         ]
-        lines.append(describe_round(record, spec) + (f"  [{'; '.join(posted)}]" if posted else ""))
+        lines.append(describe_round(record, spec) + (f"  [{unsigned}{'; '.join(posted)}]" if posted else ""))
     lines.append(f"uplink in total: {format_bytes(uplink)}")
     if record.finished:
         lines.append("finished")
@@ -68,8 +75,8 @@ def render_status(mailbox: Mailbox) -> str:
         if control.clients is not None:
             lines.append(f"enrolled: {', '.join(sorted(control.clients)) or 'nobody'}")
         if record.selected is not None:
-            lines.append(f"asked for round {head}: {', '.join(record.selected)}")
+            lines.append(f"asked for round {head}: {', '.join(map(printable, record.selected))}")
         if control.paused is not None:
-            lines.append(f"paused: {control.paused}")
+            lines.append(f"paused: {printable(control.paused)}")
         lines.append(f"waiting for {spec.min_clients} updates of round {head}; here are {len(waiting)}: {names}")
     return "\n".join(lines)

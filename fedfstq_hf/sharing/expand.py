@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
-from safetensors import SafetensorError
-from safetensors.torch import load as safetensors_load
+from peft import PeftModel, get_peft_model, set_peft_model_state_dict
 from torch import Tensor, nn
 
+from fedfstq_hf import adapter_config
 from fedfstq_hf.adapter import base_fingerprint, check_same_base
+from fedfstq_hf.adapter_size import make_config
 from fedfstq_hf.codec import Schema, get_codec, message
-from fedfstq_hf.errors import AdapterMismatchError, ConfigError, FedFSTQError, MessageError
+from fedfstq_hf.errors import AdapterMismatchError, ConfigError, MessageError
+from fedfstq_hf.federation.adapter_file import load_tensors
 from fedfstq_hf.sharing.initial import initial_state, state_sha256
-from fedfstq_hf.sharing.packed import EXACT_FILE, FACTS_FILE, MAX_JSON_BYTES, MESSAGE_FILE, Facts, check_digest
-from fedfstq_hf.sharing.trained import CONFIG_FILE, TrainedAdapter, check_lora, trained_adapter
+from fedfstq_hf.sharing.packed import EXACT_FILE, FACTS_FILE, MESSAGE_FILE, Facts, check_digest
+from fedfstq_hf.sharing.trained import CONFIG_FILE, TrainedAdapter, trained_adapter
+from fedfstq_hf.text import printable
 
 _MESSAGE_ROOM = 4096  # beyond 4 bytes per parameter: the message's header
 Read = Callable[[str, int], bytes]
@@ -30,24 +31,27 @@ def expand(base_model: nn.Module, facts: Facts, read: Read) -> PeftModel:
 
     Raises:
         AdapterMismatchError: the base is another one, or already has an adapter.
-        MessageError: a file is damaged, or not for this adapter.
+        MessageError: a file is damaged, not for this adapter, or asks for what is not believed (adapter_config.py).
     """
     if isinstance(base_model, PeftModel):
         raise AdapterMismatchError("The base model already has an adapter; give the plain base (model.unload()).")
-    config_bytes = read(CONFIG_FILE, MAX_JSON_BYTES)
+    config_bytes = read(CONFIG_FILE, adapter_config.MAX_BYTES)
     check_digest(CONFIG_FILE, config_bytes, facts.sha256[CONFIG_FILE])
-    config = parse_config(config_bytes)
+    fields = adapter_config.parse(config_bytes, CONFIG_FILE, MessageError, ("LORA",))
+    remedy = f"Load {_base_name(fields)}."
     training = base_model.training
     try:
+        # the base that the file names is not looked up: the adapter's is the one given here
+        config = make_config(base_model, fields | {"base_model_name_or_path": None}, inference_mode=True)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about weights that are replaced a moment later
             model = get_peft_model(base_model, config)
-    except (ValueError, RuntimeError, KeyError, TypeError) as error:
+    except Exception as error:  # PEFT raises what comes its way
         raise AdapterMismatchError(
-            f"The adapter does not fit this base model: {error}. Load {_base_name(config)}."
+            f"The adapter does not fit this base model: {printable(error, 400)} {remedy}"
         ) from error
     try:
-        _check_base(base_fingerprint(model), facts.base, config)
+        _check_base(base_fingerprint(model), facts.base, remedy)
         adapter = trained_adapter(model)
         state = _decode(adapter, facts, read)
         set_peft_model_state_dict(model, state, adapter_name=adapter.name)
@@ -57,29 +61,6 @@ def expand(base_model: nn.Module, facts: Facts, read: Read) -> PeftModel:
         raise
     model.eval()
     return model
-
-
-def parse_config(data: bytes) -> LoraConfig:
-    """PEFT's configuration from a compressed adapter's file.
-
-    Raises:
-        MessageError: it cannot be read, or this version of PEFT does not know a setting.
-        AdapterMismatchError: no LoRA.
-    """
-    try:
-        fields = json.loads(data)
-        check_lora(fields)
-        unknown = sorted(set(fields) - set(LoraConfig.__dataclass_fields__))
-        if unknown:
-            raise MessageError(
-                f"{CONFIG_FILE} has settings that this version of PEFT does not know: {', '.join(unknown)[:200]}. "
-                "Type: pip install --upgrade peft"
-            )
-        return LoraConfig(**(fields | {"inference_mode": True}))
-    except FedFSTQError:
-        raise
-    except (ValueError, TypeError, AttributeError) as error:
-        raise MessageError(f"{CONFIG_FILE} cannot be read ({error})") from error
 
 
 def _decode(adapter: TrainedAdapter, facts: Facts, read: Read) -> dict[str, Tensor]:
@@ -103,7 +84,7 @@ def _decode(adapter: TrainedAdapter, facts: Facts, read: Read) -> dict[str, Tens
         raise AdapterMismatchError(
             f"The start that seed {facts.seed} gives here has another sha256 than the one that the adapter was coded "
             f"against. It is drawn by torch's CPU generator (here torch {torch.__version__}), which must give the same "
-            f"numbers as where the file was made ({facts.made_by or FACTS_FILE})."
+            f"numbers as where the file was made ({printable(facts.made_by or FACTS_FILE)})."
         )
     try:
         codec = get_codec(header.codec, **header.params)
@@ -124,32 +105,28 @@ def _exact(adapter: TrainedAdapter, facts: Facts, read: Read) -> dict[str, Tenso
     room = sum(4 * p.numel() + 1024 for p in expected.values()) + _MESSAGE_ROOM
     data = read(EXACT_FILE, room)
     check_digest(EXACT_FILE, data, facts.sha256[EXACT_FILE])
-    try:
-        state = safetensors_load(data)
-    except SafetensorError as error:
-        raise MessageError(f"{EXACT_FILE} cannot be read: {error}") from error
+    header = _MESSAGE_ROOM + sum(256 + 6 * len(name) for name in expected)
+    state = load_tensors(data, EXACT_FILE, max_header=header, error=MessageError)
     shapes: Mapping[str, Any] = {name: tuple(tensor.shape) for name, tensor in state.items()}
     if shapes != {name: tuple(p.shape) for name, p in expected.items()}:
         raise MessageError(f"{EXACT_FILE} holds other tensors than the adapter has besides its LoRA matrices")
-    if not all(bool(torch.isfinite(tensor).all()) for tensor in state.values()):
-        raise MessageError(f"{EXACT_FILE} holds values that are not finite")
     return {name: tensor.to(expected[name].dtype) for name, tensor in state.items()}
 
 
-def _check_base(mine: Mapping[str, Any], theirs: Mapping[str, Any], config: LoraConfig) -> None:
+def _check_base(mine: Mapping[str, Any], theirs: Mapping[str, Any], remedy: str) -> None:
     for key, expected in theirs.items():
         if key != "embedding_probe" and mine.get(key) != expected:
             raise AdapterMismatchError(
-                f"This adapter was made for another base model: {key} is {expected!r:.80} there and "
-                f"{mine.get(key)!r:.80} here. Load {_base_name(config)}."
+                f"This adapter was made for another base model: {printable(key, 80)} is {expected!r:.80} there and "
+                f"{mine.get(key)!r:.80} here. {remedy}"
             )
     try:
         check_same_base(mine, theirs, "")
-    except (AdapterMismatchError, TypeError, ValueError) as error:
+    except AdapterMismatchError as error:
         raise AdapterMismatchError(
-            f"This adapter was made for another base model: its embeddings differ. Load {_base_name(config)}."
+            f"This adapter was made for another base model: its embeddings differ. {remedy}"
         ) from error
 
 
-def _base_name(config: LoraConfig) -> str:
-    return f"the base model {config.base_model_name_or_path or 'that it was made for'}"
+def _base_name(fields: Mapping[str, Any]) -> str:
+    return f"the base model {printable(fields.get('base_model_name_or_path') or 'that it was made for')}"

@@ -23,6 +23,8 @@ from typing import Any
 
 from fedfstq_hf.errors import ConfigError, MessageError
 from fedfstq_hf.federation import storage
+from fedfstq_hf.federation.untrusted import parse_object
+from fedfstq_hf.given_folder import read_in
 from fedfstq_hf.sharing.trained import CONFIG_FILE, WEIGHTS_FILE
 
 MESSAGE_FILE = "adapter_packed.safetensors"
@@ -62,21 +64,20 @@ class Facts:
     @classmethod
     def from_json(cls, data: bytes) -> Facts:
         """Inverse of `to_json`. Raises MessageError on anything else."""
-        try:
-            fields = json.loads(data)
-            version = fields["format"]
-            if version != FORMAT:
-                raise MessageError(
-                    f"{FACTS_FILE} has format version {version!r:.20}, this package reads version {FORMAT}; if it is "
-                    "newer, type: pip install --upgrade fedfstq_hf"
-                )
-            facts = cls(
-                fields["base"], fields["seed"], fields["num_params"], fields["sha256"], str(fields.get("made_by", ""))
+        fields = parse_object(data, FACTS_FILE, max_bytes=MAX_JSON_BYTES, error=MessageError)
+        version = fields.get("format")
+        if version != FORMAT:
+            raise MessageError(
+                f"{FACTS_FILE} has format version {version!r:.20}, this package reads version {FORMAT}; if it is "
+                "newer, type: pip install --upgrade fedfstq_hf"
             )
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            if isinstance(error, MessageError):
-                raise
-            raise MessageError(f"{FACTS_FILE} cannot be read ({type(error).__name__})") from error
+        facts = cls(
+            fields.get("base"),  # type: ignore[arg-type]  # looked at below
+            fields.get("seed"),
+            fields.get("num_params"),  # type: ignore[arg-type]
+            fields.get("sha256"),  # type: ignore[arg-type]
+            str(fields.get("made_by", "")),
+        )
         good = (
             isinstance(facts.base, dict)
             and (facts.seed is None or (type(facts.seed) is int and 0 <= facts.seed < 2**63))
@@ -175,16 +176,7 @@ def read_file(folder: Path, name: str, max_bytes: int) -> bytes:
     """One file of a compressed adapter in a folder.
 
     Raises:
-        MessageError: it is missing, or larger than `max_bytes`.
+        MessageError: it is missing, a link out of the folder, or larger than `max_bytes`.
     """
-    try:
-        with (folder / name).open("rb") as file:
-            data = file.read(max_bytes + 1)
-    except OSError as error:
-        raise MessageError(
-            f"{folder / name} cannot be read ({error.strerror or error}); expected the folder of a compressed adapter, "
-            "as `fedfstq compress ADAPTER --out FOLDER` writes it."
-        ) from error
-    if len(data) > max_bytes:
-        raise MessageError(f"{folder / name} has more than the {max_bytes} bytes that can belong to this adapter.")
-    return data
+    expected = "the folder of a compressed adapter, as `fedfstq compress ADAPTER --out FOLDER` writes it"
+    return read_in(folder, name, max_bytes, MessageError, expected)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from fedfstq_hf.codec.uniform_rounding import Fit, fit
+from fedfstq_hf.codec.uniform.rounding import Fit, fit
 from fedfstq_hf.sharing.coding import Coded, Coder
 from fedfstq_hf.sharing.imitation import Imitation
 

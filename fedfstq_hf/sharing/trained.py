@@ -14,11 +14,16 @@ from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from torch import Tensor, nn
 
 from fedfstq_hf.adapter import check_config
+from fedfstq_hf.adapter_config import MAX_BYTES, check_own, parse
+from fedfstq_hf.adapter_size import make_config
 from fedfstq_hf.errors import AdapterMismatchError, NonFiniteError
+from fedfstq_hf.federation.adapter_file import MAX_HEADER, check_header
+from fedfstq_hf.given_folder import file_in, read_in
 from fedfstq_hf.sharing.pairs import Pair, find_pairs
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
+_EXPECTED = "the folder of a PEFT adapter, as model.save_pretrained(FOLDER) writes it"
 # Written even where they have their default: they decide what the adapter does, and a default may change.
 _ALWAYS = ("base_model_name_or_path", "lora_alpha", "peft_type", "r", "target_modules", "task_type")
 # Facts about where it was made, which PEFT fills in again.
@@ -117,32 +122,29 @@ def load_trained(base: nn.Module, folder: Path) -> PeftModel:
     Raises:
         AdapterMismatchError: the folder lacks a file, holds no LoRA adapter, or not one for this base.
     """
-    for name in (CONFIG_FILE, WEIGHTS_FILE):
-        if not (folder / name).is_file():
-            raise AdapterMismatchError(
-                f"There is no {name} in {folder}; expected the folder of a PEFT adapter, as "
-                "model.save_pretrained(FOLDER) writes it."
-            )
-    check_lora(read_config(folder))
+    fields = read_config(folder)
+    weights = file_in(folder, WEIGHTS_FILE, AdapterMismatchError)
+    if weights is None:
+        raise AdapterMismatchError(f"There is no {WEIGHTS_FILE} in {folder}; expected {_EXPECTED}.")
+    with weights.open("rb") as file:
+        check_header(file.read(8), str(folder / WEIGHTS_FILE), MAX_HEADER, AdapterMismatchError)
+    config = make_config(base, fields, inference_mode=True)
     try:
-        return PeftModel.from_pretrained(base, str(folder))
-    except (ValueError, RuntimeError, OSError, KeyError) as error:
+        model = PeftModel.from_pretrained(base, str(folder), config=config)
+    except Exception as error:  # PEFT raises what comes its way
         raise AdapterMismatchError(f"The adapter in {folder} does not load on this base model: {error}") from error
+    model.peft_config[model.active_adapter].init_lora_weights = fields.get("init_lora_weights", True)
+    return model
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """`adapter_config.json` of a folder.
+    """The believed fields (adapter_config.py) of the `adapter_config.json` in a folder.
 
     Raises:
-        AdapterMismatchError: it cannot be read.
+        AdapterMismatchError: there is none, it cannot be read, or is no LoRA adapter's.
     """
-    try:
-        fields = json.loads((folder / CONFIG_FILE).read_bytes())
-    except (OSError, ValueError) as error:
-        raise AdapterMismatchError(f"{folder / CONFIG_FILE} cannot be read: {error}") from error
-    if not isinstance(fields, dict):
-        raise AdapterMismatchError(f"{folder / CONFIG_FILE} holds a {type(fields).__name__}; expected an object.")
-    return fields
+    data = read_in(folder, CONFIG_FILE, MAX_BYTES, AdapterMismatchError, _EXPECTED)
+    return parse(data, str(folder / CONFIG_FILE), AdapterMismatchError, ("LORA",))
 
 
 def check_lora(config: Mapping[str, Any]) -> None:
@@ -161,7 +163,7 @@ def compact_config(config: Mapping[str, Any]) -> bytes:
     """`adapter_config.json` with what differs from PEFT's defaults, in few bytes; PEFT reads it.
 
     Raises:
-        AdapterMismatchError: a setting cannot be written as JSON.
+        AdapterMismatchError: a setting cannot be written as JSON, or nobody would believe it.
     """
     defaults = LoraConfig().to_dict()
     kept = {
@@ -171,6 +173,8 @@ def compact_config(config: Mapping[str, Any]) -> bytes:
     }
     kept["inference_mode"] = True
     try:
-        return (json.dumps(kept, sort_keys=True, separators=(",", ":")) + "\n").encode()
+        data = (json.dumps(kept, sort_keys=True, separators=(",", ":")) + "\n").encode()
     except TypeError as error:
         raise AdapterMismatchError(f"The adapter's configuration cannot be written as JSON: {error}") from error
+    check_own(data)
+    return data

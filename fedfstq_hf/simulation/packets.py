@@ -46,7 +46,7 @@ def deliver(
     Raises:
         FedFSTQError: not one message came through in 1000 attempts.
     """
-    if not loss:
+    if not loss or not sizes:
         return Delivery(tuple(sorted(sizes)), dict(sizes))
     air = dict.fromkeys(sizes, 0)
     for attempt in range(1, _MOST_ATTEMPTS + 1):

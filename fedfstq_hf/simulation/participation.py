@@ -149,7 +149,6 @@ class SimulatedParticipation:
         held = {index: self._open(index).pending for index in self._plan[round].survivors}
         pending = {index: stored for index, stored in held.items() if stored is not None}
         first = {index: stored.message for index, stored in pending.items() if not says_nothing_yet(stored)}
-        first = first or {index: stored.message for index, stored in pending.items()}
         second = {index: stored.refinement for index, stored in pending.items() if stored.refinement is not None}
         for messages, refinements in ((first, False), *([(second, True)] if second else [])):
             sizes = json.dumps({index: len(message) for index, message in messages.items()})
@@ -165,7 +164,7 @@ class SimulatedParticipation:
             retransmissions=retransmissions,
             seed=seed,
             round=round,
-            refinements=refinements,
+            refinements=refinements and bool(self._sent(round)),  # without a first message these are waited for
         )
 
     def _sent(self, round: int, refinements: bool = False) -> dict[int, int]:
@@ -233,8 +232,10 @@ class SimulatedParticipation:
 
     def _costs(self, record: RoundRecord, plan: RoundPlan, previous: Row) -> Row:
         sizes, refinements = (self._sent(record.round - 1, second) for second in (False, True))
-        delivery = self._deliver(record.round - 1)
-        following = self._deliver(record.round - 1, True).air_bytes
+        waited_for, following = (self._deliver(record.round - 1, second) for second in (False, True))
+        num_lost = len(sizes) - len(waited_for.arrived)
+        if not sizes:  # no preview says anything: the round waits for what would follow
+            waited_for, following = following, waited_for
         downlink = {index: self._downlink(index, record.round - 1) for index in plan.sampled}
         # After an interruption some clients' times are unknown; the mean of those that are known stands for them.
         known = list(self._compute.values()) or [previous.get("compute_seconds", 0.0)]
@@ -246,10 +247,10 @@ class SimulatedParticipation:
             cost = round_cost(
                 profile,
                 rates,
-                uplink_bytes=delivery.air_bytes,
+                uplink_bytes=waited_for.air_bytes,
                 downlink_bytes=downlink,
                 compute_seconds=compute,
-                refinement_bytes=following,
+                refinement_bytes=following.air_bytes,
                 backlog={int(index): left for index, left in before.items()},
             )
             backlog[profile.name] = {str(index): left for index, left in cost.backlog.items()}
@@ -258,22 +259,23 @@ class SimulatedParticipation:
         up, down = sum(sizes.values()) + sum(refinements.values()), sum(downlink.values())
         refined: Row = {}
         if refinements:
-            refined = {"backlog": backlog, "client_refinement_bytes": [following.get(index, 0) for index in compute]}
+            behind = [following.air_bytes.get(index, 0) for index in compute]
+            refined = {"backlog": backlog, "client_refinement_bytes": behind}
         return {
             "uplink_bytes": up,
             "downlink_bytes": down,
-            "air_bytes": sum(delivery.air_bytes.values()) + sum(following.values()),
+            "air_bytes": sum(waited_for.air_bytes.values()) + sum(following.air_bytes.values()),
             "cumulative_uplink_bytes": previous["cumulative_uplink_bytes"] + up,
             "cumulative_downlink_bytes": previous["cumulative_downlink_bytes"] + down,
             "seconds": seconds,
             "num_updates": len(record.accepted),
             "num_dropped": plan.num_dropped,
-            "num_lost": len(sizes) - len(delivery.arrived),
-            "attempts": delivery.attempts,
+            "num_lost": num_lost,
+            "attempts": waited_for.attempts,
             "compute_seconds": sum(compute.values()) / len(compute),
             "energy": energy,
             "clients": list(compute),
-            "client_air_bytes": [delivery.air_bytes.get(index, 0) for index in compute],
+            "client_air_bytes": [waited_for.air_bytes.get(index, 0) for index in compute],
             "client_downlink_bytes": [downlink[index] for index in compute],
             "client_compute_seconds": list(compute.values()),
             **refined,

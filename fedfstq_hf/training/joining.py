@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import logging
-from pathlib import Path
+from importlib.util import find_spec
 from typing import Any
 
 from torch import Tensor, nn
@@ -12,13 +11,16 @@ from torch import Tensor, nn
 from fedfstq_hf.adapter import AdapterView, base_fingerprint, check_same_adapter, check_same_base
 from fedfstq_hf.config import FedFSTQConfig
 from fedfstq_hf.errors import BudgetError, ConfigError, MailboxError
+from fedfstq_hf.federation.agreement import agree, is_agreed, read_terms, summary
 from fedfstq_hf.federation.budgets import open_budget, open_refinement_budget
 from fedfstq_hf.federation.client import MailboxParticipation
 from fedfstq_hf.federation.key_files import client_signer
-from fedfstq_hf.federation.mailbox import ADAPTER_CONFIG_FILE, SPEC_FILE, open_mailbox
+from fedfstq_hf.federation.limits import BITSANDBYTES_OPTIMIZERS
+from fedfstq_hf.federation.mailbox import open_mailbox
 from fedfstq_hf.federation.session import ClientSession
 from fedfstq_hf.federation.spec import FederationSpec
 from fedfstq_hf.training.observing import probe_state, token_table
+from fedfstq_hf.training.private_state import make_state_folder, state_folder
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +36,8 @@ def check_arguments(args: Any) -> None:
             "load_best_model_at_end=True would put this client's best checkpoint in the place of the federation's "
             "adapter. Leave it out; `fedfstq evaluate` measures published rounds, `fedfstq rollback` goes back to one."
         )
+    if args.optim in BITSANDBYTES_OPTIMIZERS and find_spec("bitsandbytes") is None:
+        raise ConfigError(f"The optimizer {args.optim} needs bitsandbytes. Type: pip install bitsandbytes")
 
 
 def join(
@@ -41,39 +45,45 @@ def join(
 ) -> tuple[MailboxParticipation, FederationSpec]:
     """Open the federation at `config.mailbox` for a client that holds `model`.
 
+    To call it is to agree to what the mailbox asks, which is logged, and kept in the client's state folder; a mailbox
+    that asks something else later is refused.
+
     Args:
         config: the client's settings, with a mailbox.
         model: base with adapter; both must be the federation's.
         view: of its adapter.
         tokenizer: names the token ids where the client shares its sensitivities; None shares nothing.
-        output_dir: holds the client's state where `config.state_dir` is not given.
+        output_dir: the client's state lies beside it where `config.state_dir` is not given.
 
     Raises:
         AdapterMismatchError: another base model or LoRA configuration than the federation's.
         BudgetError: not even an empty message fits into the client's budget.
         ConfigError: a budget for refinements in a federation that has none.
-        MailboxError: no federation at the address.
+        MailboxError: no federation at the address, or one that asks something else than what was agreed to; or its
+            coordinator reads this client's messages elsewhere than where the client writes them, or others could read
+            them there.
         SessionBusyError: another process works in this client's state folder.
     """
     address = str(config.mailbox)
-    mailbox = open_mailbox(address)
-    if mailbox.head() is None:
-        raise MailboxError(
-            f"{address} holds no federation. Check the address, or make one with `fedfstq init {address} ...`."
-        )
-    spec = FederationSpec.from_json(mailbox.read(0, SPEC_FILE))
-    theirs = json.loads(mailbox.read(0, ADAPTER_CONFIG_FILE))
+    mailbox = open_mailbox(address, client_repo=config.repo)
+    terms = read_terms(mailbox, address)
+    spec, folder = terms.spec, state_folder(config.state_dir, output_dir)
+    if not is_agreed(folder, terms):
+        for line in summary(spec, address):
+            logger.info("%s", line)
     check_same_base(base_fingerprint(model), spec.base_fingerprint, spec.model)
-    check_same_adapter(view.model.peft_config[view.name].to_dict(), theirs)
+    check_same_adapter(view.model.peft_config[view.name].to_dict(), terms.adapter_config)
+    mailbox.check_client(config.client_id)
     budget = config.uplink_budget if config.uplink_budget is not None else spec.uplink_budget
     if config.refinement_budget is not None and spec.refinement_budget is None:
         raise ConfigError(f"The federation at {address} has no refinements: leave refinement_budget out.")
     refinements = config.refinement_budget if config.refinement_budget is not None else spec.refinement_budget
+    make_state_folder(folder)
     session = ClientSession(
         config.client_id,
         spec,
         view.schema,
-        folder=config.state_dir or Path(output_dir) / "fedfstq",
+        folder=folder,
         sign=client_signer(mailbox, spec, config.client_id, config.signing_key),
     )
 
@@ -89,6 +99,7 @@ def join(
         return client_saliency(state, rho=spec.rho, tokenizer=tokenizer, model=model, probe=probe_state(carried))
 
     try:
+        agree(folder, terms)
         participation = MailboxParticipation(
             mailbox,
             session,
@@ -98,7 +109,7 @@ def join(
             wait_seconds=config.wait_seconds,
             saliency=pack_saliency if config.share_saliency else None,
         )
-    except BudgetError:
+    except (BudgetError, MailboxError):
         session.close()
         raise
     return participation, spec

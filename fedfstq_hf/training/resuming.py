@@ -1,4 +1,4 @@
-"""The Trainer's checkpoint hooks: what a checkpoint of a round holds besides, and what resuming does with it."""
+"""The Trainer's checkpoint hooks: what is saved of a round beside a checkpoint, and what resuming does with it."""
 
 from __future__ import annotations
 
@@ -8,11 +8,14 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 from transformers import Trainer
 
+from fedfstq_hf.config import FedFSTQConfig
 from fedfstq_hf.federation.client import Assignment, Participation
 from fedfstq_hf.federation.spec import FederationSpec
 from fedfstq_hf.training.binarisation import Binarisation
-from fedfstq_hf.training.checkpoint import Place, Saved, load_state, save_state
+from fedfstq_hf.training.checkpoint import CheckpointStates, Place, Saved
 from fedfstq_hf.training.observing import StepObserver
+from fedfstq_hf.training.private_state import state_folder
+from fedfstq_hf.training.processes import Processes
 
 logger = logging.getLogger(__name__)
 
@@ -22,6 +25,8 @@ _TrainerLike: Any = Trainer if TYPE_CHECKING else object
 class ResumableRounds(_TrainerLike):  # type: ignore[misc]
     """Base of `FedFSTQMixin`: checkpoints know how far a round has come."""
 
+    federation: FedFSTQConfig
+    _processes: Processes
     _participation: Participation | None
     _spec: FederationSpec | None
     _assignment: Assignment | None
@@ -84,11 +89,20 @@ class ResumableRounds(_TrainerLike):  # type: ignore[misc]
         )
         folder = f"{self._get_output_dir(trial)}/checkpoint-{self.state.global_step}"
         start = self._start_adapter if spec is None else None
-        save_state(folder, place, self._observer, losses=self._losses, start=start, binarisation=self._binarisation)
+        self._states().save(
+            folder, place, self._observer, losses=self._losses, start=start, binarisation=self._binarisation
+        )
+
+    def _states(self) -> CheckpointStates:
+        """The state files of this trainer's checkpoints, outside of what is uploaded."""
+        output_dir = self.args.output_dir
+        return CheckpointStates(state_folder(self.federation.state_dir, output_dir), output_dir)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        saved = load_state(resume_from_checkpoint) if self._participation is None else None
+        if self._participation is not None:
+            return
+        saved = self._processes.first_alone(lambda: self._states().find(resume_from_checkpoint))
         if saved is not None and saved.place.federation is None:
             saved.restore(self._observer)
             self._local_step, self._start_adapter = saved.place.local_step, saved.start

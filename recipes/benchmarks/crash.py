@@ -69,7 +69,7 @@ def commands(folder: Path, settings: argparse.Namespace) -> dict[str, list[str]]
             f"mailbox: {box}\nclient_id: {name}\noutput_dir: {folder / name}\npoll_seconds: 0.05\n"
             f"data: {{path: demo, train_limit: {8 + 4 * number}}}\ntraining: {{disable_tqdm: true}}\n"
         )
-        result[name] = ["train", str(file)]
+        result[name] = ["train", "--yes", str(file)]
     return result
 
 

@@ -65,7 +65,7 @@ def run_layout(layout: str, options: argparse.Namespace) -> dict[str, Any]:
 
     names = [f"c{index:02d}" for index in range(options.clients)]
     spec = make_spec(
-        id="benchmark", codec="fstq", rounds=options.rounds, min_clients=options.clients, uplink_budget=600
+        salt="benchmark", codec="fstq", rounds=options.rounds, min_clients=options.clients, uplink_budget=600
     )
     with tempfile.TemporaryDirectory(prefix="fedfstq-hub-") as folder:
         hub = RemoteHub.start(Path(folder) / "homes")

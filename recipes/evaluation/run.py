@@ -5,9 +5,9 @@
     python recipes/evaluation/run.py main_fed_med --seeds 1            of one recipe
     python recipes/evaluation/run.py --quick --model ... --data ...    tiny versions of everything, for a look
 
-Runs lie in runs/evaluation/RECIPE/[POINT/]METHOD/seed-S; `--results recipes/results` writes RECIPE.json from them. The
-folder of --data holds fed_med.jsonl, fed_aya.jsonl and fed_code.jsonl. --model and --data leave the recipes of the
-embedded demo alone.
+Runs lie in runs/evaluation/RECIPE/[POINT/]METHOD/seed-S; `--results recipes/results` adds them to RECIPE.jsonl.zst and
+writes RECIPE.json from it. The folder of --data holds fed_med.jsonl, fed_aya.jsonl and fed_code.jsonl. --model and
+--data leave the recipes of the embedded demo alone.
 """
 
 from __future__ import annotations
@@ -51,7 +51,9 @@ def main() -> int:
     parser.add_argument("--methods", help="of these methods only, separated by commas")
     parser.add_argument("--seeds", type=int, default=3, help="how many")
     parser.add_argument("--out", type=Path, help="folder of the runs")
-    parser.add_argument("--results", type=Path, help="write RECIPE.json of every recipe that has a finished run there")
+    parser.add_argument(
+        "--results", type=Path, help="add finished runs to RECIPE.jsonl.zst there, and write RECIPE.json"
+    )
     parser.add_argument("--float32", action="store_true", help="for a processor without bfloat16 instructions")
     parser.add_argument("--workers", type=int, default=2)
     options = parser.parse_args()
@@ -68,6 +70,7 @@ def run(options: argparse.Namespace, root: Path) -> int:
     if not options.list:
         warm_up()
     quieten()
+    from fedfstq_hf.reporting.archive import SUFFIX, add_to_archive
     from fedfstq_hf.reporting.result import write_result
     from fedfstq_hf.simulation.ledger import Entry, entries, estimate, run_missing
     from fedfstq_hf.simulation.precision import slow_bf16
@@ -99,7 +102,9 @@ def run(options: argparse.Namespace, root: Path) -> int:
         for name in dict.fromkeys(entry.name for entry in listed):
             done = [entry.folder for entry in listed if entry.name == name and entry.state() == "done"]
             if done:
-                print(f"wrote {write_result(done, options.results / f'{name}.json')}")
+                archive = options.results / f"{name}{SUFFIX}"
+                add_to_archive(archive, {folder.relative_to(root / name).as_posix(): folder for folder in done})
+                print(f"wrote {archive} and {write_result(archive, options.results / f'{name}.json')}")
     return int(failed > 0)
 
 

@@ -284,3 +284,57 @@ def test_metadata_is_one_key_of_canonical_json():
     fields = json.loads(header["__metadata__"]["fstq"])
     assert fields[:6] == [1, 3, 100, "hospital-a", "fstq", {}]
     assert json.dumps(fields, separators=(",", ":")) == header["__metadata__"]["fstq"]
+
+
+LONGEST = message.MAX_CONTAINER - 8
+
+
+@pytest.mark.parametrize("more", [1, 10_000, 10_000_000])
+def test_a_longer_header_than_any_is_refused_before_it_is_parsed(more, monkeypatch):
+    """The file holds it all: only the cap stands between such a header and the JSON parser."""
+    text = _text(message.pack(HEADER, b"abcd"))
+    monkeypatch.setattr(message.json, "loads", lambda data: pytest.fail(f"{len(data)} bytes were parsed"))
+    with pytest.raises(MessageError, match=f"announces a header of {LONGEST + more} bytes"):
+        message.unpack(_frame(text + " " * (LONGEST + more - len(text)), b"abcd"))
+
+
+def test_a_header_of_the_longest_length_is_read_and_refused_for_its_form():
+    text = _text(message.pack(HEADER, b"abcd"))
+    with pytest.raises(MessageError, match="not in canonical form"):
+        message.unpack(_frame(text + " " * (LONGEST - len(text)), b"abcd"))
+
+
+def test_the_longest_header_of_all_fits():
+    """Quotes double when the metadata are written as a string."""
+    room = 512 - len(_meta({"p": ""}))
+    longest = dataclasses.replace(HEADER, params={"p": '"' * (room // 2)})
+    data = message.pack(longest, bytes(2**20))
+    assert message.unpack(data)[0] == longest
+    assert len(data) - 2**20 <= message.MAX_CONTAINER
+    assert len(json.loads(_text(data))["__metadata__"]["fstq"]) in (511, 512)
+
+
+def _meta(params):
+    data = message.pack(dataclasses.replace(HEADER, params=params), b"")
+    return json.loads(_text(data))["__metadata__"]["fstq"]
+
+
+@pytest.mark.parametrize("depth", [500, 1100])
+def test_deep_json_is_refused_as_unreadable(depth):
+    for text in ("[" * depth, '{"__metadata__":{"fstq":' + "[" * depth, '{"a":' * (depth // 5)):
+        with pytest.raises(MessageError, match="metadata cannot be read"):
+            message.unpack(_frame(text, b""))
+
+
+@pytest.mark.parametrize("value", [10**300, 2**53, -1, 1.0, True, None, "1"])
+@pytest.mark.parametrize("name", ["round", "num_examples"])
+def test_counts_are_whole_and_bounded(name, value):
+    with pytest.raises(MessageError, match=rf"message {name} is .*; expected an integer from 0 to 2\*\*53 - 1"):
+        dataclasses.replace(HEADER, **{name: value})
+    assert getattr(dataclasses.replace(HEADER, **{name: 2**53 - 1}), name) == 2**53 - 1
+
+
+@pytest.mark.parametrize("value", [float("inf"), -float("inf"), float("nan"), 2**53, -(10**300), [], {}, (1,), b"x"])
+def test_parameters_are_scalars(value):
+    with pytest.raises(MessageError, match=r"expected text, number, bool or null|expected a number within"):
+        dataclasses.replace(HEADER, params={"a": value})

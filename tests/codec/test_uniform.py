@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from fedfstq_hf.codec import Schema, get_codec
-from fedfstq_hf.codec.uniform import Levels, Shape, read, step_grid, values_of, write
+from fedfstq_hf.codec.uniform.grid import Levels, Shape, read, step_grid, values_of, write
 from fedfstq_hf.errors import FedFSTQError, MessageError, NonFiniteError
 
 

@@ -85,3 +85,9 @@ def test_norm_is_finite_exactly_if_every_value_is():
     values = torch.tensor([3.0, 4.0])
     SparseUpdate(2, None, values).norm()
     assert values.tolist() == [3.0, 4.0]
+
+
+@pytest.mark.parametrize("value", [3e38, 1e25, 1e-30])
+@pytest.mark.parametrize("size", [4, 2**18 + 5])
+def test_a_norm_is_finite_and_right_where_squares_are_beyond_float32(value, size):
+    assert SparseUpdate(size, None, torch.full((size,), value)).norm() == pytest.approx(value * size**0.5, rel=1e-6)

@@ -49,7 +49,7 @@ def test_the_spec_keeps_it_and_refuses_what_is_no_number_of_examples():
     assert FederationSpec.from_json(spec.to_json()) == spec
     assert json.loads(spec.to_json())["mean_examples"] == 40
     for wrong in (0, -1, 2.5, True, "many"):
-        with pytest.raises(ConfigError, match="mean_examples is the mean number"):
+        with pytest.raises(ConfigError, match="mean_examples must be a whole number of at least 1"):
             make_spec(mean_examples=wrong)
 
 

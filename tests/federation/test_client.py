@@ -72,7 +72,7 @@ def test_a_client_that_joins_a_finished_federation_gets_its_adapter(tmp_path):
     assert torch.equal(late.participation.final_adapter(), coordinator.adapter)
 
 
-def test_a_missed_round_is_late_and_its_update_is_not_lost(tmp_path, caplog):
+def test_the_update_of_a_missed_round_is_late_and_the_next_one_takes_its_place(tmp_path, caplog):
     mailbox = found(tmp_path, rounds=3)
     coordinator = Coordinator(mailbox)
     slow, *others = (LightClient(mailbox, name, tmp_path / name) for name in "abc")
@@ -83,9 +83,11 @@ def test_a_missed_round_is_late_and_its_update_is_not_lost(tmp_path, caplog):
     assert [ref.client_id for ref in mailbox.list_updates(0)] == ["a", "b", "c"]
     following = slow.participation.next()
     assert slow.participation.settlements[0].outcome == "late"
-    assert "The update of round 0 was late; all of it stays in the residual." in caplog.text
-    assert torch.equal(slow.session.residual, result.adapter - assignment.adapter)
-    assert following.round == 1
+    assert "The update of round 0 was late; it is not sent again: the next round's training takes" in caplog.text
+    assert (following.round, slow.session.residual) == (1, None)
+    result = fake_training(following.adapter, following.seed, {})
+    slow.participation.complete(following, result)
+    assert torch.equal(slow.session.pending.corrected, result.adapter - following.adapter)
 
 
 def test_a_refused_update_is_reported_with_its_reason(tmp_path, caplog):
@@ -96,7 +98,7 @@ def test_a_refused_update_is_reported_with_its_reason(tmp_path, caplog):
     (settlement,) = large.participation.settlements
     assert settlement.outcome == "refused"
     assert "this federation takes at most 300" in settlement.reason
-    assert f"was refused: {settlement.reason}; all of it stays in the residual" in caplog.text
+    assert f"was refused: {settlement.reason[:-1]}; it is not sent again" in caplog.text
     assert [s.outcome for s in small.participation.settlements] == ["accepted"]
 
 
@@ -120,19 +122,23 @@ def _unreachable(*arguments, **options):
     raise MailboxError("The mailbox is away.")
 
 
-def test_a_client_that_was_killed_before_it_posted_and_missed_the_round_keeps_everything(tmp_path, monkeypatch):
-    mailbox = found(tmp_path)
-    client = LightClient(mailbox, "a", tmp_path / "a")
+def test_a_client_that_was_killed_before_it_posted_and_missed_the_round_keeps_what_it_owed(tmp_path, monkeypatch):
+    mailbox = found(tmp_path, rounds=4, codec="fstq")
+    members = [LightClient(mailbox, name, tmp_path / name, max_bytes=400) for name in "abc"]
+    client, coordinator = members[0], Coordinator(mailbox)
+    run_rounds(coordinator, members[:2], 1)
+    coordinator.close_round()
     with monkeypatch.context() as patch:
         patch.setattr(FolderMailbox, "post_update", _unreachable)
         with pytest.raises(MailboxError):
             client.step()
-    whole = client.session.pending.corrected
+    owed = client.session.residual.clone()
+    assert owed.any()
     client.session.close()
-    run_rounds(Coordinator(mailbox), [LightClient(mailbox, name, tmp_path / name) for name in "bc"], 1)
-    again = LightClient(mailbox, "a", tmp_path / "a")
-    assert again.participation.next().round == 1
-    assert torch.equal(again.session.residual, whole)
+    run_rounds(coordinator, members[1:], 1)
+    again = LightClient(mailbox, "a", tmp_path / "a", max_bytes=400)
+    assert again.participation.next().round == 3
+    assert torch.equal(again.session.residual, owed)
 
 
 def test_an_id_in_use_twice_is_named(tmp_path):

@@ -9,7 +9,6 @@ from light import found
 from light_updates import SIZE, delta, found_enrolled, make_message, ones, post
 
 from fedfstq_hf.codec import SparseUpdate, get_codec
-from fedfstq_hf.errors import MailboxError
 from fedfstq_hf.federation.control import Enrolment
 from fedfstq_hf.federation.coordinator import Coordinator
 from fedfstq_hf.federation.weights import precision_weights
@@ -65,8 +64,8 @@ def test_clipping_can_be_switched_off(tmp_path):
     assert float(change.norm()) == pytest.approx(1001 / 2, rel=1e-5)
 
 
-def test_a_median_of_zero_clips_nothing(tmp_path):
-    """Where most clients send nothing (a tiny budget, a fresh adapter), the others are not wiped out."""
+def test_a_median_of_zero_wipes_nobody_out(tmp_path):
+    """Where most clients send nothing (a tiny budget, a fresh adapter), the others still count."""
     mailbox = found(tmp_path, min_clients=3, clip=2.0)
     for name, norm in (("a", 0), ("b", 0), ("c", 9)):
         post(mailbox, name, ones(norm))
@@ -214,20 +213,3 @@ def test_work_is_proportional_to_what_was_sent(tmp_path, monkeypatch):
     record, change = close(mailbox)
     assert change[5] == 1.0
     assert len(record.accepted) == 2
-
-
-def test_a_message_that_changes_between_the_readings_stops_the_round(tmp_path, monkeypatch):
-    mailbox = found(tmp_path)
-    for name in "ab":
-        post(mailbox, name, ones(1))
-    original, count = mailbox.read_update, [0]
-
-    def swapped(ref, **limit):
-        count[0] += 1
-        return original(ref, **limit) if count[0] <= 2 else make_message(mailbox, ref.client_id, ones(500))
-
-    monkeypatch.setattr(mailbox, "read_update", swapped)
-    coordinator = Coordinator(mailbox)
-    with pytest.raises(MailboxError, match=r"client a for round 0 changed while it was being read\. Nothing was"):
-        coordinator.close_round()
-    assert mailbox.head() == 0

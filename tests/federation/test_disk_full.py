@@ -29,7 +29,8 @@ class FullDisk:
         def counted_open(file, mode="r", *args, **kwargs):
             if set(mode) & set("wax+"):
                 self.call()
-                return _Filling(plain(file, mode, *args, **kwargs), self) if mode == "wb" else plain(file, mode)
+                opened = plain(file, mode, *args, **kwargs)
+                return _Filling(opened, self) if mode == "wb" else opened
             return plain(file, mode, *args, **kwargs)
 
         monkeypatch.setattr(builtins, "open", counted_open)

@@ -1,5 +1,6 @@
 """A client's second messages: stored with the first, posted behind it, and never waited for longer than they need."""
 
+import dataclasses
 import json
 import threading
 
@@ -112,6 +113,9 @@ def test_where_a_cap_holds_no_header_the_preview_says_nothing_yet():
     assert says_nothing_yet(pending)
     assert sent(pending.refinement)[1] > 0
     assert not says_nothing_yet(both(ClientSession("a", SPEC, SCHEMA), 0))
+    plain = dataclasses.replace(pending, refinement=None)  # nothing follows: this is all that the client says
+    assert message.unpack(plain.readable)[1] == b""
+    assert not says_nothing_yet(plain)
     assert not says_nothing_yet(both(ClientSession("a", SPEC, SCHEMA, caps=Caps(None, 1)), 2))  # it is all there is
 
 
@@ -346,6 +350,24 @@ def test_a_refinement_that_can_no_longer_be_used_is_not_posted(tmp_path, monkeyp
     assert again.participation.next().round == 2
     again.participation._following.wait()
     assert list(refinements(mailbox, 0)) == ["b", "c"]
+
+
+def test_after_a_rollback_no_refinement_of_an_undone_round_is_posted(tmp_path, monkeypatch):
+    mailbox = found(tmp_path, rounds=4, **REFINED)
+    coordinator = Coordinator(mailbox)
+    run_rounds(coordinator, clients(mailbox, tmp_path, "bc"), 1)
+    client = RefiningClient(mailbox, "a", tmp_path / "a")
+    with monkeypatch.context() as patch:
+        patch.setattr(Following, "start", lambda *arguments: (_ for _ in ()).throw(Killed))
+        with pytest.raises(Killed):
+            LightClient.step(client)
+    client.session.close()
+    coordinator.rollback(0)
+    again = RefiningClient(mailbox, "a", tmp_path / "a")
+    assert again.participation.next().round == 2
+    again.participation._following.wait()
+    assert [s.outcome for s in again.participation.settlements] == ["refused"]
+    assert refinements(mailbox, 1).keys() == {"b", "c"}
 
 
 def test_a_preview_that_came_too_late_is_followed_by_its_refinement(tmp_path):

@@ -25,7 +25,7 @@ ROW = st.builds(
     accepted=COUNT,
     refused=COUNT,
     late=COUNT,
-    reasons=st.dictionaries(st.text(max_size=20), COUNT, max_size=3),
+    reasons=st.dictionaries(st.from_regex(r"[A-Za-z][A-Za-z ,.'-]{0,59}", fullmatch=True), COUNT, max_size=3),
     restored_from=st.none() | COUNT,
     clipped=COUNT,
     refinements_unused=COUNT,
@@ -154,6 +154,9 @@ GOOD = json.loads(history.dump([HistoryRow(5, 0.0, 0, 0, 0, 1, 1)]))
                 ("opened_at", "now"),
                 ("reasons", ["too large"]),
                 ("reasons", {"too large": "many"}),
+                ("reasons", {"[too large](http://elsewhere)": 1}),
+                ("reasons", {"": 1}),
+                ("reasons", dict.fromkeys("abcdefghi", 1)),
                 ("restored_from", -1),
             ]
         ),

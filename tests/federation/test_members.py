@@ -53,7 +53,7 @@ def test_a_dismissed_client_s_waiting_update_is_not_used(tmp_path):
     with pytest.raises(MailboxError, match="'b' is not enrolled"):
         clients[1].step()
     change_control(mailbox, control.enrol(["b"]))
-    assert clients[1].step()  # it returns, with all of its update in the residual
+    assert clients[1].step()  # it returns, and trains again
     assert clients[1].participation.settlements[0].outcome == "late"
 
 
@@ -295,7 +295,7 @@ def test_a_client_whose_clock_is_an_hour_off_takes_part_like_any_other(tmp_path,
         now[0] = 1_000_000.0
         monkeypatch.setattr("time.time", lambda: now[0] + client_skew)
         mailbox = FolderMailbox(path, durable=False)
-        spec = make_spec(rounds=3, round_seconds=60.0, id="0" * 32)
+        spec = make_spec(rounds=3, round_seconds=60.0, salt="0" * 32)
         found_federation(mailbox, spec, adapter_file.dump(initial_state()), b"{}", now=now[0])
         coordinator = Coordinator(mailbox, clock=lambda: now[0])
         patiences = []

@@ -142,7 +142,7 @@ def test_what_a_clipped_preview_said_is_taken_back_as_it_was_clipped(tmp_path):
     [
         ("fp32", (None, None), None),
         ("topk", (PREVIEW, REFINEMENT), None),
-        ("trellis", (PREVIEW, PREVIEW), 265),
+        ("trellis", (PREVIEW, PREVIEW), 275),
         ("fstq", (350, REFINEMENT), None),
     ],
 )
@@ -336,8 +336,8 @@ def test_where_a_preview_cannot_be_read_again_what_it_said_stays(tmp_path, caplo
     mailbox, coordinator = second_round(tmp_path)
     refinements(mailbox, 0, a=1, b=5)
     spoil(mailbox, tmp_path / "updates/000000/b.safetensors")
-    # b's half of 0.75 * 4 stays, 1.5; a's half of 0.25 * 2 makes room for its refinement, which is the mean now: 1
-    assert close(coordinator) == 1.5 + 1
+    # b's half of 0.75 * 4 stays, and stands for 0.375 of the mean; a's refinement, 1, makes up the rest
+    assert close(coordinator) == 1.5 + 0.625
     assert [(u.client_id, u.weight) for u in coordinator.record.refinements] == [("a", 1.0)]
     assert coordinator.record.refused == ()
     assert [entry.getMessage() for entry in caplog.records] == [
@@ -359,5 +359,68 @@ def test_the_refinement_of_a_client_that_was_dismissed_meanwhile_is_not_used(tmp
     refinements(mailbox, 0, a=1, b=5)
     control.change_control(mailbox, control.dismiss("b"))
     previews(mailbox, 1, c=0)
-    assert close(coordinator) == 1.5 + 1
+    assert close(coordinator) == 1.5 + 0.625
     assert [u.client_id for u in coordinator.record.refinements] == ["a"]
+
+
+# Where all clients say the same, the rounds end there, whatever was lost
+
+
+def dismissed(mailbox, name):
+    control.change_control(mailbox, control.dismiss(name))
+
+
+def deleted(mailbox, name):
+    (mailbox.path / f"updates/000000/{name}.safetensors").unlink()
+
+
+def written_over(mailbox, name):
+    (mailbox.path / f"updates/000000/{name}.safetensors").write_bytes(write(mailbox, name, 100, 0))
+
+
+@pytest.mark.parametrize(("step", "correction"), [(0.8, 0.6), (1.0, 1.0), (0.5, 1.0), (0.3, 0.0)])
+@pytest.mark.parametrize("lose", [dismissed, deleted, written_over])
+@pytest.mark.parametrize("lost", ["d", "bd", "abd"])
+def test_a_lost_preview_counts_once(tmp_path, step, correction, lose, lost):
+    mailbox = federation(
+        tmp_path,
+        enrolled={name: Enrolment() for name in "abcd"},
+        preview_step=step,
+        preview_correction=correction,
+        min_clients=1,
+    )
+    coordinator = Coordinator(mailbox)
+    previews(mailbox, 0, **dict.fromkeys("abcd", 1))
+    assert close(coordinator) == pytest.approx(step)
+    refinements(mailbox, 0, **dict.fromkeys("abcd", 1))
+    for name in lost:
+        lose(mailbox, name)
+    previews(mailbox, 1, c=0)
+    assert close(coordinator) == pytest.approx(1)
+    assert {u.client_id for u in coordinator.record.refinements} == set("abcd") - set(lost)
+
+
+@pytest.mark.parametrize(("step", "correction"), [(0.8, 0.6), (1.0, 1.0), (0.5, 1.0)])
+@pytest.mark.parametrize("weights", ["uniform", "examples", "precision", "bytes"])
+def test_a_lost_preview_counts_once_beside_missing_and_refused_refinements(tmp_path, step, correction, weights):
+    mailbox = federation(tmp_path, preview_step=step, preview_correction=correction, weights=weights, clip=2.0)
+    coordinator = Coordinator(mailbox)
+    previews(mailbox, 0, **dict.fromkeys("abcd", 1))
+    assert close(coordinator) == pytest.approx(step)
+    refinements(mailbox, 0, a=1, e=1)  # b's is refused, c sent none, and of e only the refinement came through
+    mailbox.post_update(0, "b", write(mailbox, "b", 9, 0, refinement=True)[:-1] + b"x", refinement=True)
+    deleted(mailbox, "d")
+    previews(mailbox, 1, a=0, c=0)
+    assert close(coordinator) == pytest.approx(1)
+    assert [u.client_id for u in coordinator.record.refused] == ["b"]
+    assert [u.client_id for u in coordinator.record.refinements] == ["a", "e"]
+
+
+def test_what_a_clipped_and_lost_preview_said_stays_as_it_was_clipped(tmp_path):
+    mailbox = federation(tmp_path, clip=2.0, weights="uniform")
+    coordinator = Coordinator(mailbox)
+    previews(mailbox, 0, a=1, b=1, c=10)  # c counts as 2
+    assert close(coordinator) == pytest.approx(2 / 3)
+    deleted(mailbox, "c")
+    previews(mailbox, 1, a=0, b=0)
+    assert close(coordinator) == pytest.approx(0.5 * 2 / 3 + (1 - 0.5 / 3) * 1)

@@ -164,7 +164,7 @@ def test_a_huge_change_is_clipped(tmp_path):
     assert torch.allclose(variate_of(mailbox, coordinator), torch.full((SIZE,), (1 + 1 + 2) / 3))
 
 
-def test_a_rollback_and_a_stop_keep_the_servers_variate(tmp_path):
+def test_a_stop_keeps_the_servers_variate(tmp_path):
     mailbox = found(tmp_path, **SHARED)
     coordinator = Coordinator(mailbox)
     client = Client(mailbox, "a", 1.0)
@@ -172,14 +172,38 @@ def test_a_rollback_and_a_stop_keep_the_servers_variate(tmp_path):
         client.step()
         coordinator.close_round()
     kept = variate_of(mailbox, coordinator)
-    coordinator.rollback(1)
-    assert torch.equal(variate_of(mailbox, coordinator), kept)
+    assert kept.any()
     coordinator.stop()
     assert torch.equal(variate_of(mailbox, coordinator), kept)
 
 
+def test_after_a_rollback_all_variates_begin_anew(tmp_path):
+    """Also that of a client that was away: c = 1/N sum c_i over all four clients goes on to hold."""
+    mailbox = found(tmp_path, **SHARED)
+    coordinator = Coordinator(mailbox)
+    clients = [Client(mailbox, name, float(i)) for i, name in enumerate("abcd")]
+    for _ in range(2):
+        for client in clients[:3]:
+            client.step()
+        coordinator.close_round()
+    coordinator.rollback(1)
+    assert (coordinator.record.variate_sha256, coordinator.record.variate_bytes) == (None, 0)
+    assert torch.equal(variate_of(mailbox, coordinator), torch.zeros(SIZE))
+    start = coordinator.adapter.clone()
+    variates = [client.step() for client in clients[:2]]  # the third sees only what comes after
+    for client, variate in zip(clients, variates, strict=False):
+        assert torch.allclose(variate, 0.271 / 0.3 * (start - client.centre), atol=1e-5)  # as in a first round
+    coordinator.close_round()
+    assert torch.allclose(variate_of(mailbox, coordinator), (variates[0] + variates[1]) / 4, atol=1e-6)
+    assert clients[2].session.pending is not None
+    assignment = clients[2].participation.next()
+    assert clients[2].participation.settlements[-1].outcome == "accepted"
+    assert scaffold.CARRIED not in clients[2].session.carried
+    assert torch.equal(assignment.variate, variate_of(mailbox, coordinator))
+
+
 def test_refusals(tmp_path):
-    with pytest.raises(ConfigError, match="scaffold_clients is the number of the federation's clients"):
+    with pytest.raises(ConfigError, match="scaffold_clients must be a whole number of at least 1"):
         make_spec(scaffold_clients=0)
     mailbox = found(tmp_path / "box", **SHARED)
     coordinator = Coordinator(mailbox)
@@ -188,7 +212,7 @@ def test_refusals(tmp_path):
     with pytest.raises(MailboxError, match=r"control variates \(SCAFFOLD\), and the client's is missing"):
         client.participation.complete(assignment, LocalResult(assignment.adapter, None, 1, {}))
     # a message of a client that knows nothing of control variates
-    plain = ClientSession("b", make_spec(id=coordinator.spec.id), SCHEMA)
+    plain = ClientSession("b", make_spec(), SCHEMA)
     sent = plain.finish(
         0, coordinator.record.adapter_sha256, torch.ones(SIZE), fisher=None, num_examples=1, max_bytes=None
     )

@@ -2,6 +2,7 @@
 
 import re
 import struct
+from dataclasses import replace
 
 import pytest
 import torch
@@ -267,3 +268,62 @@ def test_no_reason_quotes_more_than_a_line_of_what_was_sent(tmp_path):
             box.open(data)
         assert len(str(refused.value)) < 300
         assert not re.search(r"[\x00-\x1f]", str(refused.value))
+
+
+# What nobody signed, or what no message of this federation says
+
+
+def test_a_message_of_another_size_than_it_was_listed_with(tmp_path):
+    """Where updates weigh by their bytes, the listing's number is the weight."""
+    box = Box(tmp_path, enrolments=SIGNED, weights="bytes")
+    data = box.message(sign=keys.signer(ALICE, box.spec.id))
+    with pytest.raises(MessageError, match=rf"^It has {len(data)} bytes; the mailbox listed it with 4000\.$"):
+        box.screening.open(UpdateRef("a", 0, 4000), data, box.base)
+
+
+@pytest.mark.parametrize("params", [{"payloads": 2}, {"x": 1}, {"refinement": False}, {"refinement": True, "x": None}])
+def test_parameters_that_no_message_of_this_federation_has(tmp_path, params):
+    box = Box(tmp_path)
+    box.refuses(box.message(params=params), "It has parameters {'.*; this federation's messages have none of these")
+
+
+@pytest.mark.parametrize("refinement", [True, False])
+def test_a_first_message_and_a_refinement_do_not_stand_for_each_other(tmp_path, refinement):
+    box = Box(tmp_path, enrolments=SIGNED)
+    params = message.REFINEMENT_PARAMS if refinement else {}
+    data = box.message(sign=keys.signer(ALICE, box.spec.id), params=params)
+    assert box.screening.open(UpdateRef("a", 0, len(data), refinement=refinement), data, box.base).signed
+    with pytest.raises(MessageError, match="and lies where the round's"):
+        box.screening.open(UpdateRef("a", 0, len(data), refinement=not refinement), data, box.base)
+
+
+def test_one_that_says_of_how_many_examples_only_within_bounds(tmp_path):
+    box = Box(tmp_path)
+    assert box.open(box.message(num_examples=2**53 - 1)).header.num_examples == 2**53 - 1
+    with pytest.raises(MessageError, match=r"num_examples is 9007199254740992; expected an integer from 0 to 2\*\*53"):
+        box.message(num_examples=2**53)
+
+
+# Norms
+
+
+@pytest.mark.parametrize("value", [3e38, 1e20, 1e-30])
+def test_norms_neither_overflow_nor_vanish(tmp_path, value):
+    """Their squares are beyond float32, not beyond float64."""
+    box = Box(tmp_path)
+    opened = box.open(box.message(update=torch.full((SCHEMA.num_params,), value)))
+    assert opened.norm == pytest.approx(value * SCHEMA.num_params**0.5, rel=1e-6)
+
+
+@pytest.mark.parametrize("variate", [False, True])
+def test_a_squared_norm_beyond_float64(tmp_path, monkeypatch, variate):
+    box = Box(tmp_path, **({"scaffold_clients": 2} if variate else {}))
+    poison = torch.full((SCHEMA.num_params,), 1e200, dtype=torch.float64)
+    decoded = [SparseUpdate(SCHEMA.num_params, None, poison), SparseUpdate(SCHEMA.num_params, None, delta(1))]
+    data = box.message()
+    if variate:
+        header, payload = message.unpack(data)
+        data = message.pack(replace(header, params=PAIR_PARAMS), join_pair(payload, payload))
+    monkeypatch.setattr(type(get_codec("fp32")), "decode", lambda *args, **kwargs: decoded.pop(0))
+    box.refuses(data, r"^It decodes to values that are not finite\.$")
+    assert len(decoded) == (0 if variate else 1)

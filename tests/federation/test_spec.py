@@ -2,14 +2,16 @@
 
 import dataclasses
 import json
+import re
 
 import pytest
 from light import make_spec
 
 from fedfstq_hf import __version__
 from fedfstq_hf.errors import ConfigError, MailboxError
+from fedfstq_hf.federation.limits import OPTIMIZERS, SCHEDULES, SHARED_TRAINING_ARGUMENTS
 from fedfstq_hf.federation.record import AcceptedUpdate, RefusedUpdate, RoundRecord
-from fedfstq_hf.federation.spec import SHARED_TRAINING_ARGUMENTS, FederationSpec
+from fedfstq_hf.federation.spec import FederationSpec
 
 
 def test_json_round_trip():
@@ -48,7 +50,7 @@ def test_a_spec_of_another_format_says_which_version_to_install():
         (None, "Install the fedfstq_hf version that the federation's coordinator runs"),
     ):
         data = json.dumps(fields | {"package_version": version}).encode()
-        with pytest.raises(MailboxError, match=rf"spec has format 99; fedfstq_hf .* reads format 2\. {remedy}"):
+        with pytest.raises(MailboxError, match=rf"spec has format 99; fedfstq_hf .* reads format 3\. {remedy}"):
             FederationSpec.from_json(data)
         with pytest.raises(MailboxError, match=rf"round record has format 99; .* reads format 2\. {remedy}"):
             RoundRecord.from_json(data)
@@ -67,10 +69,13 @@ def test_a_spec_with_values_out_of_range_is_the_mailbox_s_fault():
 
 
 def test_shared_arguments_are_those_of_transformers():
-    from transformers import TrainingArguments
+    from transformers import SchedulerType, TrainingArguments
+    from transformers.training_args import OptimizerNames
 
     known = {field.name for field in dataclasses.fields(TrainingArguments)}
     assert set(SHARED_TRAINING_ARGUMENTS) <= known
+    assert set(OPTIMIZERS) <= {name.value for name in OptimizerNames}
+    assert set(SCHEDULES) <= {name.value for name in SchedulerType}
 
 
 def test_record_round_trip_and_fate():
@@ -98,3 +103,19 @@ def test_record_round_trip_and_fate():
 def test_foreign_records_are_named(data):
     with pytest.raises(MailboxError, match="round record"):
         RoundRecord.from_json(data)
+
+
+def test_the_id_is_that_of_the_content():
+    spec = make_spec(salt="s")
+    assert spec.id == make_spec(salt="s").id
+    assert re.fullmatch("[0-9a-f]{64}", spec.id)
+    assert FederationSpec.from_json(spec.to_json()).id == spec.id
+    assert json.loads(spec.to_json())["id"] == spec.id
+    assert dataclasses.replace(spec, rounds=9).id == make_spec(salt="s", rounds=9).id != spec.id
+
+
+def test_salts_are_drawn_and_bounded():
+    assert re.fullmatch("[0-9a-f]{32}", make_spec().salt)
+    for salt in ("x" * 65, 7):
+        with pytest.raises(ConfigError, match="salt must be text of at most 64 characters"):
+            make_spec(salt=salt)

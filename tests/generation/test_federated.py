@@ -7,6 +7,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from fedfstq_hf.codec import message
+from fedfstq_hf.errors import DataError
 from fedfstq_hf.federation.coordinator import Coordinator
 from fedfstq_hf.federation.local import FolderMailbox
 from fedfstq_hf.generation.federated import client_saliency, join_saliency
@@ -46,21 +48,42 @@ def test_a_client_that_saw_nothing_sends_nothing() -> None:
     assert client_saliency(empty, rho=0.9, tokenizer=Tokenizer(), model=MODEL) is None
 
 
-def test_only_ids_that_two_clients_saw_are_published() -> None:
-    files = join_saliency([(packed([1, 2, 3]), 0.5), (packed([2, 3, 4]), 0.5)])
+def test_only_ids_that_three_clients_saw_are_published() -> None:
+    # 1 is a single client's, 2 and 3 are those of two
+    tables = [packed([1, 2, 4, 5]), packed([2, 3, 4, 5]), packed([3, 4, 5]), packed([5])]
+    files = join_saliency([(data, 0.25) for data in tables])
     joined = unpack(files["saliency.safetensors"])
-    assert torch.nonzero(joined.levels).flatten().tolist() == [2, 3]
+    assert torch.nonzero(joined.levels).flatten().tolist() == [4, 5]
+    assert torch.isinf(joined.scores()).tolist() == [id not in (4, 5) for id in range(VOCAB)]
     assert joined.base["model_type"] == "llama"
     assert b"def generate" in files["custom_generate/generate.py"]
 
 
+@pytest.mark.parametrize(
+    "others",
+    [
+        [],
+        [(b"rubbish", 0.2)] * 5,
+        [(packed([1, 5], Tokenizer(7)), 0.2)],
+        [(packed([1, 2]), 0.0)],
+    ],
+    ids=["alone", "with damaged ones", "with one of another tokenizer", "with one that weighs nothing"],
+)
+@pytest.mark.parametrize("sharers", [0, 1, 2])
+def test_of_fewer_clients_nothing_is_published(sharers: int, others: list[tuple[bytes, float]]) -> None:
+    files = [*others, *[(packed([1, 2]), 0.3)] * sharers]
+    usable = max(sharers, sum(weight > 0 and data != b"rubbish" for data, weight in others))
+    with pytest.raises(
+        DataError, match=rf"of {usable} clients are usable, out of {len(files)} that were sent; fewer than 3"
+    ):
+        join_saliency(files)
+
+
 def test_damaged_and_foreign_tables_are_left_out(caplog: pytest.LogCaptureFixture) -> None:
-    good = [(packed([1, 2]), 0.3), (packed([1, 2]), 0.3)]
-    bad = [(b"rubbish", 0.2), (packed([1, 5], Tokenizer(7)), 0.2)]
+    good = [(packed([1, 2]), 0.3), (packed([1, 2]), 0.3), (packed([1, 2]), 0.2)]
+    bad = [(b"rubbish", 0.2), (packed([1, 5], Tokenizer(7)), 0.2), (packed([1, 5], Tokenizer(7)), 0.2)]
     assert join_saliency(bad + good) == join_saliency(good)
     assert "left out" in caplog.text
-    assert join_saliency([(b"rubbish", 1.0)]) == {}
-    assert join_saliency([]) == {}
 
 
 class SharingClient(LightClient):
@@ -81,15 +104,19 @@ class SharingClient(LightClient):
 @pytest.mark.parametrize("asked", [True, False])
 def test_sent_once_if_asked_and_counted_as_uplink(tmp_path, asked: bool) -> None:
     mailbox = found(tmp_path, rounds=2, share_saliency=asked)
-    clients = [SharingClient(mailbox, name, packed([1, 2, 3])) for name in "ab"]
+    clients = [SharingClient(mailbox, name, packed([1, 2, 3])) for name in "abc"]
     coordinator = Coordinator(mailbox, saliency=join_saliency)
     run_rounds(coordinator, clients)
-    assert [client.calls for client in clients] == ([1, 1] if asked else [0, 0])
+    assert [client.calls for client in clients] == ([1, 1, 1] if asked else [0, 0, 0])
     assert (mailbox.read_root("saliency.safetensors") is not None) == asked
     assert (mailbox.read_root("custom_generate/generate.py") is not None) == asked
     record = coordinator.record
-    assert record.attached_bytes == (2 * len(packed([1, 2, 3])) if asked else 0)
+    sent = list((tmp_path / "attachments").rglob("*.safetensors"))
+    assert len(sent) == (3 if asked else 0)
+    assert all(message.unpack(path.read_bytes())[1] == packed([1, 2, 3]) for path in sent)
+    assert record.attached_bytes == sum(path.stat().st_size for path in sent)
     assert record.uplink_bytes == record.attached_bytes + sum(update.num_bytes for update in record.accepted)
+    assert record.unpublished == ""
 
 
 def test_a_client_that_does_not_agree_sends_nothing(tmp_path) -> None:

@@ -20,10 +20,12 @@ ROLES = {"own": ("contributor", None), "shared": ("write", None), "pull-request"
 
 
 class HubFederation:
-    """`org/run`, founded by `owner`, for the clients a, b and c."""
+    """`org/run`, founded by `owner`, for the clients a, b and c; or another of the organisation."""
 
-    def __init__(self, hub: LoopbackHub, layout: str, *, org: bool = True, **changes: object) -> None:
-        self.hub = hub
+    def __init__(
+        self, hub: LoopbackHub, layout: str, *, org: bool = True, address: str = "hf://org/run", **changes: object
+    ) -> None:
+        self.hub, self.address = hub, address
         if org:
             hub.org("org")
         self.owner = hub.user("owner", "write", org="org")
@@ -35,7 +37,7 @@ class HubFederation:
         found_federation(mailbox, spec, adapter_file.dump(initial_state()), b"{}\n", now=0.0)
 
     def mailbox(self, token: str, **options: Any) -> HubMailbox:
-        return HubMailbox("hf://org/run", token=token, patience=20.0, **options)
+        return HubMailbox(self.address, token=token, patience=20.0, **options)
 
     def coordinator(self) -> Coordinator:
         return Coordinator(self.mailbox(self.owner), clock=lambda: 0.0)

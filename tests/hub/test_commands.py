@@ -84,7 +84,7 @@ def test_init_serve_train_evaluate_and_load_with_plain_peft(remote_hub: RemoteHu
             "poll_seconds": 0.5,
         }
         (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(client))
-        processes.append(fedfstq(hub, token, "train", str(tmp_path / f"{name}.yaml")))
+        processes.append(fedfstq(hub, token, "train", "--yes", str(tmp_path / f"{name}.yaml")))
     served, *_ = [output(process) for process in processes]
     assert "round 2/2: 2 updates" in served
     status = output(fedfstq(hub, tokens["ward-a"], "status", ADDRESS))

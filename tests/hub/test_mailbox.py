@@ -36,10 +36,10 @@ def head_record(hub: LoopbackHub) -> dict[str, object]:
 def test_a_federation_gives_the_adapter_of_the_folder_mailbox(
     hub_here: LoopbackHub, tmp_path: Path, layout: str
 ) -> None:
-    federation = HubFederation(hub_here, layout, id="same")
+    federation = HubFederation(hub_here, layout, salt="same")
     run_rounds(federation.coordinator(), [federation.client(name) for name in CLIENTS])
 
-    folder = found(tmp_path / "folder", codec="fp32", min_clients=3, rounds=3, id="same")
+    folder = found(tmp_path / "folder", codec="fp32", min_clients=3, rounds=3, salt="same")
     run_rounds(Coordinator(folder, clock=lambda: 0.0), [LightClient(folder, name, None) for name in CLIENTS])
     assert hub_here.read("org/run", ADAPTER) == folder.read_root(ADAPTER)
     record = head_record(hub_here)
@@ -47,7 +47,7 @@ def test_a_federation_gives_the_adapter_of_the_folder_mailbox(
 
 
 def test_control_variates_are_those_of_the_folder_mailbox(hub_here: LoopbackHub, tmp_path: Path) -> None:
-    shared = {"codec": "fp32", "min_clients": 3, "rounds": 3, "id": "same", "scaffold_clients": 4, "clip": None}
+    shared = {"codec": "fp32", "min_clients": 3, "rounds": 3, "salt": "same", "scaffold_clients": 4, "clip": None}
     federation = HubFederation(hub_here, "own", **shared)
     run_rounds(federation.coordinator(), [federation.client(name) for name in CLIENTS])
     folder = found(tmp_path / "folder", **shared)
@@ -73,7 +73,7 @@ def test_only_the_allowed_files_are_uploaded(hub_here: LoopbackHub, layout: str)
         "fedfstq/spec.json",
     }
     for repo in set(hub_here.repos()) - {"org/run"}:
-        assert all(path.startswith("rounds/") for path in hub_here.files(repo))
+        assert all(path.startswith("rounds/") or path == ".fedfstq.json" for path in hub_here.files(repo))
 
 
 def test_one_commit_per_round_and_a_tag_at_the_end(run: HubFederation) -> None:
@@ -100,7 +100,8 @@ def test_a_message_posted_twice_makes_one_commit_and_another_one_is_refused(run:
     mailbox = run.mailbox(run.tokens["a"])
     for _ in range(2):
         mailbox.post_update(0, "a", b"same")
-    assert [commit["title"] for commit in run.hub.commits("org/run-a")][:-1] == ["Round 0"]
+    titles = [commit["title"] for commit in run.hub.commits("org/run-a")]
+    assert titles == ["Round 0", "Made for a federation", "initial commit"]
     with pytest.raises(UpdateConflictError, match="second process"):
         run.mailbox(run.tokens["a"]).post_update(0, "a", b"other")
 
@@ -131,7 +132,7 @@ def test_an_upload_that_fails_for_long_is_repeated(
     client = run.client("a")
     run.hub.faults.once(fault, method="PUT", times=8)  # more than the client's own five retries
     assert client.step()
-    assert run.hub.files("org/run-a") == ["rounds/000000.safetensors"]
+    assert run.hub.files("org/run-a") == [".fedfstq.json", "rounds/000000.safetensors"]
 
 
 @pytest.mark.parametrize("fault", ["corrupt", "cut", "500", "503", "hang"])
@@ -259,7 +260,8 @@ def test_metrics_of_coordinator_and_clients_are_read_together(run: HubFederation
 def test_old_messages_of_a_shared_repo_are_removed(hub_here: LoopbackHub) -> None:
     federation = HubFederation(hub_here, "shared", rounds=12, min_clients=1)
     run_rounds(federation.coordinator(), [federation.client("a")])
-    assert hub_here.files("org/run-mailbox") == [f"rounds/{r:06d}/deltas/a.safetensors" for r in range(8, 12)]
+    kept = [f"rounds/{r:06d}/deltas/a.safetensors" for r in range(8, 12)]
+    assert hub_here.files("org/run-mailbox") == [".fedfstq.json", *kept]
 
 
 def test_pull_requests_belong_to_their_accounts_and_are_closed_at_the_end(hub_here: LoopbackHub) -> None:
@@ -318,7 +320,7 @@ def test_a_full_quota_says_so_and_loses_nothing(run: HubFederation) -> None:
         client.step()
     assert client.session.pending is not None
     client.step()
-    assert run.hub.files("org/run-a") == ["rounds/000000.safetensors"]
+    assert run.hub.files("org/run-a") == [".fedfstq.json", "rounds/000000.safetensors"]
 
 
 def test_offline_mode_is_named(run: HubFederation, monkeypatch: pytest.MonkeyPatch) -> None:

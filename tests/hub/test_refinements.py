@@ -70,7 +70,8 @@ def test_where_they_lie(hub_here: LoopbackHub) -> None:
     own = federation.mailbox(federation.tokens["a"])
     own.post_update(12, "a", b"first")
     own.post_update(12, "a", b"second", refinement=True)
-    assert hub_here.files("org/run-a") == ["refinements/000012.safetensors", "rounds/000012.safetensors"]
+    messages = ["refinements/000012.safetensors", "rounds/000012.safetensors"]
+    assert hub_here.files("org/run-a") == [".fedfstq.json", *messages]
     assert [commit["title"] for commit in hub_here.commits("org/run-a")][:2] == ["Round 12, refinement", "Round 12"]
 
 
@@ -81,6 +82,7 @@ def test_where_they_lie_in_a_shared_repo(hub_here: LoopbackHub) -> None:
     mailbox.post_update(12, "a", b"second", refinement=True)
     folder = "rounds/000012"
     assert hub_here.files("org/run-mailbox") == [
+        ".fedfstq.json",
         f"{folder}/deltas/a.safetensors",
         f"{folder}/refinements/a.safetensors",
     ]
@@ -90,10 +92,10 @@ def test_where_they_lie_in_a_shared_repo(hub_here: LoopbackHub) -> None:
 def test_a_federation_gives_the_adapter_of_the_folder_mailbox(
     hub_here: LoopbackHub, tmp_path: Path, layout: str
 ) -> None:
-    federation = HubFederation(hub_here, layout, id="same", **REFINED)
+    federation = HubFederation(hub_here, layout, salt="same", **REFINED)
     run_rounds(federation.coordinator(), [refining(federation.client(name)) for name in CLIENTS])
 
-    folder = found(tmp_path / "folder", id="same", **REFINED)
+    folder = found(tmp_path / "folder", salt="same", **REFINED)
     run_rounds(Coordinator(folder, clock=lambda: 0.0), [refining(LightClient(folder, name, None)) for name in CLIENTS])
     assert hub_here.read("org/run", ADAPTER) == folder.read_root(ADAPTER)
     records = federation.records()
@@ -117,7 +119,7 @@ def test_a_coordinator_that_is_started_anew_finds_both_messages_of_the_last_roun
 def test_old_refinements_of_a_shared_repo_are_removed_with_their_messages(hub_here: LoopbackHub) -> None:
     federation = HubFederation(hub_here, "shared", **(REFINED | {"rounds": 12, "min_clients": 1}))
     run_rounds(federation.coordinator(), [refining(federation.client("a"))])
-    kept = {path.split("/")[1] for path in hub_here.files("org/run-mailbox")}
+    kept = {path.split("/")[1] for path in hub_here.files("org/run-mailbox") if path.startswith("rounds/")}
     assert kept == {f"{round:06d}" for round in range(7, 12)}  # what was still wanted in round 10
     assert [len(record["refinements"]) for record in federation.records()] == [0, *[1] * 11]
 

@@ -12,9 +12,7 @@ import torch
 from fedfstq_hf.errors import ConfigError, DataError, NonFiniteError
 from fedfstq_hf.metrics.cores.corpus import mean_of_best
 from fedfstq_hf.metrics.cores.exact_match import exact_match
-from fedfstq_hf.metrics.cores.meteor import meteor
 from fedfstq_hf.metrics.cores.normalize import normalize_answer
-from fedfstq_hf.metrics.cores.porter import stem
 from fedfstq_hf.metrics.cores.rouge_l import RougeL, common_subsequence_length, rouge_l
 from fedfstq_hf.metrics.cores.token_f1 import token_f1
 from fedfstq_hf.metrics.cores.token_recall import token_recall
@@ -107,62 +105,6 @@ def test_rouge_l_is_that_of_rouge_score_on_ascii_text():
     scorer = pytest.importorskip("rouge_score.rouge_scorer").RougeScorer(["rougeL"])
     for prediction, reference in _random_texts(100):
         assert rouge_l(prediction, reference) == pytest.approx(tuple(scorer.score(reference, prediction)["rougeL"]))
-
-
-@pytest.mark.parametrize(
-    ("word", "expected"),
-    # The examples of Porter's paper, each through all steps.
-    [
-        ("caresses", "caress"), ("ponies", "poni"), ("cats", "cat"), ("feed", "feed"), ("agreed", "agre"),
-        ("plastered", "plaster"), ("bled", "bled"), ("motoring", "motor"), ("sing", "sing"), ("conflated", "conflat"),
-        ("hopping", "hop"), ("falling", "fall"), ("hissing", "hiss"), ("filing", "file"), ("happy", "happi"),
-        ("sky", "sky"), ("relational", "relat"), ("conditional", "condit"), ("vietnamization", "vietnam"),
-        ("triplicate", "triplic"), ("electrical", "electr"), ("goodness", "good"), ("adoption", "adopt"),
-        ("replacement", "replac"), ("effective", "effect"), ("controlling", "control"), ("rolling", "roll"),
-        ("generalizations", "gener"), ("oscillators", "oscil"), ("cease", "ceas"), ("rate", "rate"), ("is", "is"),
-        ("élèves", "élèves"),
-    ],
-)  # fmt: skip
-def test_porter_stems(word, expected):
-    assert stem(word) == expected
-
-
-@pytest.mark.parametrize(
-    ("prediction", "reference", "expected"),
-    [
-        ("The cat sat.", "the cat sat", 1 - 0.5 * (1 / 3) ** 3),
-        ("sat cat", "cat sat", 0.5),  # two matches in two chunks
-        ("cats running", "a cat runs", (1 * 2 / 3 / (0.9 * 1 + 0.1 * 2 / 3)) * (1 - 0.5 / 8)),  # by stem
-        ("physician", "doctor", 0.0),  # METEOR with WordNet would match these
-        ("", "word", 0.0),
-    ],
-)
-def test_meteor(prediction, reference, expected):
-    assert meteor(prediction, reference) == pytest.approx(expected)
-
-
-def test_meteor_prefers_exact_words_to_stems():
-    # "cat" takes "cat" and leaves "cats" for "cats": one chunk of two, and not a crossing.
-    assert meteor("cat cats", "cat cats") == pytest.approx(1 - 0.5 / 8)
-
-
-def test_meteor_of_the_example_in_nltks_documentation():
-    prediction = "It is a guide to action which ensures that the military always obeys the commands of the party"
-    reference = "It is a guide to action that ensures that the military will forever heed Party commands"
-    assert round(meteor(prediction, reference), 4) == 0.6944
-
-
-def test_meteor_is_that_of_nltk_without_synonyms():
-    score = pytest.importorskip("nltk.translate.meteor_score").single_meteor_score
-    stemmer = pytest.importorskip("nltk.stem.porter").PorterStemmer("MARTIN_EXTENSIONS")
-
-    class NoWordNet:
-        def synsets(self, word: str) -> list[object]:
-            return []
-
-    for prediction, reference in _random_texts(100):
-        expected = score(reference.split(), prediction.split(), stemmer=stemmer, wordnet=NoWordNet())
-        assert meteor(prediction, reference) == pytest.approx(expected)
 
 
 def test_token_recall_of_a_kept_mask():

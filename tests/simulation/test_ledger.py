@@ -7,6 +7,7 @@ import pytest
 from fedfstq_hf.errors import ConfigError
 from fedfstq_hf.recipe import Recipe, load_recipe
 from fedfstq_hf.recipe.sweep import sweep_points, without_swept
+from fedfstq_hf.reporting.archive import add_to_archive, read_archive
 from fedfstq_hf.reporting.result import write_result
 from fedfstq_hf.simulation.ledger import entries, run_missing
 
@@ -116,7 +117,11 @@ def test_two_ledgers_do_not_run_at_once(finished, tiny_recipe):
 
 def test_a_result_holds_the_figures_and_how_to_rerun_them(finished, tiny_recipe, tmp_path):
     listed = entries({"tiny": load_recipe(tiny_recipe)}, finished)
-    tree = json.loads(write_result([entry.folder for entry in listed], tmp_path / "r" / "tiny.json").read_text())
+    archive = tmp_path / "r" / "tiny.jsonl.zst"
+    add_to_archive(archive, {entry.folder.relative_to(finished).as_posix(): entry.folder for entry in listed[:1]})
+    add_to_archive(archive, {entry.folder.relative_to(finished).as_posix(): entry.folder for entry in listed})
+    assert [run["run"] for run in read_archive(archive)] == ["tiny/fedavg/seed-3", "tiny/fstq/seed-3"]
+    tree = json.loads(write_result(archive, tmp_path / "r" / "tiny.json").read_text())
     assert tree["commands"] == ["typed"]
     (workload,) = tree["workloads"]
     assert list(workload["methods"]) == ["fedavg", "fstq"]

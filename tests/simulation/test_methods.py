@@ -88,7 +88,7 @@ def test_real_processes_give_the_same(method, recipe, simulated, tiny_recipe, la
     files = [write_client_file(tiny_recipe.parent, box, owner, tmp_path / "clients") for owner in OWNERS]
     commands = [
         launcher.start("serve", box, "--poll-seconds", "0.05"),
-        *(launcher.start("train", file) for file in files),
+        *(launcher.start("train", "--yes", file) for file in files),
     ]
     for command in commands:
         assert command.wait() == 0, command.stderr[-3000:]

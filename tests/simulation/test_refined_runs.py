@@ -199,15 +199,32 @@ def test_a_client_whose_cap_holds_no_header_sends_its_refinement_alone(tmp_path)
     assert run.rows[3]["num_updates"] == 2  # the last round has one message of everyone
 
 
-def test_where_no_preview_says_anything_all_are_sent(tmp_path):
+def test_where_no_preview_says_anything_none_is_sent_and_the_round_waits_for_refinements(tmp_path):
     run = refined(tmp_path, plan_of(*THREE))
     run.participation._caps = [Caps(1)] * CLIENTS
     before = run.participation.coordinator.adapter.clone()
     run.finish()
-    assert [row["num_updates"] for row in run.rows] == [0, 2, 2, 2]
-    assert torch.equal(run.evaluated[1], before)  # they are empty
+    assert [row["num_updates"] for row in run.rows] == [0, 0, 0, 2]
+    assert torch.equal(run.evaluated[1], before)  # what was sent counts a round later
     assert not torch.equal(run.evaluated[2], before)
     assert used(run, 2) == ["client-0000", "client-0001"]
+    for row in run.rows[1:3]:
+        sent = list(sizes(run, row["round"] - 1, True).values())
+        assert sizes(run, row["round"] - 1) == {}
+        assert (row["client_air_bytes"], row["client_refinement_bytes"]) == (sent, [0, 0])
+        assert (row["uplink_bytes"], row["num_lost"]) == (sum(sent), 0)
+        assert row["seconds"]["straggler-tail"] > run.rows[row["round"] - 1]["seconds"]["straggler-tail"]
+
+
+def test_where_no_preview_says_anything_and_all_is_lost_it_is_sent_again(tmp_path):
+    run = refined(tmp_path, plan_of(*THREE), loss=(0.8, 0, 3))
+    run.participation._caps = [Caps(1)] * CLIENTS
+    run.finish()
+    attempts = [row["attempts"] for row in run.rows[1:3]]
+    assert max(attempts) > 1
+    for row in run.rows[1:3]:
+        assert row["air_bytes"] == row["attempts"] * row["uplink_bytes"]
+        assert sizes(run, row["round"] - 1, True)
 
 
 # Recipes
@@ -251,7 +268,8 @@ def test_no_refinement_takes_longer_than_it_may(recipe, finished):
     carried = [int(SECONDS * rate / 8) for rate in rates]
     assert min(carried) < 480
     for row in plain(finished)[1:3]:
-        for client, size in zip(row["clients"], row["client_refinement_bytes"], strict=True):
+        assert row["client_refinement_bytes"] == [0, 0, 0]  # no preview says anything: they are waited for
+        for client, size in zip(row["clients"], row["client_air_bytes"], strict=True):
             assert min(480, carried[client]) - 12 < size <= min(480, carried[client])
     last = sorted((mailbox / "updates/000002").iterdir())
     for client, path in enumerate(last):  # as long as refinements, and none follows

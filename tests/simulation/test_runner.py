@@ -142,7 +142,7 @@ def test_three_real_processes_give_the_same_adapter(finished, tiny_recipe, launc
     box = tmp_path / "box"
     assert "3 updates a round" in launcher.run("init", box, "--recipe", tiny_recipe).stdout
     files = [write_client_file(tiny_recipe.parent, box, owner, tmp_path / "clients") for owner in OWNERS]
-    processes = [fedfstq("serve", box, "--poll-seconds", "0.05"), *(fedfstq("train", file) for file in files)]
+    processes = [fedfstq("serve", box, "--poll-seconds", "0.05"), *(fedfstq("train", "--yes", file) for file in files)]
     try:
         served, *_ = [finish(process) for process in processes]
     finally:

@@ -123,14 +123,6 @@ def test_user_arguments_come_back_after_a_federation(tmp_path):
     assert trainer.args.max_steps == 77
 
 
-def test_the_federation_s_training_arguments_win(tmp_path, caplog):
-    caplog.set_level("INFO")
-    mailbox = found(tmp_path / "box", training={"learning_rate": 0.125, "max_grad_norm": 0.5})
-    trainer = run(tmp_path, mailbox, arguments={"learning_rate": 1e-2})
-    assert (trainer.args.learning_rate, trainer.args.max_grad_norm) == (0.125, 0.5)
-    assert "The federation sets learning_rate=0.125 (was 0.01)." in caplog.text
-
-
 def test_a_hugging_face_dataset_with_more_columns(tmp_path):
     rows = [row | {"specialty": "x"} for row in make_tiny_data(7)]
     one, two = found(tmp_path / "one/box"), found(tmp_path / "two/box")

@@ -20,7 +20,7 @@ def refused(tmp_path, mailbox, error, match, **options):
     with pytest.raises(error, match=match):
         make_trainer(tmp_path, mailbox, **options).train()
     assert mailbox.list_updates(0) == []
-    assert not (tmp_path / "a/fedfstq/session.safetensors").exists()
+    assert not (tmp_path / "a.fedfstq/session.safetensors").exists()
 
 
 def test_a_model_without_lora(tmp_path):
@@ -102,7 +102,7 @@ def test_a_loss_that_diverges_in_a_later_round_loses_no_residual(tmp_path):
     assert [ref.client_id for ref in mailbox.list_updates(0)] == ["a"]
     assert mailbox.list_updates(1) == []
     spec = FederationSpec.from_json(mailbox.read(0, "spec.json"))
-    session = ClientSession("a", spec, trainer.adapter_view.schema, folder=tmp_path / "a/fedfstq")
+    session = ClientSession("a", spec, trainer.adapter_view.schema, folder=tmp_path / "a.fedfstq")
     assert (session.last_round, session.pending) == (0, None)
     assert session.residual_norm() > 0
     session.close()

@@ -151,7 +151,7 @@ def test_a_checkpoint_within_a_round_goes_on(tmp_path):
             learned_binarisation=True,
             training={"learning_rate": 1e-2, "optim": "adamw_torch"},
             seed=3,
-            id="0" * 32,
+            salt="0" * 32,
         )
 
         def client(steps=None):

@@ -12,7 +12,7 @@ from transformers import TrainerCallback
 from fedfstq_hf import FedFSTQTrainer
 from fedfstq_hf.codec import message
 from fedfstq_hf.errors import ConfigError
-from fedfstq_hf.training.checkpoint import STATE_FILE, load_state
+from fedfstq_hf.training.checkpoint import CheckpointStates
 
 FEDERATION = {
     "rounds": 3,
@@ -137,7 +137,8 @@ def test_a_checkpoint_between_rounds(tmp_path, straight):
     mailbox = found(tmp_path / "box", model(), optimizer_state="kept", **FEDERATION)
     with served(mailbox):
         killed_at(make_trainer(tmp_path, mailbox), 4)
-        assert load_state(tmp_path / "a/checkpoint-4").place.round is None
+        states = CheckpointStates(tmp_path / "a.fedfstq", str(tmp_path / "a"))
+        assert states.find(tmp_path / "a/checkpoint-4").place.round is None
         trainer = make_trainer(tmp_path, mailbox)
         trainer.train(resume_from_checkpoint=True)
     assert (snapshot(mailbox), losses(trainer)) == straight["kept"][:2]
@@ -167,13 +168,14 @@ def test_a_checkpoint_of_another_client_is_left_alone(tmp_path, straight):
 
 def test_a_damaged_state_says_what_to_do(tmp_path):
     mailbox = found(tmp_path / "box", model(), **FEDERATION)
-    folder = tmp_path / "a/checkpoint-2"
-    folder.mkdir(parents=True)
+    (tmp_path / "a/checkpoint-2").mkdir(parents=True)
+    state = tmp_path / "a.fedfstq/checkpoints/checkpoint-2.safetensors"
+    state.parent.mkdir(parents=True)
     for damage in (b"half of it", None):
         if damage is None:
-            save_file({"losses": torch.zeros(0)}, folder / STATE_FILE, metadata={"fedfstq": json.dumps({"format": 1})})
+            save_file({"losses": torch.zeros(0)}, state, metadata={"fedfstq": json.dumps({"format": 2})})
         else:
-            (folder / STATE_FILE).write_bytes(damage)
+            state.write_bytes(damage)
         with pytest.raises(ConfigError, match=r"cannot be read .*\. Resume from another checkpoint, or without"):
             make_trainer(tmp_path, mailbox).train(resume_from_checkpoint=True)
 
@@ -199,7 +201,7 @@ def test_a_plain_trainer_s_checkpoint_resumes_too(tmp_path):
     arguments = {"max_steps": 4}
     first = make_trainer(tmp_path, **arguments)
     first.train()
-    (tmp_path / "a/checkpoint-2" / STATE_FILE).unlink()
+    (tmp_path / "a.fedfstq/checkpoints/checkpoint-2.safetensors").unlink()
     second = make_trainer(tmp_path, **arguments)
     second.train(resume_from_checkpoint=str(tmp_path / "a/checkpoint-2"))
     assert torch.equal(second.adapter_view.read(), first.adapter_view.read())

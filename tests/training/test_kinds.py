@@ -6,6 +6,7 @@ import peft
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
+from peft_kinds import KINDS, PLACES
 from small_federation import found, served, settings_of
 from tiny import make_arguments, make_tiny_data, make_tiny_model
 from transformers import TrainerCallback
@@ -14,21 +15,6 @@ from fedfstq_hf import FedFSTQTrainer
 from fedfstq_hf.adapter import AdapterView, check_same_adapter
 from fedfstq_hf.errors import AdapterMismatchError, MailboxError
 from fedfstq_hf.founding import wrap_base
-
-PLACES = {"target_modules": ["q_proj", "v_proj"]}
-KINDS = {
-    "lora": lambda: peft.LoraConfig(r=2, **PLACES),
-    "dora": lambda: peft.LoraConfig(r=2, use_dora=True, **PLACES),
-    "rslora": lambda: peft.LoraConfig(r=4, use_rslora=True, **PLACES),
-    "vera": lambda: peft.VeraConfig(r=4, save_projection=False, **PLACES),
-    "randlora": lambda: peft.RandLoraConfig(r=4, save_projection=False, **PLACES),
-    "fourierft": lambda: peft.FourierFTConfig(n_frequency=40, **PLACES),
-    "loha": lambda: peft.LoHaConfig(r=2, **PLACES),
-    "lokr": lambda: peft.LoKrConfig(r=2, **PLACES),
-    "ia3": lambda: peft.IA3Config(feedforward_modules=[], **PLACES),
-    "oft": lambda: peft.OFTConfig(oft_block_size=8, **PLACES),
-    "unilora": lambda: peft.UniLoraConfig(r=2, **PLACES),
-}
 
 
 def base():

@@ -7,6 +7,7 @@ from small_federation import found, served, settings_of
 from tiny import make_arguments, make_tiny_data, make_tiny_model
 
 from fedfstq_hf import FedFSTQConfig, FedFSTQTrainer
+from fedfstq_hf.codec import message
 from fedfstq_hf.errors import AdapterMismatchError
 from fedfstq_hf.generation.federated import join_saliency
 from fedfstq_hf.generation.saliency_file import unpack
@@ -101,12 +102,13 @@ def test_a_federation_publishes_it(tmp_path):
         trainer.processing_class = Tokenizer()
         trainer.train()
     (sent,) = (tmp_path / "box").rglob("attachments/**/*.*")
-    own = unpack(sent.read_bytes())
+    _, table = message.unpack(sent.read_bytes())
+    own = unpack(table)
     weight = trainer._observer.probe.solve().weight
     assert own.probe is not None
     assert own.probe.layer == 1
     assert torch.allclose(own.probe.weight, weight, rtol=1e-2, atol=1e-2)
-    joined = join_saliency([(sent.read_bytes(), 1.0), (sent.read_bytes(), 1.0)])
+    joined = join_saliency([(table, 1.0)] * 3)
     assert unpack(joined["saliency.safetensors"]).probe is not None
 
 

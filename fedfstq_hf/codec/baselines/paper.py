@@ -53,10 +53,11 @@ class PaperCodec:
     name = "paper"
 
     def __init__(self, shares: Sequence[float] = (0.22, 0.06, 0.02)) -> None:
-        given = tuple(shares)
+        numbers = isinstance(shares, (list, tuple)) and all(type(share) in (int, float) for share in shares)
+        given = tuple(shares) if numbers else ()
         if len(given) != len(WIDTHS) or any(s < 0 for s in given) or not 0 < sum(given) <= 1:
             raise ConfigError(
-                f"paper shares are {given}; expected three shares, for 2, 4 and 16 bit, with a sum of at most 1"
+                f"paper shares are {shares!r}; expected three shares, for 2, 4 and 16 bit, with a sum of at most 1"
             )
         self.shares = given
 

@@ -47,7 +47,7 @@ class TopkCodec:
     def __init__(self, density: float = 0.01, value_bits: int = 32) -> None:
         if isinstance(density, bool) or not isinstance(density, (int, float)) or not 0.0 < density <= 0.25:
             raise ConfigError(f"topk density is {density!r}; expected a share above 0 and at most 0.25, such as 0.01")
-        if value_bits not in _VALUE_BITS:
+        if type(value_bits) is not int or value_bits not in _VALUE_BITS:
             raise ConfigError(f"topk value_bits is {value_bits!r}; expected 32, 16, 8 or 4")
         self.density, self.value_bits = density, value_bits
 

@@ -5,17 +5,22 @@ Whoever has seen a round reads at the commit that held it, and never goes back b
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
-from fedfstq_hf.errors import MailboxError
+from fedfstq_hf.errors import MailboxError, MailboxUnavailableError
+from fedfstq_hf.federation.control import Control
 from fedfstq_hf.federation.hub import address as paths
-from fedfstq_hf.federation.hub.json_files import MAX_BYTES, parse_metrics, round_in, with_metric
+from fedfstq_hf.federation.hub.json_files import layout_in, parse_metrics, round_in, with_metric
 from fedfstq_hf.federation.hub.publishing import Reader, Swap, refuse_foreign, round_taken
 from fedfstq_hf.federation.hub.repo import FileState, HubRepo
 from fedfstq_hf.federation.hub.rounds import find_round, tag_round
+from fedfstq_hf.federation.hub.sizes import most_bytes, read_global
 from fedfstq_hf.federation.hub.waiting import Patience
-from fedfstq_hf.federation.mailbox import ADAPTER_CONFIG_FILE, RECORD_FILE, SPEC_FILE, RootFiles
+from fedfstq_hf.federation.mailbox import ADAPTER_CONFIG_FILE, ADAPTER_FILE, LAYOUTS, RECORD_FILE, SPEC_FILE, RootFiles
+
+logger = logging.getLogger(__name__)
 
 _FIRST_LOOKS = (0.5, 1.0, 2.0)  # seconds
 
@@ -38,6 +43,8 @@ class GlobalRepo:
         self._head_etag = ""
         self._commit: str | None = None
         self._control: tuple[str, bytes | None] | None = None
+        self._parsed_control: tuple[bytes | None, Control] | None = None
+        self._layout: str | None = None
         self._first_control: bytes | None = None
         self._kept: dict[str, bytes] = {}
 
@@ -57,13 +64,17 @@ class GlobalRepo:
                 )
             return self._head
         if state.etag != self._head_etag:
-            file = self.repo.read(paths.HEAD_PATH, revision=state.commit, max_bytes=MAX_BYTES)
+            file = read_global(self.repo, paths.HEAD_PATH, revision=state.commit)
             round = round_in(file.data if file is not None else None, self.address)
             if self._head is None or round >= self._head:
                 self._head, self._head_etag, self._commit = round, state.etag, state.commit
         elif self._head is not None:
             self._commit = state.commit
         return self._head
+
+    def wait_for_answer(self) -> None:
+        """Return when repo and storage answer. Raises `MailboxUnavailableError` where they do not for too long."""
+        self.repo.reach(paths.head_path(ADAPTER_FILE))
 
     def _first_look(self) -> FileState | None:
         """What is read back may lag: a federation that was founded a moment ago is given some seconds to show."""
@@ -74,7 +85,7 @@ class GlobalRepo:
                 return state
         return None
 
-    def read(self, round: int, name: str) -> bytes:
+    def read(self, round: int, name: str, max_bytes: int | None = None) -> bytes:
         """A file of a published round, at the commit that was seen to hold it."""
         path = paths.round_path(round, name) or paths.head_path(name)
         constant = name in (SPEC_FILE, ADAPTER_CONFIG_FILE)
@@ -85,7 +96,9 @@ class GlobalRepo:
         revision = self._commit
         if paths.round_path(round, name) is None and not constant and round != self._head:
             revision = find_round(self.repo, round)
-        file = self.repo.read(path, revision=revision or "main") if self._head is not None else None
+        file = None
+        if self._head is not None:
+            file = read_global(self.repo, path, revision=revision or "main", max_bytes=max_bytes)
         if file is None:
             raise MailboxError(
                 f"{self.address} has no file {name} of round {round}. Expected a federation made by "
@@ -97,15 +110,27 @@ class GlobalRepo:
 
     def read_root(self, name: str) -> bytes | None:
         """A file for people as it is now, None where there is none."""
-        file = self.repo.read(paths.root_path(name), revision=self._commit or "main")
+        file = read_global(self.repo, paths.root_path(name), revision=self._commit or "main")
         return None if file is None else file.data
 
-    def read_layout(self) -> bytes | None:
-        """The file that says where clients' messages lie."""
-        if self._commit is None:
-            self.head()
-        file = self.repo.read(paths.LAYOUT_PATH, revision=self._commit or "main", max_bytes=MAX_BYTES)
-        return None if file is None else file.data
+    def layout(self) -> str:
+        """The name of the federation's layout, which never changes.
+
+        Raises:
+            MailboxError: the layout file is missing, damaged or of a newer version.
+        """
+        if self._layout is None:
+            if self._commit is None:
+                self.head()
+            file = read_global(self.repo, paths.LAYOUT_PATH, revision=self._commit or "main")
+            name = None if file is None else layout_in(file.data)
+            if name is None or name not in LAYOUTS:
+                raise MailboxError(
+                    f"{self.address} does not say how its clients' messages are laid out ({paths.LAYOUT_PATH} is "
+                    "missing, damaged or of a newer version). Restore it from the repo's history, or update fedfstq_hf."
+                )
+            self._layout = name
+        return self._layout
 
     def publish(
         self, round: int, files: Mapping[str, bytes], root: RootFiles | None, *, layout_file: bytes | None = None
@@ -169,9 +194,16 @@ class GlobalRepo:
         if commit is None:
             return self._first_control
         if self._control is None or self._control[0] != commit:
-            file = self.repo.read(paths.CONTROL_PATH, revision=commit, max_bytes=MAX_BYTES)
+            file = read_global(self.repo, paths.CONTROL_PATH, revision=commit)
             self._control = (commit, None if file is None else file.data)
         return self._control[1]
+
+    def control(self) -> Control:
+        """The same, parsed once."""
+        data = self.read_control()
+        if self._parsed_control is None or self._parsed_control[0] != data:
+            self._parsed_control = (data, Control.from_json(data))
+        return self._parsed_control[1]
 
     def write_control(self, data: bytes, *, expected: bytes | None) -> bool:
         """Replace the control file if it still is `expected`."""
@@ -194,8 +226,10 @@ class GlobalRepo:
     def post_metric(self, round: int, source: str, metrics: Mapping[str, Any]) -> None:
         """Add one metric to the metrics file."""
 
+        most = most_bytes(paths.METRICS_PATH)
+
         def merged(read: Reader) -> dict[str, bytes]:
-            return {paths.METRICS_PATH: with_metric(read(paths.METRICS_PATH), round, source, metrics)}
+            return {paths.METRICS_PATH: with_metric(read(paths.METRICS_PATH), round, source, metrics, max_bytes=most)}
 
         def check(read: Reader) -> bool:
             return read(paths.METRICS_PATH) == merged(read)[paths.METRICS_PATH]
@@ -204,5 +238,12 @@ class GlobalRepo:
 
     def read_metrics(self) -> dict[int, dict[str, dict[str, Any]]]:
         """What the metrics file holds: round -> source -> name -> value."""
-        file = self.repo.read(paths.METRICS_PATH, revision=self._commit or "main")
-        return parse_metrics(None if file is None else file.data)
+        try:
+            file = read_global(self.repo, paths.METRICS_PATH, revision=self._commit or "main")
+        except MailboxUnavailableError:
+            raise
+        except MailboxError as error:
+            logger.warning("%s It is left out.", error)
+            return {}
+        most = most_bytes(paths.METRICS_PATH)
+        return parse_metrics(None if file is None else file.data, self.address, max_bytes=most)

@@ -1,55 +1,34 @@
 """Where clients' messages lie on the Hub: one private repo each, one shared repo, or one pull request each.
 
-A layout knows places and who may write them; `posting` puts messages there and `HubMailbox` reads them.
+A layout knows the places of all clients, for whoever reads them. Where a client itself writes is its own decision: see
+`writing`.
 """
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 
 from huggingface_hub import HfApi
-from huggingface_hub.community import Discussion
 
+from fedfstq_hf.errors import MailboxError
 from fedfstq_hf.federation.control import Enrolment
 from fedfstq_hf.federation.hub.address import HubAddress
+from fedfstq_hf.federation.hub.ownership import MARKER_TITLE, Marker, read_marker
+from fedfstq_hf.federation.hub.places import MARKER_PATH, PULL_REQUEST_TITLE, Place, round_folder
+from fedfstq_hf.federation.hub.posting import push_file
 from fedfstq_hf.federation.hub.repo import HubRepo
 from fedfstq_hf.federation.hub.waiting import Patience
 from fedfstq_hf.federation.mailbox import UpdateRef, is_name
 
-PULL_REQUEST_TITLE = "Updates of client "
+logger = logging.getLogger(__name__)
+
 _OPEN = ("open", "draft")
+_MOST_REQUESTS = 20_000  # pull requests that are looked through; anybody who can read the repo may open some
 _CLOSING_SECONDS = 10.0
-
-
-def round_folder(round: int, refinements: bool = False) -> str:
-    """Where a shared repo has the messages of a round, or their refinements."""
-    return f"rounds/{round:06d}/{'refinements' if refinements else 'deltas'}"
-
-
-@dataclass(frozen=True)
-class Place:
-    """What one client may write: a branch or pull request of a repo, `shared` with others or its own."""
-
-    repo: HubRepo
-    revision: str
-    shared: bool = False
-
-    def update_path(self, round: int, client_id: str, refinement: bool = False) -> str:
-        """Of the client's message for a round, or its second one."""
-        if self.shared:
-            return f"{round_folder(round, refinement)}/{client_id}.safetensors"
-        return f"{'refinements' if refinement else 'rounds'}/{round:06d}.safetensors"
-
-    def metrics_path(self, client_id: str) -> str:
-        """Of the metrics that the client posted."""
-        return f"metrics/{client_id}.json" if self.shared else "metrics.json"
-
-    def attachment_path(self, client_id: str, name: str) -> str:
-        """Of a file that the client sends beside its messages."""
-        return f"attachments/{client_id}/{name}" if self.shared else name
 
 
 class Layout(ABC):
@@ -57,69 +36,86 @@ class Layout(ABC):
 
     name: str
 
-    def __init__(self, address: HubAddress, api: HfApi, patience: Patience, *, private: bool) -> None:
+    def __init__(self, address: HubAddress, api: HfApi, patience: Patience) -> None:
         self.address = address
-        self.private = private
-        self._api = api
+        self.api = api
         self._patience = patience
 
-    def found(self) -> None:  # noqa: B027  (most layouts need nothing)
+    @abstractmethod
+    def found(self, *, private: bool) -> None:
         """Make what all clients share, when the federation is founded."""
+
+    def look(self) -> None:  # noqa: B027  (most layouts know the places beforehand)
+        """Whoever asks for places next wants to know them as they are now."""
 
     @abstractmethod
     def place(self, client_id: str, enrolment: Enrolment) -> Place | None:
-        """Where a client writes; None while it has not written anything that would tell."""
+        """Where a client's messages are read; None while it has not written anything that would tell."""
 
     @abstractmethod
-    def own_place(self, client_id: str, enrolment: Enrolment) -> Place | None:
-        """The same for the client itself, made if need be; None if only its first commit makes it."""
+    def marker(self, client_id: str) -> Marker:
+        """What the marker of the client's place says, if it is one."""
 
     @abstractmethod
     def clients(self) -> list[str]:
         """Clients that have a place, where nobody is enrolled by name."""
 
     def list_folder(self, round: int, refinements: bool = False) -> list[UpdateRef] | None:
-        """All messages of a round, where one request tells them; None where each client has to be asked for."""
+        """All messages of a round in one request; None where each client's place must be looked at."""
         return None
 
-    def close(self) -> None:  # noqa: B027  (most layouts leave nothing open)
-        """Tidy up after the last round."""
+    def close(self) -> None:  # noqa: B027
+        """After the last round: leave nothing open."""
 
     def repo(self, repo_id: str) -> HubRepo:
-        """A repo with this layout's client."""
-        return HubRepo(repo_id, self._api, self._patience)
+        """A repo on the federation's Hub."""
+        return HubRepo(repo_id, self.api, self._patience)
+
+    def mailbox_repo(self) -> HubRepo:
+        """The repo that clients share, in the layouts that have one."""
+        return self.repo(self.address.mailbox_repo)
+
+    def _found_shared(self, *, private: bool) -> None:
+        """Create the shared repo with its marker, or go on with one that was created for this federation before."""
+        repo, marker = self.mailbox_repo(), Marker(self.address.repo_id)
+        repo.create(private=private)
+        there = read_marker(repo)
+        if there is not None and there.same(marker):
+            return
+        held = repo.list("")
+        if there is not None or any(entry.path != ".gitattributes" for entry in held):
+            raise MailboxError(
+                f"The repo {repo.repo_id} already holds something else"
+                f"{f': it belongs to {there}' if there is not None else ''}. Give the federation another name, or "
+                "remove that repo first."
+            )
+        push_file(Place(repo, "main", shared=True), MARKER_PATH, marker.to_json(), MARKER_TITLE)
 
 
 class OwnRepos(Layout):
-    """One private repo per client, `ORG/RUN-CLIENT`: nobody else can write it, and it has a commit quota of its own."""
+    """One private repo per client, `ORG/RUN-CLIENT`: nobody can touch another's, each has a commit quota of its own."""
 
     name = "own"
 
-    def __init__(self, address: HubAddress, api: HfApi, patience: Patience, *, private: bool) -> None:
-        super().__init__(address, api, patience, private=private)
-        self._made: set[str] = set()
+    def found(self, *, private: bool) -> None:
+        """Nothing: each client makes its repo."""
 
     def place(self, client_id: str, enrolment: Enrolment) -> Place:
         """The client's repo, whether it exists yet or not."""
         return Place(self.repo(enrolment.repo or self.address.client_repo(client_id)), "main")
 
-    def own_place(self, client_id: str, enrolment: Enrolment) -> Place:
-        """The client's repo, created where it is missing."""
-        place = self.place(client_id, enrolment)
-        if place.repo.repo_id not in self._made:
-            if not place.repo.exists():
-                place.repo.create(private=self.private)
-            self._made.add(place.repo.repo_id)
-        return place
+    def marker(self, client_id: str) -> Marker:
+        """Each repo is one client's."""
+        return Marker(self.address.repo_id, client_id)
 
     def clients(self) -> list[str]:
-        """Clients whose repos the Hub lists under the federation's name."""
+        """Clients whose repos the Hub lists under the federation's name. Some may be another federation's."""
         prefix = f"{self.address.name}-"
         models = self.repo(self.address.repo_id).call(
-            "list the clients of", lambda: list(self._api.list_models(author=self.address.org, search=prefix))
+            "list the clients of", lambda: list(self.api.list_models(author=self.address.org, search=prefix))
         )
         names = [model.id.split("/", 1)[1] for model in models]
-        return sorted(name.removeprefix(prefix) for name in names if name.startswith(prefix) and is_name(name))
+        return sorted({name.removeprefix(prefix) for name in names if name.startswith(prefix)})
 
 
 class SharedRepo(Layout):
@@ -127,17 +123,17 @@ class SharedRepo(Layout):
 
     name = "shared"
 
-    def found(self) -> None:
+    def found(self, *, private: bool) -> None:
         """Create the shared repo."""
-        self._shared().create(private=self.private)
+        self._found_shared(private=private)
 
     def place(self, client_id: str, enrolment: Enrolment) -> Place:
         """The same repo for all."""
-        return Place(self._shared(), "main", shared=True)
+        return Place(self.mailbox_repo(), "main", shared=True)
 
-    def own_place(self, client_id: str, enrolment: Enrolment) -> Place:
-        """The same repo for all."""
-        return self.place(client_id, enrolment)
+    def marker(self, client_id: str) -> Marker:
+        """The repo is everybody's."""
+        return Marker(self.address.repo_id)
 
     def clients(self) -> list[str]:
         """Nobody has a place of its own; the rounds' folders tell."""
@@ -146,16 +142,27 @@ class SharedRepo(Layout):
     def list_folder(self, round: int, refinements: bool = False) -> list[UpdateRef]:
         """The round's folder, in one request."""
         refs = []
-        for entry in self._shared().list(round_folder(round, refinements)):
-            client = entry.path.rsplit("/", 1)[-1]
-            if client.endswith(".safetensors") and is_name(client.removesuffix(".safetensors")):
+        for entry in self.mailbox_repo().list(round_folder(round, refinements)):
+            name = entry.path.rsplit("/", 1)[-1]
+            if name.endswith(".safetensors") and is_name(name.removesuffix(".safetensors")):
                 sha256 = entry.lfs.sha256 if entry.lfs is not None else ""
-                name = client.removesuffix(".safetensors")
-                refs.append(UpdateRef(name, round, entry.size, sha256, "main", refinements))
-        return sorted(refs)
+                refs.append(
+                    UpdateRef(name.removesuffix(".safetensors"), round, entry.size, sha256, "main", refinements)
+                )
+        return refs
 
-    def _shared(self) -> HubRepo:
-        return self.repo(self.address.mailbox_repo)
+
+@dataclass(frozen=True)
+class PullRequest:
+    """A client's pull request."""
+
+    number: int
+    author: str
+
+    @property
+    def ref(self) -> str:
+        """The revision that its messages lie at."""
+        return f"refs/pr/{self.number}"
 
 
 class PullRequests(Layout):
@@ -167,62 +174,73 @@ class PullRequests(Layout):
 
     name = "pull-request"
 
-    def __init__(self, address: HubAddress, api: HfApi, patience: Patience, *, private: bool) -> None:
-        super().__init__(address, api, patience, private=private)
-        self._numbers: dict[str, int] = {}
+    def __init__(self, address: HubAddress, api: HfApi, patience: Patience) -> None:
+        super().__init__(address, api, patience)
+        self._seen: dict[str, list[PullRequest]] | None = None
 
-    def found(self) -> None:
+    def found(self, *, private: bool) -> None:
         """Create the repo that pull requests are made to."""
-        self._target().create(private=self.private)
+        self._found_shared(private=private)
+
+    def look(self) -> None:
+        """The requests are listed anew when the next place is asked for, once for all clients."""
+        self._seen = None
 
     def place(self, client_id: str, enrolment: Enrolment) -> Place | None:
         """The client's pull request, once it is there."""
-        if client_id not in self._numbers:
-            number = self._find(client_id, enrolment.account)
-            if number is None:
-                return None
-            self._numbers[client_id] = number
-        return Place(self._target(), f"refs/pr/{self._numbers[client_id]}")
+        request = self.request(client_id, enrolment.account)
+        return None if request is None else Place(self.mailbox_repo(), request.ref)
 
-    def own_place(self, client_id: str, enrolment: Enrolment) -> Place | None:
-        """The client's pull request, if it has one; its first commit opens it."""
-        return self.place(client_id, enrolment)
+    def request(self, client_id: str, account: str | None) -> PullRequest | None:
+        """The open pull request of a client, as of the last look.
+
+        The lowest number is taken, so that everybody agrees where a lost answer led to two.
+        """
+        fitting = [request for request in self._requests().get(client_id, []) if account in (None, request.author)]
+        return min(fitting, key=lambda request: request.number, default=None)
+
+    def marker(self, client_id: str) -> Marker:
+        """The repo is everybody's."""
+        return Marker(self.address.repo_id)
 
     def clients(self) -> list[str]:
         """Clients that have a pull request."""
-        names = (entry.title.removeprefix(PULL_REQUEST_TITLE) for entry in self._requests())
-        return sorted({name for name in names if is_name(name)})
+        return sorted(self._requests())
 
     def close(self) -> None:
         """Close the pull requests; nothing of them was ever merged."""
-        for number in [entry.num for entry in self._requests()]:
-            request = partial(
-                self._api.change_discussion_status,
+        self.look()
+        for request in [request for requests in self._requests().values() for request in requests]:
+            closing = partial(
+                self.api.change_discussion_status,
                 self.address.mailbox_repo,
-                number,
+                request.number,
                 "closed",
                 comment="The federation has ended.",
             )
-            self._target().call(f"close pull request {number} of", request, seconds=_CLOSING_SECONDS)
+            try:
+                self.mailbox_repo().call(f"close pull request {request.number} of", closing, seconds=_CLOSING_SECONDS)
+            except MailboxError as error:  # the others are closed all the same
+                logger.warning("%s", error)
 
-    def _find(self, client_id: str, account: str | None) -> int | None:
-        """The lowest number is taken, so that everybody agrees where a lost answer led to two."""
-        numbers = [
-            entry.num
-            for entry in self._requests()
-            if entry.title == PULL_REQUEST_TITLE + client_id and account in (None, entry.author)
-        ]
-        return min(numbers, default=None)
-
-    def _requests(self) -> Sequence[Discussion]:
-        found = self._target().call(
-            "list the pull requests of",
-            lambda: list(self._api.get_repo_discussions(self.address.mailbox_repo, discussion_type="pull_request")),
-        )
-        return [entry for entry in found if entry.status in _OPEN and entry.title.startswith(PULL_REQUEST_TITLE)]
-
-    def _target(self) -> HubRepo:
-        return self.repo(self.address.mailbox_repo)
+    def _requests(self) -> dict[str, list[PullRequest]]:
+        """The open pull requests by the client that they are for."""
+        if self._seen is None:
+            repo_id, seen = self.address.mailbox_repo, dict[str, list[PullRequest]]()
+            found = self.mailbox_repo().call(
+                "list the pull requests of",
+                lambda: list(
+                    islice(self.api.get_repo_discussions(repo_id, discussion_type="pull_request"), _MOST_REQUESTS)
+                ),
+            )
+            if len(found) == _MOST_REQUESTS:
+                logger.warning("%s has more than %d pull requests; older ones are not seen.", repo_id, _MOST_REQUESTS)
+            for entry in found:
+                client = entry.title.removeprefix(PULL_REQUEST_TITLE)
+                if entry.status in _OPEN and entry.title.startswith(PULL_REQUEST_TITLE) and is_name(client):
+                    seen.setdefault(client, []).append(PullRequest(entry.num, entry.author))
+            self._seen = seen
+        return self._seen
 
 
 LAYOUTS: dict[str, type[Layout]] = {layout.name: layout for layout in (OwnRepos, SharedRepo, PullRequests)}

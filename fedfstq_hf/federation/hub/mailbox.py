@@ -4,8 +4,8 @@
 ORG/RUN               adapter_model.safetensors adapter_config.json README.md        what plain PEFT and people read
                       fedfstq/  mailbox.json spec.json control.json round.json history.jsonl metrics.json
                                 server_optimizer.safetensors rounds/000012/{round.json,update.safetensors}
-ORG/RUN-CLIENT        rounds/000012.safetensors metrics.json                         layout own: one repo per client
-                      refinements/000012.safetensors                                 where the federation has them
+ORG/RUN-CLIENT        rounds/000012.safetensors metrics.json                         layout own: one repo per client,
+                      refinements/000012.safetensors                                 always private
 ORG/RUN-mailbox       rounds/000012/deltas/CLIENT.safetensors metrics/CLIENT.json    layout shared; and the repo that
                       rounds/000012/refinements/CLIENT.safetensors                   pull requests are made to
 ```
@@ -13,23 +13,28 @@ ORG/RUN-mailbox       rounds/000012/deltas/CLIENT.safetensors metrics/CLIENT.jso
 One commit per round, on top of the one it was made from: two coordinators cannot both publish a round. The adapter and
 the server optimizer's state of earlier rounds lie in the tags and commits of those rounds.
 
-`GlobalRepo` reads and writes the first repo, `ClientPosts` what lies in the others.
+`GlobalRepo` reads and writes the first repo, `ClientPosts` reads the others, and `ClientWriter` writes there for a
+client. Each of the others has a marker, `.fedfstq.json`, which says whose it is.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from huggingface_hub import HfApi
 
 from fedfstq_hf.errors import MailboxError
-from fedfstq_hf.federation.hub.address import parse_address
+from fedfstq_hf.federation.hub.address import checked_repo, parse_address
 from fedfstq_hf.federation.hub.client_posts import ClientPosts
 from fedfstq_hf.federation.hub.global_repo import GlobalRepo
+from fedfstq_hf.federation.hub.json_files import layout_file
+from fedfstq_hf.federation.hub.layouts import LAYOUTS, Layout
 from fedfstq_hf.federation.hub.repo import HubRepo
 from fedfstq_hf.federation.hub.waiting import DEFAULT_PATIENCE, Patience
+from fedfstq_hf.federation.hub.writing import ClientWriter
 from fedfstq_hf.federation.mailbox import RootFiles, UpdateRef, checked_name
 
 
@@ -42,6 +47,7 @@ class HubMailbox:
         layout: of a new federation.
         private: whether new repos are private.
         token: where it is not in `HF_TOKEN` or stored by `hf auth login`.
+        client_repo: `org/name` that a client writes its messages to, where it is not `ORG/RUN-CLIENT`.
         patience: seconds for which a request is repeated while the Hub is busy, silent or broken.
     """
 
@@ -53,15 +59,24 @@ class HubMailbox:
         layout: str | None = None,
         private: bool = True,
         token: str | None = None,
+        client_repo: str | None = None,
         patience: float = DEFAULT_PATIENCE,
     ) -> None:
         self.address = address
-        self._new_layout = layout or "own"
         self._private = private
         place, waiting = parse_address(address), Patience(patience)
         api = HfApi(token=token, library_name="fedfstq_hf")
         self._global = GlobalRepo(HubRepo(place.repo_id, api, waiting), address, waiting, create=create)
-        self._posts = ClientPosts(self._global, place, api, waiting, private=private)
+        named = None if client_repo is None else checked_repo(client_repo)
+
+        self._new_layout = LAYOUTS[layout or "own"](place, api, waiting)
+
+        @functools.cache
+        def present_layout() -> Layout:
+            return LAYOUTS[self._global.layout()](place, api, waiting)
+
+        self._posts = ClientPosts(self._global, present_layout, place)
+        self._writer = ClientWriter(self._global, present_layout, place, named)
 
     # -- the coordinator's side -------------------------------------------------------------------------------------
 
@@ -69,9 +84,9 @@ class HubMailbox:
         """The newest published round; one HEAD request while nothing is new. It never goes back."""
         return self._global.head()
 
-    def read(self, round: int, name: str) -> bytes:
+    def read(self, round: int, name: str, *, max_bytes: int | None = None) -> bytes:
         """A file of a published round, at the commit that was seen to hold it."""
-        return self._global.read(round, name)
+        return self._global.read(round, name, max_bytes)
 
     def read_root(self, name: str) -> bytes | None:
         """A file for people as it is now, None where there is none."""
@@ -82,11 +97,10 @@ class HubMailbox:
 
         What people changed in between (the card, say) is left as it is: the commit is then made again on top of it.
         """
-        layout_file = None
         if round == 0:
             self._global.repo.create(private=self._private)
-            layout_file = self._posts.found(self._new_layout)
-        self._global.publish(round, files, root, layout_file=layout_file)
+            self._new_layout.found(private=self._private)
+        self._global.publish(round, files, root, layout_file=layout_file(self._new_layout.name) if round == 0 else None)
 
     def refresh_root(self, root: RootFiles | None = None) -> None:
         """Renew the files for people, where they are not what they should be."""
@@ -110,11 +124,15 @@ class HubMailbox:
 
     # -- the clients' side ------------------------------------------------------------------------------------------
 
+    def check_client(self, client_id: str) -> None:
+        """Refuse a client that writes elsewhere than where its messages are read, or where others could read them."""
+        self._writer.check(client_id)
+
     def post_update(
         self, round: int, client_id: str, message: bytes, *, patience: float | None = None, refinement: bool = False
     ) -> None:
         """Post a client's message where its layout says."""
-        self._posts.post_update(round, client_id, message, patience=patience, refinement=refinement)
+        self._writer.post_update(round, client_id, message, patience=patience, refinement=refinement)
 
     def list_updates(
         self, round: int, clients: Sequence[str] | None = None, *, refinements: bool = False
@@ -128,11 +146,15 @@ class HubMailbox:
 
     def post_attachment(self, client_id: str, name: str, data: bytes) -> None:
         """Post to the client's place."""
-        self._posts.post_attachment(client_id, name, data)
+        self._writer.post_attachment(client_id, name, data)
 
     def read_attachment(self, client_id: str, name: str, *, max_bytes: int) -> bytes | None:
         """What lies at the client's place."""
         return self._posts.read_attachment(client_id, name, max_bytes=max_bytes)
+
+    def attachment_bytes(self, client_id: str, name: str) -> int:
+        """Of what lies at the client's place."""
+        return self._posts.attachment_bytes(client_id, name)
 
     # -- metrics of both sides --------------------------------------------------------------------------------------
 
@@ -142,7 +164,7 @@ class HubMailbox:
         if client_id is None:
             self._global.post_metric(round, source, metrics)
         else:
-            self._posts.post_metric(round, source, metrics, client_id)
+            self._writer.post_metric(round, source, metrics, client_id)
 
     def read_metrics(self, clients: Sequence[str] = ()) -> dict[int, dict[str, dict[str, Any]]]:
         """All posted metrics; what a client posted is named after it as well."""

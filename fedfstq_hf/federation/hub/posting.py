@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import suppress
 
-from huggingface_hub import CommitOperationAdd, HfApi
+from huggingface_hub import CommitOperationAdd
 from huggingface_hub.errors import HfHubHTTPError
 
-from fedfstq_hf.errors import MailboxError, UpdateConflictError
-from fedfstq_hf.federation.hub.layouts import PULL_REQUEST_TITLE, Place
+from fedfstq_hf.errors import UpdateConflictError
+from fedfstq_hf.federation.hub.places import PULL_REQUEST_TITLE, Place
 from fedfstq_hf.federation.hub.repo import HubRepo, additions, has_digest
 from fedfstq_hf.federation.hub.waiting import Outcome, diagnose
-
-_SQUASH_EVERY = 200  # rounds; a repo degrades after a few thousand commits
-_TIDYING_SECONDS = 30.0
 
 
 def push_file(place: Place, path: str, data: bytes, message: str, *, seconds: float | None = None) -> None:
@@ -57,19 +53,11 @@ def post(
                 "second process running under the same client_id? Give each client an id and a state folder of its own."
             )
         return
-    if not place.shared and place.revision == "main" and round and round % _SQUASH_EVERY == 0:
-        with suppress(MailboxError):  # tidying may wait; all earlier messages are used or late by now
-            place.repo.call(
-                "squash the history of",
-                lambda: place.repo.api.super_squash_history(place.repo.repo_id),
-                seconds=_TIDYING_SECONDS,
-            )
     push_file(place, path, data, f"Round {round}{', refinement' if refinement else ''}", seconds=seconds)
 
 
 def open_pull_request(
     repo: HubRepo,
-    api: HfApi,
     round: int,
     client_id: str,
     data: bytes,
@@ -77,25 +65,29 @@ def open_pull_request(
     *,
     seconds: float | None = None,
     refinement: bool = False,
-) -> None:
-    """Open a client's pull request with its first message. `find` looks for one, since an answer may be lost."""
-    found: list[Place] = []
+) -> Place | None:
+    """Open a client's pull request with its first message.
 
-    def request() -> None:
+    Args:
+        find: looks for the pull request, since an answer may be lost.
+
+    Returns:
+        The pull request that was there already, to which nothing was sent; None if this one was opened.
+    """
+
+    def request() -> Place | None:
         place = find()
         if place is not None:
-            found.append(place)
-            return
+            return place
         path = Place(repo, "main").update_path(round, client_id, refinement)
         try:
-            api.create_commit(
+            repo.api.create_commit(
                 repo.repo_id, additions({path: data}), commit_message=PULL_REQUEST_TITLE + client_id, create_pr=True
             )
         except HfHubHTTPError as error:
             if error.response is not None and error.response.status_code == 412:
                 raise ConnectionError("the repo was changed meanwhile") from None
             raise
+        return None
 
-    repo.call("open a pull request to", request, seconds=seconds)
-    if found:
-        post(found[0], round, client_id, data, seconds=seconds, refinement=refinement)
+    return repo.call("open a pull request to", request, seconds=seconds)

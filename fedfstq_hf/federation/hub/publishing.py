@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from fedfstq_hf.errors import MailboxError, RoundConflictError
 from fedfstq_hf.federation.hub.repo import HeadMovedError, HubRepo, additions
+from fedfstq_hf.federation.hub.sizes import read_global
 from fedfstq_hf.federation.hub.waiting import Outcome, diagnose
 from fedfstq_hf.federation.mailbox import CARD_FILE
 
@@ -73,7 +74,7 @@ class Swap:
 
     def _reader(self, revision: str) -> Reader:
         def read(path: str) -> bytes | None:
-            file = self.repo.read(path, revision=revision)
+            file = read_global(self.repo, path, revision=revision)
             return None if file is None else file.data
 
         return read

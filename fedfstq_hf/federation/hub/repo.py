@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import io
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
+import httpx2
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants, hf_hub_url
 from huggingface_hub.errors import (
     EntryNotFoundError,
@@ -26,9 +28,9 @@ from fedfstq_hf.federation.hub.waiting import DamagedDownloadError, Patience
 
 T = TypeVar("T")
 
-MAX_FILE_BYTES = 8 * 10**9
 _TRICKLE = 20  # a body that takes longer than that many timeouts is given up
 _CHUNK = 1 << 20
+_SHORTEST_TIMEOUT = 10.0
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,15 @@ class RemoteFile:
 
     data: bytes
     commit: str
+
+
+@dataclass(frozen=True)
+class RepoState:
+    """What one request tells of a repo: its present name, whether only its organisation reads it, its files' paths."""
+
+    repo_id: str
+    private: bool
+    files: tuple[str, ...]
 
 
 class HeadMovedError(MailboxError):
@@ -73,17 +84,26 @@ class HubRepo:
 
     def exists(self) -> bool:
         """Whether the repo is there and this token may see it."""
+        return self.info() is not None
 
-        def request() -> bool:
+    def account(self) -> str:
+        """The account of the token. It is asked for once: the Hub limits that strictly."""
+        return self.call("ask for the account that writes to", lambda: str(self.api.whoami(cache=True)["name"]))
+
+    def info(self, *, seconds: float | None = None) -> RepoState | None:
+        """The repo as it is now; None if it is not there, or hidden from this token."""
+
+        def request() -> RepoState | None:
             try:
-                self.api.repo_info(self.repo_id)
+                found = self.api.model_info(self.repo_id)
             except RepositoryNotFoundError as error:
                 if not _absent(error):
                     raise
-                return False
-            return True
+                return None
+            files = tuple(sibling.rfilename for sibling in found.siblings or ())
+            return RepoState(found.id, bool(found.private), files)
 
-        return self.call("look for", request)
+        return self.call("look at", request, seconds=seconds)
 
     def create(self, *, private: bool) -> None:
         """Create the repo unless it is there."""
@@ -94,12 +114,16 @@ class HubRepo:
         return self.call("read", lambda: str(self.api.repo_info(self.repo_id).sha))
 
     def state(self, path: str, *, revision: str = "main", seconds: float | None = None) -> FileState | None:
-        """One HEAD request; None if the file or the repo is not there (yet)."""
+        """One HEAD request; None if the file or the repo is not there (yet).
+
+        Args:
+            seconds: to repeat it for, instead of the general patience; a silent server is then not waited for either.
+        """
 
         def request() -> FileState | None:
             try:
                 found = self.api.get_hf_file_metadata(
-                    url=self._url(path, revision), token=self.api.token, timeout=timeout_seconds()
+                    url=self._url(path, revision), token=self.api.token, timeout=_timeout(seconds)
                 )
             except (EntryNotFoundError, RepositoryNotFoundError) as error:
                 if not _absent(error):
@@ -112,12 +136,20 @@ class HubRepo:
         return self.call(f"look at {path} of", request, seconds=seconds)
 
     def read(
-        self, path: str, *, revision: str = "main", max_bytes: int = MAX_FILE_BYTES, squashed: bool = False
+        self,
+        path: str,
+        *,
+        revision: str = "main",
+        max_bytes: int,
+        squashed: bool = False,
+        seconds: float | None = None,
     ) -> RemoteFile | None:
         """A file's content, compared with the digest that the Hub names; None if it is not there.
 
         Args:
+            max_bytes: larger files are not downloaded.
             squashed: the revision may be gone for good, which is then no reason to wait for it.
+            seconds: as for `state`.
 
         Raises:
             MessageError: it is larger than `max_bytes`; nothing beyond that was read.
@@ -125,7 +157,7 @@ class HubRepo:
 
         def request() -> RemoteFile | None:
             try:
-                return self._download(path, revision, max_bytes)
+                return self._download(path, revision, max_bytes, _timeout(seconds))
             except EntryNotFoundError:
                 return None
             except RevisionNotFoundError:
@@ -133,7 +165,16 @@ class HubRepo:
                     raise
                 return None
 
-        return self.call(f"read {path} of", request)
+        return self.call(f"read {path} of", request, seconds=seconds)
+
+    def reach(self, path: str) -> None:
+        """Return once the first bytes of a file arrive, from wherever the Hub stores them."""
+
+        def request() -> None:
+            with self._opened(path, "main", timeout_seconds()) as response:
+                next(response.iter_bytes(_CHUNK), b"")
+
+        self.call(f"reach {path} of", request)
 
     def list(self, folder: str, *, revision: str = "main") -> list[RepoFile]:
         """The files of a folder, not of its subfolders; none where there is no such folder."""
@@ -173,15 +214,9 @@ class HubRepo:
             raise
         return str(info.oid)
 
-    def _download(self, path: str, revision: str, max_bytes: int) -> RemoteFile:
-        headers = {**build_hf_headers(token=self.api.token), "Accept-Encoding": "identity"}
-        give_up = time.monotonic() + _TRICKLE * timeout_seconds()
-        with get_session().stream(
-            "GET", self._url(path, revision), headers=headers, timeout=request_timeout(), follow_redirects=True
-        ) as response:
-            if response.status_code >= 400:
-                response.read()
-            hf_raise_for_status(response)
+    def _download(self, path: str, revision: str, max_bytes: int, timeout: float) -> RemoteFile:
+        give_up = time.monotonic() + _TRICKLE * timeout
+        with self._opened(path, revision, timeout) as response:
             told = _first_headers(response)
             if told.size is not None and told.size > max_bytes:
                 raise MessageError(f"It has {told.size} bytes; at most {max_bytes} are taken.")
@@ -196,6 +231,18 @@ class HubRepo:
         if told.etag and not has_digest(data, told.etag):
             raise DamagedDownloadError(f"{path} arrived damaged: its digest is not the one that the Hub names")
         return RemoteFile(data, told.commit)
+
+    @contextmanager
+    def _opened(self, path: str, revision: str, timeout: float) -> Iterator[httpx2.Response]:
+        """The answer to a request for a file, its body unread."""
+        headers = {**build_hf_headers(token=self.api.token), "Accept-Encoding": "identity"}
+        with get_session().stream(
+            "GET", self._url(path, revision), headers=headers, timeout=request_timeout(timeout), follow_redirects=True
+        ) as response:
+            if response.status_code >= 400:
+                response.read()
+            hf_raise_for_status(response)
+            yield response
 
     def _url(self, path: str, revision: str) -> str:
         return hf_hub_url(self.repo_id, path, revision=revision, endpoint=self.api.endpoint)
@@ -213,6 +260,11 @@ def has_digest(data: bytes, etag: str) -> bool:
     if len(etag) != 40:
         return True  # some other server's tag says nothing about the content
     return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest() == etag
+
+
+def _timeout(seconds: float | None) -> float:
+    """The timeout of one request that is repeated for `seconds`."""
+    return timeout_seconds() if seconds is None else min(timeout_seconds(), max(seconds, _SHORTEST_TIMEOUT))
 
 
 def _absent(error: Exception) -> bool:

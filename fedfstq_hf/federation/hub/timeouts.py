@@ -37,9 +37,9 @@ def timeout_seconds() -> float:
         return DEFAULT_TIMEOUT
 
 
-def request_timeout() -> httpx2.Timeout:
-    """The timeout of one request."""
-    seconds = timeout_seconds()
+def request_timeout(seconds: float | None = None) -> httpx2.Timeout:
+    """The timeout of one request, of `timeout_seconds()` where none is given."""
+    seconds = timeout_seconds() if seconds is None else seconds
     return httpx2.Timeout(seconds, connect=min(seconds, _CONNECT))
 
 

@@ -1,6 +1,9 @@
 """Token-reduced `generate()` for an adapter's repo; needs transformers (5.20 or newer) and torch, nothing else.
 
-    model.generate(**inputs, custom_generate="ORG/REPO", trust_remote_code=True, keep_ratio=0.5, max_new_tokens=64)
+    model.generate(**inputs, custom_generate="ORG/REPO", revision="COMMIT", trust_remote_code=True, keep_ratio=0.5)
+
+It is code, and runs with your rights. Whoever can write to ORG/REPO can change it at any time, so name the full sha of
+a commit whose file you have read.
 
 The first `layer` blocks see the whole prompt; then the tokens that the prompt's last `window` tokens attend to least
 are dropped, and the other blocks and the cache hold the rest, at their original positions. The result is the whole
@@ -28,13 +31,15 @@ def generate(
     reach: int = 2,
     first: int = 4,
     min_tokens: int = 128,
+    revision: str | None = None,
     **arguments: Any,
 ) -> Any:
     """As `model.generate(**arguments)` on a shortened prompt.
 
     keep_ratio: share of the tokens to keep, in (0, 1]. window: last tokens, which ask and are always kept. reach: how
     many neighbours share a token's score. first: tokens always kept at the start. min_tokens: shorter prompts pass
-    through unchanged. Raises ValueError for what it cannot do.
+    through unchanged. revision: commit that this file was read from; transformers asked for it. Raises ValueError for
+    what it cannot do.
     """
     if not 0 < keep_ratio <= 1:
         raise ValueError(f"keep_ratio is {keep_ratio}; expected a share in (0, 1], for example 0.5")

@@ -1,1 +1,0 @@
-"""Folder of an `evaluate` module: `evaluate.load` reads `meteor.py` in it, without network."""
