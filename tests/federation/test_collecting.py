@@ -220,7 +220,7 @@ def test_work_is_proportional_to_what_was_sent(tmp_path, monkeypatch):
 
 
 def test_what_was_refused_is_looked_at_again_when_others_are_enrolled(tmp_path):
-    mailbox = found_enrolled(tmp_path, "a")
+    mailbox = found(tmp_path)
     post(mailbox, "a", ones(1))
     post(mailbox, "b", ones(2))
     base = RoundRecord.from_json(mailbox.read(0, "round.json")).adapter_sha256

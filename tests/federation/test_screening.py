@@ -153,17 +153,6 @@ def test_one_payload_where_two_are_expected(tmp_path):
     box.refuses(box.message(), r"carries no control variate; this federation's messages have two payloads\.$")
 
 
-def test_a_first_message_and_a_refinement_do_not_stand_for_each_other(tmp_path):
-    box = Box(tmp_path)
-    _, payload = message.unpack(box.message())
-    first, second = box.message(), message.pack(_header(box, params=dict(message.REFINEMENT_PARAMS)), payload)
-    box.refuses(second, r"^It is a refinement, and lies where the round's first message was expected\.$")
-    with pytest.raises(MessageError, match=r"^It is a first message, and lies where the round's refinement was"):
-        box.screening.open(UpdateRef("a", 0, len(first), refinement=True), first, box.base)
-    ref = UpdateRef("a", 0, len(second), refinement=True)
-    assert box.screening.open(ref, second, box.base).header.client_id == "a"
-
-
 def _header(box, **changes):
     return message.Header(0, "a", 1, box.base, SCHEMA.fingerprint, "fp32", **changes)
 
