@@ -16,10 +16,20 @@ _SERVER = ("tests/federation/test_server_optimizers.py", "tests/federation/test_
 _UPDATE = ("tests/codec/test_update.py",)
 _MESSAGE = ("tests/codec/test_message.py", "tests/codec/test_format.py", "tests/attacks/test_container.py")
 _SCALE = ("tests/training/test_sensitivity_scale.py",)
-_SESSION = ("tests/federation/test_session.py", "tests/federation/test_previews.py")
-_VARIATES = ("tests/federation/test_scaffold.py", "tests/federation/test_coverage.py")
-_SCREENING = ("tests/federation/test_screening.py",)
-_COLLECTING = ("tests/federation/test_collecting.py", "tests/federation/test_weights.py")
+_SESSION = (
+    "tests/federation/test_session.py",
+    "tests/federation/test_session_sizes.py",
+    "tests/federation/test_budget_share.py",
+)
+_VARIATES = ("tests/federation/test_scaffold.py",)
+_SCREENING = ("tests/federation/test_screening.py", "tests/attacks/client/test_client_attachments.py")
+_CLIPPING = ("tests/attacks/client/test_client_clipping.py", "tests/federation/test_collecting.py")
+_COLLECTING = (
+    "tests/federation/test_collecting.py",
+    "tests/federation/test_weights.py",
+    "tests/attacks/client/test_client_changing.py",
+    "tests/attacks/client/test_client_clipping.py",
+)
 
 MUTANTS: list[tuple[str, tuple[str, ...], Changes]] = [
     (
@@ -183,7 +193,7 @@ MUTANTS: list[tuple[str, tuple[str, ...], Changes]] = [
             ("not 0 <= value <= _MAX_INT", "not 0 <= value"),
             ("type(value) is not int or not 0", "not isinstance(value, int) or not 0"),
             ("not pattern.fullmatch(value)", "not pattern.match(value)"),
-            ("if isinstance(value, float) and not math.isfinite(value):", "if False:"),
+            ("if isinstance(value, (int, float)) and not -_MAX_INT <= value <= _MAX_INT:", "if False:"),
             ("if sign is not None and len(signature) != SIGNATURE_BYTES:", "if False:"),
             (
                 "return len(_envelope(header, _NO_DIGEST + (_NO_SIGNATURE if signed",
@@ -195,8 +205,8 @@ MUTANTS: list[tuple[str, tuple[str, ...], Changes]] = [
             ),
             ("if data.startswith(SEALED_PREFIX):", "if False:"),
             ("if len(data) < 8:", "if False:"),
-            ("min(len(data) - 8, 2 * MAX_METADATA + 256)", "len(data) - 8"),
-            ("min(len(data) - 8, 2 * MAX_METADATA + 256)", "2 * MAX_METADATA + 256"),
+            ("min(len(data), MAX_CONTAINER) - 8", "len(data) - 8"),
+            ("min(len(data), MAX_CONTAINER) - 8", "MAX_CONTAINER - 8"),
             ("if _envelope(header, seal, len(payload)) != data[: 8 + length]:", "if False:"),
             ("seal[:32], seal[32:] or None", "seal[:32], None"),
             ("if _digest(header, payload) != digest:", "if False:"),
@@ -261,7 +271,11 @@ MUTANTS: list[tuple[str, tuple[str, ...], Changes]] = [
             ("if schema.fingerprint != spec.schema:", "if False:"),
             ("return readable if seal_key is None else keys.seal(seal_key, readable)", "return readable"),
             ("float(torch.linalg.vector_norm(self.residual))", "float(self.residual.sum())"),
-            ("return hashlib.sha256(self.message).hexdigest()", "return hashlib.sha256(self.readable).hexdigest()"),
+            ("room = (max_bytes - overhead) // (2 if self._has_variate else 1)", "room = max_bytes - overhead"),
+            (
+                "corrected(turn.put(turn.take(self.travelling.take(delta))), self",
+                "corrected(self.travelling.take(delta), self",
+            ),
             (
                 "self.spec.refinement_budget is not None and not self.spec.refines(round)",
                 "self.spec.refinement_budget is not None",
@@ -272,14 +286,12 @@ MUTANTS: list[tuple[str, tuple[str, ...], Changes]] = [
         "federation/session.py",
         _VARIATES,
         [
-            ("if name == scaffold.CARRIED}", "if False}"),
+            (
+                "self.carried.items() if name == scaffold.CARRIED}\n        if variate",
+                "self.carried.items() if False}\n        if variate",
+            ),
             ("variate = variate - scaffold.client_variate(", "variate = variate + 0 * scaffold.client_variate("),
             (".add_to(variate, 1.0)", ".add_to(variate, 2.0)"),
-            ("room = (max_bytes - overhead) // (2 if self._has_variate else 1)", "room = max_bytes - overhead"),
-            (
-                "corrected(turn.put(turn.take(self.travelling.take(delta))), self",
-                "corrected(self.travelling.take(delta), self",
-            ),
         ],
     ),
     (
@@ -290,11 +302,11 @@ MUTANTS: list[tuple[str, tuple[str, ...], Changes]] = [
             ("if selected is not None and ref.client_id not in selected:", "if False:"),
             ("if ref.num_bytes > self.max_bytes:", "if ref.num_bytes > self.spec.max_message_bytes - 1:"),
             ("+ (keys.SEAL_OVERHEAD if self.spec.sealing_key else 0)", ""),
-            ('"client": (header.client_id,', '"client": (ref.client_id,'),
-            ('"round": (header.round, ref.round),', ""),
+            ('"client": (header.client_id, client_id)', '"client": (client_id, client_id)'),
+            ('"round": (header.round, round),', ""),
             ('"base adapter": (header.base, base),', ""),
             ('"schema": (header.schema, self._schema.fingerprint),', ""),
-            ('"codec": (header.codec, self.spec.codec),', ""),
+            ('"codec": (header.codec, codec),', ""),
             ("if header.num_examples < 1:", "if header.num_examples < 0:"),
             ("if (header.params == message.REFINEMENT_PARAMS) != ref.refinement:", "if False:"),
             ("if not math.isfinite(norm) or (", "if ("),
@@ -306,6 +318,34 @@ MUTANTS: list[tuple[str, tuple[str, ...], Changes]] = [
             ("if not sealed:", "if False:"),
             ("if self._unseal is None:", "if False:"),
             ("if header.params != PAIR_PARAMS:", "if False:"),
+            ("if len(data) != ref.num_bytes:", "if False:"),
+            ("if not pair and header.params not in ({}, message.REFINEMENT_PARAMS):", "if False:"),
+            ("self._check_origin(header, client_id, round, base, message.ATTACHMENT)", "pass"),
+            ("if len(payload) > max_bytes:", "if False:"),
+            ("        self._verified(client_id, digest, signature)\n        return payload", "        return payload"),
+        ],
+    ),
+    (
+        "federation/clipping.py",
+        _CLIPPING,
+        [
+            ("norm <= longest else longest / norm", "norm <= longest else norm / longest"),
+            ("norm <= longest else longest / norm", "norm < 2 * longest else longest / norm"),
+            ("if middle > 0:", "if True:"),
+            ("statistics.median_low(norms)", "statistics.median_high(norms)"),
+            ("(*norms, *known.lengths) if norm > 0", "norms if norm > 0"),
+            ("(*norms, *known.lengths) if norm > 0", "(*norms, *known.lengths)"),
+            ("min(clip * statistics.median_low(lengths), known.adapter)", "clip * statistics.median_low(lengths)"),
+            ("if len(lengths) > 1 else 0.0", ""),
+            ("if clip is None or not any(norms):", "if clip is None:"),
+            ("update.scale * update.norm for", "update.norm for"),
+        ],
+    ),
+    (
+        "federation/session_state.py",
+        _SESSION,
+        [
+            ("return hashlib.sha256(self.message).hexdigest()", "return hashlib.sha256(self.readable).hexdigest()"),
         ],
     ),
     (
@@ -315,8 +355,13 @@ MUTANTS: list[tuple[str, tuple[str, ...], Changes]] = [
             ("if hashlib.sha256(data).hexdigest() != sha256:", "if False:"),
             ("weight=entry.weight / total)", "weight=entry.weight)"),
             ("spec.weight_cap * statistics.median_low(raw)", "spec.weight_cap * max(raw)"),
-            ("else longest / entry.norm", "else entry.norm / longest"),
-            ("longest is None or entry.norm <= longest", "longest is None"),
+            ("scale=clipping.scale(entry.norm, longest)", "scale=1.0"),
+            ("[entry.norm for entry in entries], spec.clip", "[0.0 for entry in entries], spec.clip"),
+            ("known.tries >= _MOST_TRIES or known.stamp == _stamp(ref)", "known.tries >= _MOST_TRIES"),
+            ("known.tries >= _MOST_TRIES or known.stamp == _stamp(ref)", "known.stamp == _stamp(ref)"),
+            ("tries += 0 if known is None else known.tries", "pass"),
+            ("> _MAX_NORM:", "< 0:"),
+            ("num_bytes=len(data),", "num_bytes=ref.num_bytes + 1,"),
             ("weight *= spec.staleness_discount**entry.staleness", "pass"),
             ("min(1.0, own / max(1, entry.num_examples))", "1.0"),
             ("weights.append(min(value * trusted, most))", "weights.append(value * trusted)"),
@@ -325,11 +370,8 @@ MUTANTS: list[tuple[str, tuple[str, ...], Changes]] = [
             ('{"bytes": entry.num_bytes, "uniform": 1}', '{"uniform": 1}'),
             ('{"bytes": entry.num_bytes, "uniform": 1}', '{"bytes": entry.num_bytes}'),
             ("mean.add(opened.update, entry.weight, entry.scale,", "mean.add(opened.update, entry.weight, 1.0,"),
-            ("if ref not in self._refused]", "]"),
-            (
-                "return control.clients == self._refused_by.clients and ref in self._refused",
-                "return ref in self._refused",
-            ),
+            ("None if self._is_refused(ref) else self._screen(", "self._screen("),
+            ("        if control.clients != self._refused_by.clients:\n            return list(refs)\n", ""),
             ("precision_weights(weights, [entry.norm for entry in entries])", "weights"),
         ],
     ),

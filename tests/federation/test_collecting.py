@@ -5,12 +5,16 @@ import weakref
 
 import pytest
 import torch
-from light import found
+from light import SCHEMA, found
 from light_updates import SIZE, delta, found_enrolled, make_message, ones, post
 
 from fedfstq_hf.codec import SparseUpdate, get_codec
-from fedfstq_hf.federation.control import Enrolment
+from fedfstq_hf.federation.collecting import Collector
+from fedfstq_hf.federation.control import Control, Enrolment
 from fedfstq_hf.federation.coordinator import Coordinator
+from fedfstq_hf.federation.record import RoundRecord
+from fedfstq_hf.federation.screening import Screening
+from fedfstq_hf.federation.spec import FederationSpec
 from fedfstq_hf.federation.weights import precision_weights
 
 
@@ -213,3 +217,21 @@ def test_work_is_proportional_to_what_was_sent(tmp_path, monkeypatch):
     record, change = close(mailbox)
     assert change[5] == 1.0
     assert len(record.accepted) == 2
+
+
+def test_what_was_refused_is_looked_at_again_when_others_are_enrolled(tmp_path):
+    mailbox = found(tmp_path)
+    post(mailbox, "a", ones(1))
+    post(mailbox, "b", ones(2))
+    base = RoundRecord.from_json(mailbox.read(0, "round.json")).adapter_sha256
+    collector = Collector(mailbox, 0, num_params=SIZE, base=lambda round: base, selected=lambda round: None)
+    spec, refs = FederationSpec.from_json(mailbox.read(0, "spec.json")), list(mailbox.list_updates(0))
+    before, after = (Control(clients=dict.fromkeys(names, Enrolment())) for names in ("a", "ab"))
+    collected = collector.collect(refs, Screening(spec, SCHEMA, before))
+    assert [entry.client_id for entry in collected.accepted] == ["a"]
+    assert [entry.client_id for entry in collected.refused] == ["b"]
+    assert [ref.client_id for ref in collector.open(refs, before)] == ["a"]
+    assert [ref.client_id for ref in collector.open(refs, after)] == ["a", "b"]
+    collected = collector.collect(refs, Screening(spec, SCHEMA, after))
+    assert [entry.client_id for entry in collected.accepted] == ["a", "b"]
+    assert collected.refused == ()

@@ -136,6 +136,27 @@ def test_numbers_that_are_not_finite_and_pass_the_decoder(tmp_path, monkeypatch)
     box.refuses(box.message(), r"^It decodes to values that are not finite\.$")
 
 
+def test_a_control_variate_that_is_not_finite(tmp_path, monkeypatch):
+    box = Box(tmp_path, scaffold_clients=2)
+    _, payload = message.unpack(box.message())
+    good, poison = torch.ones(SCHEMA.num_params), torch.full((SCHEMA.num_params,), torch.inf)
+    decoded = iter([good, good, poison, good])  # the variate is the first that is decoded of a message
+    codec = type(get_codec("fp32"))
+    monkeypatch.setattr(codec, "decode", lambda *args, **kwargs: SparseUpdate(SCHEMA.num_params, None, next(decoded)))
+    pair = message.pack(_header(box, params=dict(PAIR_PARAMS)), join_pair(payload, payload))
+    assert torch.equal(box.open(pair).variate.to_dense(), good)
+    box.refuses(pair, r"^It decodes to values that are not finite\.$")
+
+
+def test_one_payload_where_two_are_expected(tmp_path):
+    box = Box(tmp_path, scaffold_clients=2)
+    box.refuses(box.message(), r"carries no control variate; this federation's messages have two payloads\.$")
+
+
+def _header(box, **changes):
+    return message.Header(0, "a", 1, box.base, SCHEMA.fingerprint, "fp32", **changes)
+
+
 # Signatures
 
 SIGNED = {"a": Enrolment(verify_key=ALICE.verify_key), "b": Enrolment(verify_key=BOB.verify_key)}
