@@ -24,12 +24,14 @@ import re
 import shutil
 import sys
 import tempfile
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import hostile
+import tqdm
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the package is imported by the worker processes, after this
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -127,6 +129,7 @@ def run_case(stage: Stage, seed: int) -> str:
             try:
                 with hostile.limited():
                     end = _join(stage, box, home)
+                    _wait_for_threads()
             except hostile.Hang as error:
                 end = f"PROBLEM hang: {error}"
             except BaseException as error:
@@ -166,6 +169,13 @@ def _join(stage: Stage, box: Path, home: Path) -> str:
         end = f"refused: {type(error).__name__}"
     sent = [] if (box / "updates").is_symlink() else list((box / "updates").rglob(f"{CLIENT}.safetensors"))
     return "message sent" if sent else end
+
+
+def _wait_for_threads() -> None:
+    """A refinement is sent in the background; its case ends with it."""
+    for thread in threading.enumerate():
+        if thread is not threading.main_thread() and not isinstance(thread, tqdm.TMonitor):
+            thread.join()
 
 
 def _writable(box: Path, home: Path) -> list[str]:
