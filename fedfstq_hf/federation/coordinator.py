@@ -7,7 +7,6 @@ any processor).
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import random
 import time
@@ -26,12 +25,9 @@ from fedfstq_hf.errors import (
 )
 from fedfstq_hf.federation import adapter_file, history, scaffold
 from fedfstq_hf.federation.aggregation import server_step
-from fedfstq_hf.federation.arrivals import Arrivals
 from fedfstq_hf.federation.attachments import Joined, SaliencyMaker, join_attachments, sent_bytes
-from fedfstq_hf.federation.clipping import Usual
-from fedfstq_hf.federation.collecting import Collected, Collector
+from fedfstq_hf.federation.collecting import Collected
 from fedfstq_hf.federation.control import read_control
-from fedfstq_hf.federation.lateness import LOOK_BACK
 from fedfstq_hf.federation.mailbox import (
     ADAPTER_CONFIG_FILE,
     ADAPTER_FILE,
@@ -42,12 +38,13 @@ from fedfstq_hf.federation.mailbox import (
     Mailbox,
     RootFiles,
 )
+from fedfstq_hf.federation.open_round import OpenRound
 from fedfstq_hf.federation.posted_metrics import read_metrics
 from fedfstq_hf.federation.publication import CardMaker, make_record, pack_change, root_files
 from fedfstq_hf.federation.record import RoundRecord
 from fedfstq_hf.federation.records import Records
-from fedfstq_hf.federation.refining import Refined, refine
-from fedfstq_hf.federation.screening import Screening, Unseal
+from fedfstq_hf.federation.refining import Refined
+from fedfstq_hf.federation.screening import Unseal
 from fedfstq_hf.federation.signed_records import Sign
 from fedfstq_hf.federation.spec import FederationSpec
 from fedfstq_hf.federation.travelling import Travelling
@@ -90,8 +87,7 @@ class Coordinator:
         self._unseal = unseal
         self._saliency = saliency
         self._sign = sign
-        self._collector: Collector
-        self._arrivals: Arrivals
+        self._round: OpenRound
         self._history: list[history.HistoryRow] = []
         head = mailbox.head()
         if head is None:
@@ -120,9 +116,7 @@ class Coordinator:
         control = read_control(self.mailbox)
         if control.paused is not None:
             return False
-        usable, _ = self._arrivals.updates(self.spec.max_staleness)
-        heard = [*usable, *self._arrivals.silent(usable)]
-        return self._enough(len(self._collector.open(heard, control)))
+        return self._enough(self._round.heard(control))
 
     def close_round(self) -> RoundRecord | None:
         """Aggregate the messages that lie in the mailbox and publish the next round.
@@ -132,9 +126,9 @@ class Coordinator:
             If another coordinator published first, its record is adopted and returned.
         """
         finished = self.record.round + 1 >= self.spec.rounds
-        collected = self._collect(finished=finished)
+        collected = self._round.collect(finished=finished)
         count = len(collected.accepted)
-        if not self._enough(count) and not self._enough(count + self._silent()):
+        if not self._enough(count) and not self._enough(count + self._round.silent()):
             return None
         return self._publish_mean(collected, finished=finished)
 
@@ -142,7 +136,7 @@ class Coordinator:
         """End the federation now: what has arrived is used, and the round made from it is the last one."""
         self._refuse_finished("stopped")
         while not self.finished:  # a coordinator that publishes at this moment only delays it
-            self._publish_mean(self._collect(finished=True), finished=True)
+            self._publish_mean(self._round.collect(finished=True), finished=True)
         return self.record
 
     def rollback(self, round: int) -> RoundRecord:
@@ -163,15 +157,14 @@ class Coordinator:
         adapter_file.load(adapter, expected_sha256=self._record(round).adapter_sha256)
         while True:
             finished = self.record.round + 1 >= self.spec.rounds
-            usable, late = self._arrivals.updates(self._look_back(finished))
-            usable += self._arrivals.refinements()
+            refused, late = self._round.refuse_all(f"Rolled back to round {round}.", finished=finished)
             state = self._server_state(round)
             files = {} if state is None else {SERVER_STATE_FILE: state}  # control variates begin anew, with zeros
             record = self._next_record(
                 adapter,
                 finished=finished,
-                refused=tuple(self._arrivals.unused(ref, f"Rolled back to round {round}.") for ref in usable),
-                late=self._arrivals.late([*late, *self._arrivals.late_refinements(self._look_back(finished))]),
+                refused=refused,
+                late=late,
                 restored_from=round,
             )
             if self._publish(record, adapter, files) is record:
@@ -225,18 +218,8 @@ class Coordinator:
         self._open_round()
 
     def _open_round(self) -> None:
-        max_bytes = self._screening().max_bytes
-        self._arrivals = Arrivals(self.mailbox, self.spec, self.record.round, self._record, max_bytes=max_bytes)
-        self._collector = self._collector_of(self.record.round)
-
-    def _collector_of(self, round: int) -> Collector:
-        return Collector(
-            self.mailbox,
-            round,
-            num_params=self.travelling.schema.num_params,
-            base=lambda round: self._record(round).adapter_sha256,
-            selected=lambda round: self._record(round).selected,
-            usual=lambda: Usual.of(self._record(round), self.adapter),
+        self._round = OpenRound(
+            self.mailbox, self.spec, self.record, self._record, self.travelling, self.adapter, self._unseal
         )
 
     def _other_head(self) -> RoundRecord | None:
@@ -259,43 +242,10 @@ class Coordinator:
         deadline = self.record.deadline
         return wait if deadline is None else min(wait, max(deadline - self._clock(), 0.05))
 
-    def _screening(self) -> Screening:
-        return Screening(self.spec, self.travelling.schema, read_control(self.mailbox), self._unseal)
-
-    def _look_back(self, finished: bool) -> int:
-        """How many closed rounds are looked at for messages that no record names."""
-        return self.record.round if finished else max(self.spec.max_staleness + 1, LOOK_BACK)
-
-    def _collect(self, *, finished: bool = False) -> Collected:
-        back = self._look_back(finished)
-        usable, late = self._arrivals.updates(back)
-        late = [*late, *self._arrivals.late_refinements(back)]
-        return dataclasses.replace(self._collector.collect(usable, self._screening()), late=self._arrivals.late(late))
-
-    def _silent(self) -> int:
-        """How many clients have no preview in the open round, and a refinement that can be used a round later."""
-        usable, _ = self._arrivals.updates(self.spec.max_staleness)
-        refs = self._arrivals.silent(usable)
-        return len(self._collector.collect(refs, self._screening()).accepted) if refs else 0
-
-    def _refine(self) -> Refined | None:
-        """What refinements change about the last round; None where there are none, or that round was rolled back."""
-        record = self.record
-        if not record.round or not self.spec.refines(record.round - 1) or record.restored_from is not None:
-            return None
-        if record.hides_figures:
-            raise MailboxError(
-                f"What the updates of round {record.round - 1} weighed is sealed to {self.spec.sealing_key}: start the "
-                "coordinator with its key file."
-            )
-        previews = {ref.client_id: ref for ref in self._arrivals.of(record.round - 1)}
-        refinements = {ref.client_id: ref for ref in self._arrivals.refinements()}
-        return refine(self._collector_of(record.round - 1), record, previews, refinements, self._screening())
-
     def _publish_mean(self, collected: Collected, *, finished: bool) -> RoundRecord:
         server_state: bytes | None
-        refined = self._refine()
-        stopped = self._arrivals.stopped() if finished else ()
+        refined = self._round.refine()
+        stopped = self._round.arrivals.stopped() if finished else ()
         if collected.accepted or refined is not None:
             part, server_state = server_step(
                 self.travelling.take(self.adapter),
@@ -321,7 +271,7 @@ class Coordinator:
         attached = Joined({})
         if finished and self.spec.share_saliency and self._saliency is not None:
             attached = join_attachments(
-                self.mailbox, self.record, collected.accepted, self._screening(), self._saliency
+                self.mailbox, self.record, collected.accepted, self._round.screening(), self._saliency
             )
         record = self._next_record(
             data,

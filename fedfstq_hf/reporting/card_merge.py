@@ -17,6 +17,7 @@ _BEGIN = re.compile(r"^[ \t]*<!--\s*fedfstq:begin\b[^>]*-->", re.MULTILINE)
 _END = re.compile(r"^[ \t]*<!--\s*fedfstq:end\b[^>]*-->", re.MULTILINE)
 _SET_ASIDE = "<!-- This metadata could not be read by the coordinator, which moved it here. -->"
 _MAX_DEPTH = 20  # the time to read YAML grows with the square of its depth
+_MAX_HEADER = 40_000  # characters; and of its length
 _YAML_ERRORS = (yaml.YAMLError, ValueError, OverflowError, RecursionError)  # an impossible date is a ValueError
 
 
@@ -45,8 +46,8 @@ def merge_card(rendered: str, existing: str) -> str:
       where it has them. Missing keys are added.
     - Without a pair of markers the whole text is the person's and stays; of the metadata only `OWNED_KEYS` are set. A
       card without any text is filled.
-    - Metadata that cannot be read (broken, no mapping, a key twice, aliases, results in no valid form) move into a code
-      block below the text: the Hub refuses a card that has such.
+    - Metadata that cannot be read (broken, too long, no mapping, a key twice, aliases, results in no valid form) move
+      into a code block below the text: the Hub refuses a card that has such.
     """
     newline = "\r\n" if 2 * existing.count("\r\n") > existing.count("\n") else "\n"
     block = REGEX_YAML_BLOCK.search(existing)
@@ -93,7 +94,12 @@ def _region(body: str) -> slice | None:
 
 
 def _read(header: str) -> dict[Any, Any] | None:
-    """The metadata, or None where the Hub would not read them, or a change of one key could change another."""
+    """The metadata, or None where the Hub would not read them, or a change of one key could change another.
+
+    None, too, for more than a person writes: reading them would hold up the round.
+    """
+    if len(header) > _MAX_HEADER:
+        return None
     try:
         depth = 0
         for event in yaml.parse(header, Loader=yaml.SafeLoader):

@@ -30,13 +30,14 @@ class Workload:
 def load_texts(config: DataConfig, *, need_test: bool = True, held_out: str = "test") -> tuple[list[Text], list[Text]]:
     """Return (train, test) as text, each with its topic; raises `DataError` naming row and column for what is wrong.
 
-    With `need_test=False`, for one client's own data, rows without a split are all for training and test may be empty.
+    With `need_test=False`, for one client's own data, rows without a split are all for training, test may be empty, and
+    rows without a topic are not clustered: only a simulation splits them by topic.
     With `held_out="validation"`, for tuning, test holds other rows than the test rows (see `split_texts`).
     """
     texts = [read_text(row, config) for row in read_rows(config)]
     train, test = split_texts(texts, config, need_test=need_test, held_out=held_out)
     texts = [*train, *test]
-    if any(text.topic is None for text in texts):
+    if need_test and any(text.topic is None for text in texts):
         topics: Sequence[str] = cluster_topics([text.terms for text in texts], config.topics, num_fit=len(train))
         texts = [replace(text, topic=topic) for text, topic in zip(texts, topics, strict=True)]
     return texts[: len(train)], texts[len(train) :]

@@ -33,12 +33,16 @@ def named(entries):
 
 def test_a_round_has_the_refinements_of_the_one_before(tmp_path):
     mailbox, coordinator = second_round(tmp_path)
-    assert coordinator._arrivals.refinements() == []
+    assert coordinator._round.arrivals.refinements() == []
     refinements(mailbox, 0, b=5, a=1)
     refinements(mailbox, 1, a=7)
-    found = coordinator._arrivals.refinements()
+    found = coordinator._round.arrivals.refinements()
     assert [(ref.client_id, ref.round, ref.refinement) for ref in found] == [("a", 0, True), ("b", 0, True)]
-    assert [(ref.client_id, ref.refinement) for ref in coordinator._arrivals.of(0)] == [("a", False), ("b", False)]
+    first = coordinator._round.arrivals.of(0)
+    assert [(ref.client_id, ref.refinement) for ref in first] == [
+        ("a", False),
+        ("b", False),
+    ]
 
 
 def test_the_first_round_and_a_federation_without_refinements_have_none(tmp_path):
@@ -48,7 +52,7 @@ def test_the_first_round_and_a_federation_without_refinements_have_none(tmp_path
     assert first.refinements() == first.late_refinements(8) == []
     mailbox, coordinator = second_round(tmp_path / "plain", refinement_budget=None, preview_step=1.0, expected=3.5)
     refinements(mailbox, 0, a=1)
-    assert coordinator._arrivals.refinements() == []
+    assert coordinator._round.arrivals.refinements() == []
     assert close(coordinator) == 3.5
     assert coordinator.record.updates == coordinator.record.accepted
 

@@ -218,7 +218,7 @@ def test_refusals(tmp_path):
     )
     mailbox.post_update(0, "b", sent.message)
     assert coordinator.close_round() is None
-    assert "carries no control variate" in coordinator._collect().refused[0].reason
+    assert "carries no control variate" in coordinator._round.collect().refused[0].reason
 
 
 def test_a_damaged_file_is_refused(tmp_path):

@@ -319,7 +319,7 @@ def test_links_do_not_depend_on_a_methods_own_adapter(tiny_recipe, tmp_path):
 
 
 def test_what_fails_in_a_worker_is_said(tiny_recipe, tmp_path):
-    recipe = load_recipe(tiny_recipe, {"training.learning_rate": 1e30, "training.max_grad_norm": 0.0})
+    recipe = load_recipe(tiny_recipe, {"training.learning_rate": 1000.0, "training.weight_decay": 1000.0})
     with pytest.raises(FedFSTQError, match=r"could not be trained in round \d"):
         Simulation(recipe, tmp_path / "out", progress=False, workers=2).run()
 

@@ -141,7 +141,7 @@ def test_what_is_known_of_the_loss_of_all_tokens(objective, step):
 def test_the_loss_of_a_round_is_that_of_all_tokens(tmp_path, objective, scaled):
     """What an automatic budget follows, however tokens are weighted and micro-batches cut; nothing moves here."""
     model = make_tiny_model()
-    training = {"learning_rate": 0.0}
+    training = {"learning_rate": 1e-30}  # moves no float32
     participation = Listed(model, 1, local_steps=4, refresh_steps=4, objective=objective, training=training)
     arguments = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 4}
     trainer, _ = make_trainer(tmp_path, model=model, arguments=arguments)  # 16 rows: each step sees them all

@@ -24,6 +24,9 @@ OTHERS = [example(list(range(start, start + size)), size - 2) for start, size in
 class Padded:
     """Pads a batch on one side, and by `extra` more than its longest row needs."""
 
+    def __repr__(self):
+        return f"Padded({self.left}, {self.extra})"
+
     def __init__(self, left=False, extra=0):
         self.left, self.extra = left, extra
 

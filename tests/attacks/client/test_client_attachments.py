@@ -112,7 +112,7 @@ def test_an_attachment_of_an_earlier_round_is_left_out(tmp_path):
 def test_an_attachment_is_no_update(tmp_path):
     mailbox = found_enrolled(tmp_path, SIGNED, **SHARED, signatures=True)
     mailbox.post_update(0, "a", attachment(mailbox, "a", b"x", sign=keys.signer(ALICE, spec_of(mailbox).id)))
-    (refused,) = Joining(mailbox).coordinator._collect().refused
+    (refused,) = Joining(mailbox).coordinator._round.collect().refused
     assert refused.reason == "It names codec attachment; expected fp32."
 
 

@@ -290,6 +290,16 @@ def test_a_card_that_somebody_wrote_over_holds_up_no_round(mailbox, existing):
     assert two_rounds(mailbox) == 1
 
 
+def test_metadata_of_a_card_that_would_take_minutes_to_read_are_moved_below_the_text(mailbox, monkeypatch):
+    read, original = [], yaml.compose
+    monkeypatch.setattr(yaml, "compose", lambda text, **options: read.append(len(text)) or original(text, **options))
+    (mailbox.path / "README.md").write_text("---\nk: [" + "a," * 200_000 + "]\n---\nwritten by a person\n")
+    assert two_rounds(mailbox) == 1
+    assert max(read) < 10_000
+    text = readme(mailbox)
+    assert text.index("library_name: peft") < text.index("written by a person") < text.index("a,a,a,a")
+
+
 def test_a_card_too_large_to_be_renewed_stays(mailbox, caplog):
     (mailbox.path / "README.md").write_bytes(b"x" * 2_000_000)
     assert two_rounds(mailbox) == 1

@@ -79,6 +79,6 @@ def test_a_message_signed_for_a_federation_with_other_settings_is_refused(tmp_pa
     wanted.post_update(0, "a", stolen)
     coordinator = Coordinator(wanted)
     assert coordinator.close_round() is None
-    (refused,) = coordinator._collect().refused
+    (refused,) = coordinator._round.collect().refused
     assert "is not by ed25519:" in refused.reason
     assert genuine.id[:12] in refused.reason
