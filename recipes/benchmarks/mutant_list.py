@@ -320,7 +320,6 @@ MUTANTS: list[tuple[str, tuple[str, ...], Changes]] = [
             ("if header.params != PAIR_PARAMS:", "if False:"),
             ("if len(data) != ref.num_bytes:", "if False:"),
             ("if not pair and header.params not in ({}, message.REFINEMENT_PARAMS):", "if False:"),
-            ("self._check_origin(header, client_id, round, base, message.ATTACHMENT)", "pass"),
             ("if len(payload) > max_bytes:", "if False:"),
             ("        self._verified(client_id, digest, signature)\n        return payload", "        return payload"),
         ],
@@ -391,6 +390,17 @@ EQUIVALENT: list[tuple[str, tuple[str, ...], Reasoned]] = [
                 "if type(version) is not int or version != VERSION:",
                 "if version != VERSION:",
                 "true and 1.0 equal 1, and are not in canonical form",
+            ),
+        ],
+    ),
+    (
+        "federation/screening.py",
+        _SCREENING,
+        [
+            (
+                "self._check_origin(header, client_id, round, base, message.ATTACHMENT)",
+                "pass",
+                "the comparison of the whole header below it refuses the same, in fewer words",
             ),
         ],
     ),

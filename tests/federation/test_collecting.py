@@ -221,8 +221,7 @@ def test_work_is_proportional_to_what_was_sent(tmp_path, monkeypatch):
 
 def test_what_was_refused_is_looked_at_again_when_others_are_enrolled(tmp_path):
     mailbox = found(tmp_path)
-    post(mailbox, "a", ones(1))
-    post(mailbox, "b", ones(2))
+    sizes = [len(post(mailbox, name, ones(norm))) for name, norm in (("a", 1), ("b", 2))]
     base = RoundRecord.from_json(mailbox.read(0, "round.json")).adapter_sha256
     collector = Collector(mailbox, 0, num_params=SIZE, base=lambda round: base, selected=lambda round: None)
     spec, refs = FederationSpec.from_json(mailbox.read(0, "spec.json")), list(mailbox.list_updates(0))
@@ -233,5 +232,5 @@ def test_what_was_refused_is_looked_at_again_when_others_are_enrolled(tmp_path):
     assert [ref.client_id for ref in collector.open(refs, before)] == ["a"]
     assert [ref.client_id for ref in collector.open(refs, after)] == ["a", "b"]
     collected = collector.collect(refs, Screening(spec, SCHEMA, after))
-    assert [entry.client_id for entry in collected.accepted] == ["a", "b"]
+    assert [(entry.client_id, entry.num_bytes) for entry in collected.accepted] == list(zip("ab", sizes, strict=True))
     assert collected.refused == ()
