@@ -101,7 +101,7 @@ def is_agreed(folder: str | os.PathLike[str], terms: Terms) -> bool:
     path = Path(folder) / AGREEMENT_FILE
     try:
         data = path.read_bytes()
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return False
     except OSError as error:
         raise MailboxError(f"The agreement {path} cannot be read: {error.strerror or error}.") from error

@@ -319,7 +319,9 @@ def test_links_do_not_depend_on_a_methods_own_adapter(tiny_recipe, tmp_path):
 
 
 def test_what_fails_in_a_worker_is_said(tiny_recipe, tmp_path):
-    recipe = load_recipe(tiny_recipe, {"training.learning_rate": 1000.0, "training.weight_decay": 1000.0})
+    # each step multiplies the adapter by a million: after eight it is infinite
+    settings = {"training.learning_rate": 1000.0, "training.weight_decay": 1000.0, "training.local_steps": 8}
+    recipe = load_recipe(tiny_recipe, settings)
     with pytest.raises(FedFSTQError, match=r"could not be trained in round \d"):
         Simulation(recipe, tmp_path / "out", progress=False, workers=2).run()
 

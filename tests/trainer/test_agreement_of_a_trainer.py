@@ -15,7 +15,7 @@ def test_a_trainer_says_and_keeps_what_it_takes_part_in(tmp_path, caplog):
     with caplog.at_level("INFO", logger="fedfstq_hf"):
         run(tmp_path, mailbox)
     assert "Training: up to 2 rounds of 2 steps with your optimizer, objective full" in caplog.text
-    kept = json.loads((tmp_path / "a/fedfstq/agreement.json").read_text())
+    kept = json.loads((tmp_path / "a.fedfstq/agreement.json").read_text())
     assert kept["spec"]["rounds"] == 2
     caplog.clear()
     with caplog.at_level("INFO", logger="fedfstq_hf"):
@@ -32,11 +32,11 @@ def test_another_state_folder_is_another_client(tmp_path):
     mailbox = found(tmp_path / "box", min_clients=1)
     run(tmp_path, mailbox, state_dir=str(tmp_path / "state"))
     assert (tmp_path / "state/agreement.json").is_file()
-    assert not (tmp_path / "a/fedfstq").exists()
+    assert not (tmp_path / "a.fedfstq").exists()
 
 
 def test_a_client_that_cannot_join_has_agreed_to_nothing(tmp_path):
     mailbox = found(tmp_path / "box", min_clients=1, base_fingerprint={"hidden_size": 7})
     with pytest.raises(ValueError, match="hidden_size"):
         make_trainer(tmp_path, mailbox).train()
-    assert not (tmp_path / "a/fedfstq").exists()
+    assert not (tmp_path / "a.fedfstq").exists()

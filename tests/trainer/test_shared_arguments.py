@@ -3,11 +3,13 @@
 import logging
 
 import pytest
+from tiny import make_arguments
 from tiny_federation import found, make_trainer, run, serve
 from transformers import SchedulerType, TrainerCallback
 from transformers.training_args import OptimizerNames
 
 from fedfstq_hf.errors import ConfigError
+from fedfstq_hf.training.arguments import typed
 
 SHARED = {"learning_rate": 1, "max_grad_norm": 0.5, "lr_scheduler_type": "cosine", "optim": "adafactor"}
 
@@ -80,8 +82,8 @@ def test_a_choice_of_the_user_s_that_gives_way_is_a_warning(tmp_path, caplog):
     ],
 )
 def test_a_value_that_this_trainer_cannot_take(tmp_path, name, value, match):
-    trainer = make_trainer(tmp_path, found(tmp_path / "box", training={name: value}))
-    before = getattr(trainer.args, name)
+    args = make_arguments(tmp_path)
+    before = getattr(args, name)
     with pytest.raises(ConfigError, match=f"The federation sets {name}={value!r}.*{match}"):
-        trainer.train()
-    assert getattr(trainer.args, name) == before
+        typed(args, {name: value})
+    assert getattr(args, name) == before

@@ -55,8 +55,8 @@ HOSTILE = {
 
 @pytest.mark.parametrize("data", HOSTILE.values(), ids=HOSTILE)
 def test_the_others_are_joined(data):
-    expected = unpack(join_saliency([(pack(TABLE), 0.5)] * 2)[FILE_NAME])
-    joined = join_apart(join_saliency, [(pack(TABLE), 0.5), (data, 0.5), (pack(TABLE), 0.5)])
+    expected = unpack(join_saliency([(pack(TABLE), 0.5)] * 3)[FILE_NAME])
+    joined = join_apart(join_saliency, [(pack(TABLE), 0.5), (data, 0.5), *[(pack(TABLE), 0.5)] * 2])
     assert torch.equal(unpack(joined[FILE_NAME]).scores(), expected.scores())
 
 

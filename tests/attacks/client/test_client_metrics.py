@@ -2,27 +2,32 @@
 
 import pytest
 from light import SCHEMA, fake_training, pause
-from light_updates import SIZE, found_enrolled
+from light_updates import SIZE, found_enrolled, ones, post
 
 from fedfstq_hf.federation import keys
 from fedfstq_hf.federation.budgets import open_budget
 from fedfstq_hf.federation.client import MailboxParticipation
 from fedfstq_hf.federation.control import Enrolment
+from fedfstq_hf.federation.coordinator import Coordinator
 from fedfstq_hf.federation.session import ClientSession
 from fedfstq_hf.federation.spec import FederationSpec
 from fedfstq_hf.reporting.status import render_status
 
-ALICE = keys.KeyPair(b"\1" * 32)
+ALICE, BOB = keys.KeyPair(b"\1" * 32), keys.KeyPair(b"\2" * 32)
 FLAT = {"eval_loss": 3.0}  # progress that came to a stop: budgets grow to their upper bound
 
 
 def sent_bytes(path, *, signatures, forged):
     """Size of the message of a client whose budget follows losses."""
-    enrolled = {"a": Enrolment(verify_key=ALICE.verify_key)}
+    enrolled = {"a": Enrolment(verify_key=ALICE.verify_key), "b": Enrolment(verify_key=BOB.verify_key)}
     mailbox = found_enrolled(path, enrolled, codec="topk", rounds=9, min_clients=1, signatures=signatures)
+    spec = FederationSpec.from_json(mailbox.read(0, "spec.json"))
+    coordinator = Coordinator(mailbox)
+    for round in range(8):  # metrics of rounds to come are not read
+        post(mailbox, "b", ones(1), round=round, sign=keys.signer(BOB, spec.id), encoded_by="topk")
+        assert coordinator.close_round() is not None
     for round in range(9 if forged else 0):
         mailbox.post_metric(round, "forged", {"eval_loss": 9.0} if round == 0 else FLAT)
-    spec = FederationSpec.from_json(mailbox.read(0, "spec.json"))
     session = ClientSession("a", spec, SCHEMA, folder=None, sign=keys.signer(ALICE, spec.id))
     budget = open_budget("auto:500B..800B", SIZE)
     participation = MailboxParticipation(mailbox, session, budget=budget, sleep=pause)

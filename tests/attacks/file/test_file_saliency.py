@@ -11,7 +11,7 @@ import transformers
 from safetensors.torch import save
 
 from fedfstq_hf.demo import load_tokenizer
-from fedfstq_hf.errors import AdapterMismatchError, ConfigError, MessageError
+from fedfstq_hf.errors import AdapterMismatchError, ConfigError, DataError, MessageError
 from fedfstq_hf.generation import published
 from fedfstq_hf.generation.federated import join_saliency
 from fedfstq_hf.generation.saliency import Saliency
@@ -69,10 +69,11 @@ def test_what_a_table_says_is_shown_as_visible_text():
 
 def test_a_client_s_table_that_is_none_is_left_out_of_the_others_():
     good = pack(Saliency(torch.tensor([1.0, 2.0]), torch.tensor([1, 1], dtype=torch.uint8), "t"))
-    alone = join_saliency([(good, 1.0)])
+    alone = join_saliency([(good, 1.0)] * 3)
     assert FILE_NAME in alone
-    assert join_saliency([(data, 1.0) for data in HOSTILE.values()] + [(good, 1.0)]) == alone
-    assert join_saliency([(data, 1.0) for data in HOSTILE.values()]) == {}
+    assert join_saliency([(data, 1.0) for data in HOSTILE.values()] + [(good, 1.0)] * 3) == alone
+    with pytest.raises(DataError, match=f"of 0 clients are usable, out of {len(HOSTILE)} that were sent"):
+        join_saliency([(data, 1.0) for data in HOSTILE.values()])
 
 
 def test_empty_tensors_cost_no_memory():

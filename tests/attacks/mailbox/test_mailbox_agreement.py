@@ -189,7 +189,7 @@ def federation(launcher, tiny_recipe, tmp_path):
 
 def test_a_client_is_asked_once_and_refuses_a_change(launcher, federation, tmp_path):
     box, file = federation
-    state = tmp_path / "clients/client-0000/fedfstq"
+    state = tmp_path / "clients/client-0000.fedfstq"
     assert "type --yes" in fails(launcher, "train", file)
     assert not state.exists()
     assert not (box / "updates").exists()
@@ -230,7 +230,7 @@ def test_a_mailbox_that_changes_between_two_looks_is_refused(federation, tmp_pat
     with pytest.raises(MailboxError, match=r"rounds is 77, agreed was 2"):
         run_client(load_client_file(file), consent=lambda lines: rewrite(box, rounds=77))
     assert not (box / "updates").exists()
-    kept = json.loads((tmp_path / "clients/client-0000/fedfstq" / AGREEMENT_FILE).read_text())
+    kept = json.loads((tmp_path / "clients/client-0000.fedfstq" / AGREEMENT_FILE).read_text())
     assert kept["spec"]["rounds"] == 2
 
 

@@ -122,7 +122,7 @@ def test_a_signed_record_of_another_round_or_federation_is_none_of_this_one(tmp_
     client.step()
     Coordinator(other, sign=signed_by(FOUNDER, other)).close_round()
     rewrite(other, 1, record_of(other, 0))
-    with pytest.raises(MailboxError, match="record of round 1 is one of round 0"):
+    with pytest.raises(MailboxError, match="holds the record of round 0 where that of round 1 belongs"):
         client.step()
 
 
