@@ -195,14 +195,8 @@ MUTANTS: list[tuple[str, tuple[str, ...], Changes]] = [
             ("not pattern.fullmatch(value)", "not pattern.match(value)"),
             ("if isinstance(value, (int, float)) and not -_MAX_INT <= value <= _MAX_INT:", "if False:"),
             ("if sign is not None and len(signature) != SIGNATURE_BYTES:", "if False:"),
-            (
-                "return len(_envelope(header, _NO_DIGEST + (_NO_SIGNATURE if signed",
-                "return len(_envelope(header, _NO_DIGEST + (b'' if signed",
-            ),
-            (
-                "if max_bytes is not None and len(data) > max_bytes:",
-                "if max_bytes is not None and len(data) >= max_bytes:",
-            ),
+            ("(_NO_SIGNATURE if signed", '(b"" if signed'),
+            ("len(data) > max_bytes:", "len(data) >= max_bytes:"),
             ("if data.startswith(SEALED_PREFIX):", "if False:"),
             ("if len(data) < 8:", "if False:"),
             ("min(len(data), MAX_CONTAINER) - 8", "len(data) - 8"),
@@ -229,10 +223,7 @@ MUTANTS: list[tuple[str, tuple[str, ...], Changes]] = [
             ("return num_items / (self._processes.count if", "return 1 / (self._processes.count if"),
             ("* (1 if scaled else steps)", ""),
             ("if num_items is not None and (filtered or scaled):", "if num_items is not None:"),
-            (
-                "return self._filter.window_targets / self._processes.count",
-                "return self._filter.window_targets / steps",
-            ),
+            ("self._filter.window_targets / self._processes.count", "self._filter.window_targets / steps"),
         ],
     ),
     (
@@ -246,15 +237,9 @@ MUTANTS: list[tuple[str, tuple[str, ...], Changes]] = [
         "federation/session.py",
         _SESSION,
         [
-            (
-                "self.pending is not None or round <= self.last_round",
-                "self.pending is not None or round < self.last_round",
-            ),
+            ("or round <= self.last_round", "or round < self.last_round"),
             ("self.pending is not None or round <= self.last_round", "round <= self.last_round"),
-            (
-                "if tensor is not None and not bool(tensor.isfinite().all()):",
-                "if tensor is not None and bool(tensor.isnan().any()):",
-            ),
+            ("not bool(tensor.isfinite().all())", "bool(tensor.isnan().any())"),
             ("pending is None or record.round <= pending.round", "pending is None or record.round < pending.round"),
             ("residual = self._feedback.after(pending.corrected, sent)", "residual = pending.corrected"),
             ("self.spec.error_feedback > 0 and bool(residual.any())", "bool(residual.any())"),
