@@ -264,12 +264,13 @@ class FolderMailbox:
         return self._read_posted(path, max_bytes)
 
     def attachment_bytes(self, client_id: str, name: str) -> int:
-        """Of the file itself: a link's target was not sent."""
+        """Of the file itself: what a link leads to was not sent."""
         try:
-            found = (self.path / "attachments" / checked_name(client_id) / checked_name(name)).lstat()
+            entries = dict(storage.scan(self.path / "attachments" / checked_name(client_id), self.path))
         except OSError:
             return 0
-        return found.st_size if stat.S_ISREG(found.st_mode) else 0
+        found = entries.get(checked_name(name))
+        return found.st_size if found is not None and stat.S_ISREG(found.st_mode) else 0
 
     def housekeep(self, round: int, *, clients: int, keep_rounds: int, tag: bool, finished: bool = False) -> None:
         """Nothing: a folder keeps every message, and its rounds need no tags."""

@@ -111,7 +111,10 @@ def test_a_link_or_a_folder_in_an_attachment_s_place_was_not_sent(tmp_path):
         (tmp_path / "box/attachments" / name).mkdir(parents=True)
     (tmp_path / "box/attachments/a" / SALIENCY_FILE).symlink_to(tmp_path / "elsewhere")
     (tmp_path / "box/attachments/b" / SALIENCY_FILE).mkdir()
-    assert [mailbox.attachment_bytes(name, SALIENCY_FILE) for name in ("a", "b", "c")] == [0, 0, 0]
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "outside" / SALIENCY_FILE).write_bytes(bytes(5000))
+    (tmp_path / "box/attachments/d").symlink_to(tmp_path / "outside")
+    assert [mailbox.attachment_bytes(name, SALIENCY_FILE) for name in ("a", "b", "c", "d")] == [0, 0, 0, 0]
 
 
 def test_the_record_is_read_back_with_them(tmp_path):
