@@ -349,5 +349,4 @@ def _keep_base(stage: Stage) -> None:
 
 
 if __name__ == "__main__":
-    given = hostile.arguments(__doc__)
-    sys.exit(hostile.run_all(batch, given.first, given.cases, given.workers, given.show))
+    sys.exit(hostile.run_all(batch, hostile.arguments(__doc__)))

@@ -299,5 +299,4 @@ def batch(root: str, first: int, count: int) -> hostile.Outcome:
 
 
 if __name__ == "__main__":
-    given = hostile.arguments(__doc__)
-    sys.exit(hostile.run_all(batch, given.first, given.cases, given.workers, given.show))
+    sys.exit(hostile.run_all(batch, hostile.arguments(__doc__)))

@@ -17,7 +17,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import CancelledError, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from pathlib import Path
@@ -339,13 +339,15 @@ def limit_memory(growth: int) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (most, most))
 
 
-def run_all(batch: Callable[[str, int, int], Outcome], first: int, cases: int, workers: int, show: int) -> int:
+def run_all(batch: Callable[[str, int, int], Outcome], given: argparse.Namespace) -> int:
     """Run cases side by side, print how they ended and what was found; the exit code.
 
     Args:
+        given: what `arguments` returned.
         batch: `batch(folder, first, count)` runs in a worker process. It writes the number of the case at hand into
             `folder/FIRST.case`, so that a case that kills its process is found.
     """
+    first, cases, workers = given.first, given.cases, given.workers
     ends: Counter[str] = Counter()
     problems: list[str] = []
     start = time.monotonic()
@@ -364,6 +366,11 @@ def run_all(batch: Callable[[str, int, int], Outcome], first: int, cases: int, w
                     except BrokenProcessPool:
                         again.append((at, count))
                         continue
+                    except CancelledError:
+                        continue
+                    if given.minutes is not None and time.monotonic() - start > 60 * given.minutes:
+                        for waiting in futures:  # those that run come to their end
+                            waiting.cancel()
                     ends.update(found)
                     problems += bad
                     bar.update(count)
@@ -389,8 +396,10 @@ def run_all(batch: Callable[[str, int, int], Outcome], first: int, cases: int, w
                     todo.append((died + 1, at + count - died - 1))
     for end, number in ends.most_common():
         print(f"{number:9,}  {end}")
-    print(f"{cases:,} cases in {time.monotonic() - start:.0f} s; {len(problems)} problems")
-    for text in problems[:show]:
+    print(f"{bar.n:,} cases in {time.monotonic() - start:.0f} s; {len(problems)} problems")
+    if bar.n < cases:
+        print(f"The time was over. Go on: --first {first + bar.n} --cases {cases - bar.n}")
+    for text in problems[: given.show]:
         print(text)
     return 1 if problems else 0
 
@@ -417,6 +426,7 @@ def arguments(doc: str | None) -> argparse.Namespace:
     parser.add_argument("--cases", type=int, default=100_000)
     parser.add_argument("--first", type=int, default=0, help="number of the first case; a case is a function of it")
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--minutes", type=float, help="begin no batch of cases after so many; go on by --first")
     parser.add_argument("--show", type=int, default=20, help="problems to print")
     return parser.parse_args()
 
