@@ -2,7 +2,7 @@
 
 Each mutant of `mutant_list.py` replaces one text of one file; the tests named beside it are run on a copy of the tree.
 A mutant is killed where a test fails. Prints the survivors and exits with 1 if less than 95 % of those that change
-anything are killed, with 2 if the list does not fit the tree. About 8 minutes with two processes. Run:
+anything are killed, with 2 if the list does not fit the tree. About 20 minutes with two processes. Run:
 
     python recipes/benchmarks/mutants.py --workers 2
     python recipes/benchmarks/mutants.py --only 12            # one of them, by its number, with the tests' output
