@@ -4,7 +4,8 @@ Every case is a federation's folder with one or several of its files changed (sp
 config, adapter, packed change, metrics), or replaced by links, FIFOs and folders. `fedfstq train` joins it: loads the
 base model, wraps it, trains and posts. A case is a problem when the client raises anything but this package's errors,
 runs longer than 60 s, takes more than 1 GB, writes anything but its own state folder and its own message, reads
-a private file, opens a connection, starts a process, unpickles, or imports what a config names. Linux only. Run:
+a private file, opens a connection, starts a process, unpickles, or imports what a config names. A spec may ask for long
+work, and says so before it begins: the client declines more than 100 steps. Linux only. Run:
 
     python recipes/benchmarks/fuzz_mailbox.py                                # 100,000 cases on two cores
     python recipes/benchmarks/fuzz_mailbox.py --cases 500 --workers 1 --first 7000
@@ -26,6 +27,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,6 +40,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 CLIENT, OTHER = "client-a", "client-b"
 MAX_GROWTH = 10**9  # bytes that one case may map
+MAX_STEPS = 100  # that the client takes in a round
 
 
 @dataclass(frozen=True)
@@ -161,14 +164,27 @@ def _join(stage: Stage, box: Path, home: Path) -> str:
         training={"disable_tqdm": True},
     )
     try:
-        run_client(settings)
+        run_client(settings, consent=_decline_long_work)
         end = "finished"
+    except _DeclinedError:
+        end = "declined: it asks for more steps than this client has time for"
     except FedFSTQError as error:
         if not str(error).strip() or re.search(r"[\x00-\x09\x0b-\x1f\x7f\u202a-\u202e]", str(error)):
             return f"PROBLEM {type(error).__name__} shows control characters or nothing: {error!r:.200}"
         end = f"refused: {type(error).__name__}"
     sent = [] if (box / "updates").is_symlink() else list((box / "updates").rglob(f"{CLIENT}.safetensors"))
     return "message sent" if sent else end
+
+
+class _DeclinedError(Exception):
+    """The person at the client read what is asked, and said no."""
+
+
+def _decline_long_work(lines: Sequence[str]) -> None:
+    """What is asked is shown before anything is loaded; a million steps are no hang, but too long for a case."""
+    steps = re.search(r"rounds of ([0-9]+) steps", "\n".join(lines))
+    if steps is None or int(steps[1]) > MAX_STEPS:
+        raise _DeclinedError
 
 
 def _wait_for_threads() -> None:
