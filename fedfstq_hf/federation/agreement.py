@@ -80,7 +80,7 @@ def summary(spec: FederationSpec, address: str) -> list[str]:
         f"Suggested: {batches}; your own training settings go first" if batches else "Batches: as your settings say",
         f"Data: the file, its columns and their format are yours to name; an example is cut to "
         f"{spec.data.get('max_length', 256)} tokens",
-        f"Messages: {_budget(spec)} with codec {spec.codec}{options}; never more than {spec.max_message_bytes} bytes",
+        f"Messages: codec {spec.codec}{options}, {_budget(spec)}; never more than {spec.max_message_bytes} bytes",
         "Readable by: whoever can read the mailbox; an update says something about the data it was made from"
         if spec.sealing_key is None
         else f"Readable by: the holder of the key {spec.sealing_key} only; an update says something about your data",

@@ -51,7 +51,7 @@ def test_the_summary_says_what_a_client_does():
         "up to 12 rounds of 7 steps with sgd at learning rate 0.25, objective hard",
         "batches of 8 and accumulation of 2",
         "cut to 99 tokens",
-        "of 96kB each unless you set a budget with codec fp32; never more than 4096 bytes",
+        "codec fp32, of 96kB each unless you set a budget; never more than 4096 bytes",
         "Readable by: whoever can read the mailbox",
         "Signatures: not required",
         "not asked for",
