@@ -33,6 +33,7 @@ from pathlib import Path
 from typing import Any
 
 import hostile
+import hostile_run
 import tqdm
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the package is imported by the worker processes, after this
@@ -331,7 +332,7 @@ def _make_model(folder: Path) -> None:
 _stage: Stage | None = None
 
 
-def batch(root: str, first: int, count: int) -> hostile.Outcome:
+def batch(root: str, first: int, count: int) -> hostile_run.Outcome:
     """A worker's share; the first of a process makes its stage, and honest cases warm up what imports lazily."""
     global _stage
     if _stage is None:
@@ -351,9 +352,9 @@ def batch(root: str, first: int, count: int) -> hostile.Outcome:
         _keep_base(_stage)
         gc.collect()
         gc.freeze()  # the Trainer collects garbage at every end: what imports made is none
-        hostile.limit_memory(MAX_GROWTH)
+        hostile_run.limit_memory(MAX_GROWTH)
     stage = _stage
-    return hostile.run_batch(lambda seed: run_case(stage, seed), root, first, count)
+    return hostile_run.run_batch(lambda seed: run_case(stage, seed), root, first, count)
 
 
 def _keep_base(stage: Stage) -> None:
@@ -365,4 +366,4 @@ def _keep_base(stage: Stage) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(hostile.run_all(batch, hostile.arguments(__doc__)))
+    sys.exit(hostile_run.run_all(batch, hostile_run.arguments(__doc__)))

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import hostile
+import hostile_run
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the package is imported by the worker processes, after this
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -280,7 +281,7 @@ def _make_removable(box: Path) -> None:
 _stage: Stage | None = None
 
 
-def batch(root: str, first: int, count: int) -> hostile.Outcome:
+def batch(root: str, first: int, count: int) -> hostile_run.Outcome:
     """A worker's share; the first of a process makes its stage, and honest cases warm up what imports lazily."""
     global _stage
     if _stage is None:
@@ -293,10 +294,10 @@ def batch(root: str, first: int, count: int) -> hostile.Outcome:
                 end = _serve(box, template, card=True)
                 if end.startswith("PROBLEM"):
                     raise RuntimeError(f"The honest federation {template.folder.name}: {end}")
-        hostile.limit_memory(MAX_GROWTH)
+        hostile_run.limit_memory(MAX_GROWTH)
     stage = _stage
-    return hostile.run_batch(lambda seed: run_case(stage, seed), root, first, count)
+    return hostile_run.run_batch(lambda seed: run_case(stage, seed), root, first, count)
 
 
 if __name__ == "__main__":
-    sys.exit(hostile.run_all(batch, hostile.arguments(__doc__)))
+    sys.exit(hostile_run.run_all(batch, hostile_run.arguments(__doc__)))
