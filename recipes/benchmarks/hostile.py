@@ -22,6 +22,8 @@ SECRET = "secret.jsonl"
 """A file that nothing may read; its path is put wherever a mailbox may name a file."""
 OUTSIDE = "outside"
 HANG_SECONDS = 60
+MAX_TEXT = 20_000_000
+"""Characters of JSON that a repeated list grows to, about: more would be the fuzzer's own memory."""
 
 NUMBERS: tuple[Any, ...] = (
     0, 1, -1, 2, 3, 16, 255, 2**15, 10**5, 2**31 - 1, 2**31, 2**53 + 1, 2**63 - 1, 2**64, 10**30, -(10**30), 0.0,
@@ -85,7 +87,8 @@ def mutate_json(draw: random.Random, value: Any, secret: str) -> Any:
             case 3 if isinstance(holder[key], (int, float)) and not isinstance(holder[key], bool):
                 holder[key] = _nudged(draw, holder[key])
             case 4 if isinstance(holder[key], list) and holder[key]:
-                holder[key] = holder[key] * draw.choice((2, 100, 5000))
+                times = draw.choice((2, 100, 5000))
+                holder[key] = holder[key] * min(times, max(2, MAX_TEXT // len(dump(holder[key]))))
             case _:
                 holder[key] = odd_value(draw, secret)
     return root[""]

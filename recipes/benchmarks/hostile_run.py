@@ -99,7 +99,10 @@ def run_batch(run: Callable[[int], str], root: str, first: int, count: int) -> O
     note = Path(root) / f"{first}.case"
     for seed in range(first, first + count):
         note.write_text(str(seed))
-        end = run(seed)
+        try:
+            end = run(seed)
+        except Exception as error:  # of the fuzzer itself: reported with its number, as any other
+            end = f"PROBLEM the case could not be run: {type(error).__name__}: {error!s:.300}"
         if end.startswith("PROBLEM"):
             problems.append(f"case {seed}: {end}")
             end = "PROBLEM"
