@@ -12,21 +12,20 @@ from pathlib import Path
 from typing import Any
 
 from fedfstq_hf.errors import ConfigError
-from fedfstq_hf.sensitivity.options import check_fisher, check_objective
+from fedfstq_hf.methods import LocalSwitches
 
 CONFIG_FILE = "fedfstq_config.json"
 _ANY_ADAPTER = 10**12  # parameters, to check how a budget is written before the adapter is known
 _CLIENT_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
-@dataclass
-class FedFSTQConfig:
+@dataclass(frozen=True, kw_only=True)
+class FedFSTQConfig(LocalSwitches):
     """Settings of a federated Trainer, passed beside `TrainingArguments`.
 
-    With a `mailbox`, `train()` takes part in the federation there, and what its spec says (rounds, local steps, codec,
-    learning rate, ...) wins over `local_steps`, `codec`, `codec_options`, `error_feedback`, `refresh_steps`, `rho`,
-    `objective`, `token_keep_ratio`, `fisher`, `fisher_objective` and `proximal_mu` here. Without one, `train()` trains
-    locally and `FedFSTQTrainer.pack_update()` returns the message.
+    With a `mailbox`, `train()` takes part in the federation there: its spec says rounds, local steps and method, and of
+    the switches here (`methods.LocalSwitches`) the two budgets count alone. Without one, `train()` trains locally and
+    `FedFSTQTrainer.pack_update()` returns the message.
     """
 
     mailbox: str | None = field(
@@ -35,21 +34,6 @@ class FedFSTQConfig:
     client_id: str = field(
         default="client",
         metadata={"help": "Name of this client, unique in the federation: 1 to 64 letters, digits, '.', '_' or '-'."},
-    )
-    uplink_budget: str | int | None = field(
-        default=None,
-        metadata={
-            "help": "Most bytes per message: '96kB', bits per parameter '0.3bpp', link time '5s@2Mbps'; 'auto' or "
-            "'auto:0.05bpp..96kB' grows as progress slows, 'ramp:0.05bpp..0.4bpp' from round to round, "
-            "'late:0.1bpp..0.4bpp' for the last quarter of them. 'round:1bpp' is for a round's messages together."
-        },
-    )
-    refinement_budget: str | int | None = field(
-        default=None,
-        metadata={
-            "help": "Likewise for the second message of a round, in a federation that has them: sent while the next "
-            "round's clients train."
-        },
     )
     state_dir: str | None = field(
         default=None,
@@ -83,44 +67,11 @@ class FedFSTQConfig:
     local_steps: int | None = field(
         default=None, metadata={"help": "Local optimizer steps per round; a mailbox's spec wins."}
     )
-    codec: str = field(default="fstq", metadata={"help": "How updates are packed; a mailbox's spec wins."})
-    codec_options: dict[str, Any] = field(default_factory=dict, metadata={"help": "Options of the codec."})
-    error_feedback: float = field(
-        default=1.0, metadata={"help": "Decay of the residual carried to the next update, 0 for none."}
-    )
     refresh_steps: int = field(
         default=10, metadata={"help": "Token sensitivity is read off every that many local steps (the paper's H)."}
     )
     rho: float = field(
         default=0.9, metadata={"help": "Decay of the token and adapter Fisher averages (the paper's rho)."}
-    )
-
-    objective: str = field(
-        default="full",
-        metadata={
-            "help": "What the target tokens weigh in the local loss between refresh steps: 'full' (all alike), 'hard' "
-            "(the most sensitive ones only), 'soft' (by sensitivity), 'unbiased' (a weighted sample)."
-        },
-    )
-    token_keep_ratio: float = field(
-        default=0.5, metadata={"help": "Share of the target tokens that objectives 'hard' and 'unbiased' keep."}
-    )
-    fisher: str = field(
-        default="gradients",
-        metadata={
-            "help": "Source of the adapter's Fisher information: 'gradients' (of every step, before clipping), or "
-            "'adam' (the optimizer's second moments: no cost, clipped gradients)."
-        },
-    )
-    fisher_objective: str = field(
-        default="same",
-        metadata={
-            "help": "Whose gradients it is of: 'same' as the optimizer's, or 'filtered-only': the filter is for the "
-            "Fisher information alone, by a second backward pass at refresh steps."
-        },
-    )
-    proximal_mu: float = field(
-        default=0.0, metadata={"help": "FedProx: pull towards the adapter that the round started from, 0 for none."}
     )
 
     def __post_init__(self) -> None:
@@ -135,10 +86,7 @@ class FedFSTQConfig:
             raise ConfigError(f"refresh_steps must be at least 1, not {self.refresh_steps!r}.")
         if not 0 <= self.rho < 1:
             raise ConfigError(f"rho must lie in [0, 1), not {self.rho!r}.")
-        check_objective(self.objective, self.token_keep_ratio)
-        check_fisher(self.fisher, self.fisher_objective, self.objective, self.proximal_mu)
-        if not 0 <= self.error_feedback <= 1:
-            raise ConfigError(f"error_feedback must lie in [0, 1], not {self.error_feedback!r}.")
+        self.check_switches()
         if self.poll_seconds <= 0:
             raise ConfigError(f"poll_seconds must be positive, not {self.poll_seconds!r}.")
         if self.wait_seconds is not None and self.wait_seconds < 0:
@@ -148,11 +96,11 @@ class FedFSTQConfig:
 
             checked_repo(self.repo)
         if self.uplink_budget is not None:
-            from fedfstq_hf.federation.budgets import open_budget  # not at the top: it imports torch
+            from fedfstq_hf.codec.budget import open_budget  # not at the top: it imports torch
 
             open_budget(self.uplink_budget, _ANY_ADAPTER)
         if self.refinement_budget is not None:
-            from fedfstq_hf.federation.budgets import open_refinement_budget
+            from fedfstq_hf.codec.budget import open_refinement_budget
 
             open_refinement_budget(self.refinement_budget, _ANY_ADAPTER)
 

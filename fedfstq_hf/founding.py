@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,10 +20,10 @@ from fedfstq_hf.adapter_config import parse as parse_adapter_config
 from fedfstq_hf.adapter_size import make_config
 from fedfstq_hf.errors import ConfigError, MailboxError
 from fedfstq_hf.federation import adapter_file
-from fedfstq_hf.federation.limits import CLIENT_DEFAULTS, SHARED_DATA, SHARED_TRAINING_ARGUMENTS
+from fedfstq_hf.federation.limits import CLIENT_DEFAULTS, SHARED_DATA, SHARED_TRAINING
 from fedfstq_hf.federation.mailbox import ADAPTER_CONFIG_FILE
 from fedfstq_hf.federation.spec import FederationSpec
-from fedfstq_hf.recipe import MethodSettings, Recipe
+from fedfstq_hf.recipe import Recipe
 from fedfstq_hf.text import printable
 
 EMBEDDED_MODEL = "demo"
@@ -142,6 +144,7 @@ def make_spec(
     min_clients: int,
     num_clients: int | None = None,
     mean_examples: int | None = None,
+    changes: Mapping[str, Any] | None = None,
     **rules: Any,
 ) -> FederationSpec:
     """The spec of a federation that runs `method` of a recipe.
@@ -150,9 +153,10 @@ def make_spec(
         founding: of `recipe.for_method(method)`.
         num_clients: all clients of the federation; the recipe's number where None.
         mean_examples: of its clients, for a method whose budgets follow the number of examples.
+        changes: switches of the method that are otherwise than in the recipe.
         rules: fields of the spec that no recipe sets.
     """
-    settings: MethodSettings = recipe.methods[method]
+    settings = dataclasses.replace(recipe.methods[method].shared, **(changes or {}))
     if settings.budget_by_examples and mean_examples is None:
         raise ConfigError(
             f"Method {method!r} has budget_by_examples: say how many training examples a client has on average, "
@@ -168,37 +172,13 @@ def make_spec(
         local_steps=training.local_steps,
         max_message_bytes=4 * founding.view.schema.num_params * (2 if settings.scaffold else 1) + _ROOM_FOR_HEADERS,
         min_clients=min_clients,
-        codec=settings.codec,
-        codec_options=settings.codec_options,
-        uplink_budget=settings.uplink_budget,
-        refinement_budget=settings.refinement_budget,
-        preview_step=settings.preview_step,
-        preview_correction=settings.preview_correction,
-        preview_rounds=settings.preview_rounds,
+        method=settings,
+        num_clients=num_clients or recipe.federation.clients,
         mean_examples=mean_examples if settings.budget_by_examples else None,
-        error_feedback=settings.feedback_decay,
-        server=settings.server.to_yaml(),
-        weights=settings.weights,
-        objective=settings.objective,
-        token_keep_ratio=settings.token_keep_ratio,
-        fisher=settings.fisher,
-        fisher_objective=settings.fisher_objective,
-        proximal_mu=settings.proximal_mu,
-        freeze_a=settings.freeze_a,
-        coverage=settings.coverage,
-        scaffold_clients=(num_clients or recipe.federation.clients) if settings.scaffold else None,
-        learned_binarisation=settings.learned_binarisation,
-        binarisation_warmup=settings.binarisation_warmup,
-        binarisation_rho=settings.binarisation_rho,
-        token_merge_ratio=settings.token_merge_ratio,
-        token_merge_layer=settings.token_merge_layer,
-        training={name: getattr(training, name) for name in SHARED_TRAINING_ARGUMENTS},
-        optimizer_state=training.optimizer_state,
-        refresh_steps=training.refresh_steps,
-        rho=training.rho,
-        seed=seed,
-        data={name: getattr(recipe.data, name) for name in SHARED_DATA},
+        training={name: getattr(training, name) for name in SHARED_TRAINING},
         client_defaults={name: getattr(training, name) for name in CLIENT_DEFAULTS},
+        data={name: getattr(recipe.data, name) for name in SHARED_DATA},
+        seed=seed,
         **rules,
     )
 

@@ -143,12 +143,12 @@ class FedFSTQMixin(ResumableRounds, LocalSteps, AllowListedUploads, _TrainerLike
         """
         check_shared(participation, self._processes)
         check_arguments(self.args)
-        shared = typed(self.args, spec.training)
+        shared = typed(self.args, spec.training_arguments)
         if self._processes.rank == 0:
             announce(self.args, shared)
         self._participation, self._spec, self._ended = participation, spec, False
         self._trained_with = {**shared, "max_steps": max(participation.total_steps, 1)}
-        self.adapter_view.freeze_a(spec.freeze_a)
+        self.adapter_view.freeze_a(spec.method.freeze_a)
         self._set_up(spec, fit_probe=spec.share_saliency and self.federation.share_saliency)
         try:
             with replaced(self.args, **self._trained_with):

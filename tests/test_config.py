@@ -48,7 +48,7 @@ def test_an_unknown_key_is_named_with_the_nearest():
         ({"local_steps": 0}, "local_steps must be at least 1, not 0"),
         ({"refresh_steps": 0}, "refresh_steps must be at least 1"),
         ({"rho": 1.0}, r"rho must lie in \[0, 1\), not 1.0"),
-        ({"error_feedback": 1.5}, r"error_feedback must lie in \[0, 1\]"),
+        ({"error_feedback": 1.5}, "error_feedback must be a number of at least 0 and at most 1"),
         ({"poll_seconds": 0}, "poll_seconds must be positive"),
         ({"wait_seconds": -1}, "wait_seconds must be"),
         ({"uplink_budget": "96 apples"}, "uplink budget '96 apples' cannot be read"),

@@ -41,11 +41,12 @@ def init(
         typer.Option(help="Training examples of a client on average, for methods with budget_by_examples."),
     ] = None,
     max_staleness: Annotated[
-        int, typer.Option(help="Rounds by which an update may be late and still be used, at a discount.")
-    ] = 0,
+        int | None, typer.Option(help="Rounds by which an update may be late and still be used, at a discount.")
+    ] = None,
     clip: Annotated[
-        float, typer.Option(help="Scale updates down to that many times the round's median norm; 0 for no limit.")
-    ] = 10.0,
+        float | None,
+        typer.Option(help="Scale updates down to that many times the round's median norm; 0 for no limit."),
+    ] = None,
     signatures: Annotated[
         bool, typer.Option("--signatures", help="Take only messages signed with a key enrolled for their client.")
     ] = False,
@@ -104,8 +105,10 @@ def init(
         mean_examples=mean_examples,
         clients_per_round=clients_per_round,
         round_seconds=round_seconds,
-        max_staleness=max_staleness,
-        clip=clip or None,
+        changes={
+            **({} if max_staleness is None else {"max_staleness": max_staleness}),
+            **({} if clip is None else {"clip": clip or None}),
+        },
         signatures=signatures,
         sealing_key=sealing_key,
         founder_key=None if pair is None else pair.verify_key,
@@ -122,8 +125,8 @@ def init(
     )
     typer.echo(
         f"Founded {loaded.name} in {mailbox}: {founding.view.schema.num_params:,} adapter parameters "
-        f"({record.adapter_bytes:,} bytes), codec {spec.codec}, {spec.rounds} rounds of {spec.local_steps} local "
-        f"steps, {spec.min_clients} updates a round."
+        f"({record.adapter_bytes:,} bytes), codec {spec.method.codec}, {spec.rounds} rounds of {spec.local_steps} "
+        f"local steps, {spec.min_clients} updates a round."
     )
     typer.echo(_next_steps(mailbox, spec, names))
 

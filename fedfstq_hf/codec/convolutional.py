@@ -15,7 +15,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from .places import runs
+from .coding.coordinates import runs
 
 Bool = npt.NDArray[np.bool_]
 Float32 = npt.NDArray[np.float32]

@@ -13,6 +13,9 @@ Byte by byte (H = length of the JSON text, N = payload bytes, no padding anywher
 bytes, or 160 if signed: sha256 of the base adapter, schema fingerprint, digest, Ed25519 signature. The digest is
 sha256 over `fedfstq message`, a newline, the canonical JSON of the list without `hashes`, the first two hashes, and the
 payload. There is exactly one byte string per header, payload and signature: anything else is refused.
+
+A method that sends a second vector beside the update (SCAFFOLD) has parameters `{"payloads": 2}`, and as payload the
+length of the first (uint32, little-endian), the first, then the second.
 """
 
 from __future__ import annotations
@@ -40,6 +43,8 @@ ATTACHMENT = "attachment"
 """Named as the codec of what is no update: a file that a client sends beside its updates, as it is."""
 MAX_CONTAINER = 8 + 2 * MAX_METADATA + 256
 """No container has more bytes around its payload: escaping at most doubles the metadata, and the frame is short."""
+PAIR_OVERHEAD = 4  # bytes that a second payload costs beside itself
+PAIR_PARAMS: dict[str, JSONScalar] = {"payloads": 2}
 _MAX_INT = 2**53 - 1
 _HEX = re.compile(r"[0-9a-f]{64}")
 _CLIENT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -250,7 +255,6 @@ def inspect(data: bytes, schema: Schema | None = None) -> MessageInfo:
             f"message is for schema {header.schema[:12]}, the adapter given has {schema.fingerprint[:12]}; "
             "give the adapter of the same base model and LoRA configuration"
         )
-    from .pairs import split_pair
     from .registry import get_codec
 
     params = {key: value for key, value in header.params.items() if key not in REFINEMENT_PARAMS}
@@ -268,3 +272,16 @@ def inspect(data: bytes, schema: Schema | None = None) -> MessageInfo:
         rms = float(sent.double().square().mean().sqrt()) if sent.numel() else 0.0
         matrices.append(MatrixInfo(spec.name, spec.size, sent.numel(), rms))
     return replace(info, num_params=schema.num_params, matrices=tuple(matrices))
+
+
+def join_pair(first: bytes, second: bytes) -> bytes:
+    """One payload of two."""
+    return len(first).to_bytes(PAIR_OVERHEAD, "little") + first + second
+
+
+def split_pair(payload: bytes) -> tuple[bytes, bytes]:
+    """Inverse of `join_pair`. Raises MessageError if the first payload does not end within."""
+    end = PAIR_OVERHEAD + int.from_bytes(payload[:PAIR_OVERHEAD], "little")
+    if len(payload) < PAIR_OVERHEAD or end > len(payload):
+        raise MessageError(f"payload of {len(payload)} bytes says that its first part ends at byte {end}")
+    return payload[PAIR_OVERHEAD:end], payload[end:]

@@ -22,23 +22,18 @@ JSONScalar = str | int | float | bool | None
 
 # name -> module that registers it, relative to this package
 _BUILTIN = {
-    "factored": ".factored",
-    "fedbat": ".baselines.fedbat",
-    "fedpaq": ".baselines.fedpaq",
-    "fp16": ".baselines.fp16",
-    "fp32": ".baselines.fp32",
+    "fedbat": ".baselines.onebit",
+    "fedpaq": ".baselines.qsgd",
+    "fp16": ".baselines.plain",
+    "fp32": ".baselines.plain",
     "fstq": ".fstq",
     "paper": ".baselines.paper",
     "qsgd": ".baselines.qsgd",
-    "random": ".baselines.random_support",
-    "sampled": ".sampled",
-    "signsgd": ".baselines.signsgd",
+    "signsgd": ".baselines.onebit",
     "sparse32": ".sparse32",
     "sparseloco": ".baselines.sparseloco",
     "topk": ".baselines.topk",
-    "trellis": ".trellis",
     "uniform": ".uniform.codec",
-    "uniform-fisher": ".baselines.uniform_fisher",
 }
 _REGISTRY: dict[str, Callable[..., Codec]] = {}
 _C = TypeVar("_C", bound="Callable[..., Any]")
@@ -46,13 +41,9 @@ _C = TypeVar("_C", bound="Callable[..., Any]")
 
 @dataclass(frozen=True)
 class CodecContext:
-    """What both sides of a message hold anyway, and a codec may therefore predict from.
-
-    round: the round the update belongs to. history: published global updates, newest first (empty: predict nothing).
-    """
+    """What an encoder may know beside the update. round: the one the update belongs to."""
 
     round: int = 0
-    history: tuple[SparseUpdate, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -72,6 +63,9 @@ class Codec(Protocol):
     """Lossy or lossless coding of one adapter update."""
 
     name: str
+    unbiased: bool
+    """Whether what is decoded is right in expectation. It may then be longer than what was encoded, and error feedback
+    would diverge; a codec that is not unbiased leaves out less than all, and what it left out is worth carrying on."""
 
     def encode(
         self,

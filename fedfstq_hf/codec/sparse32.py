@@ -6,7 +6,7 @@ Entropy-coded support plus exact float32 values; it carries the published global
 |---|---|
 | 1 | mode: bits 0-1 = 0 values raw, 1 zstandard, 2 zstandard of the four byte planes; bit 2 = dense; other bits 0 |
 | 4 | S, little-endian uint32 (absent if dense) |
-| S | support: one ANS stream, see support.py (absent if dense) |
+| S | support: one ANS stream, see index_coding.py (absent if dense) |
 | rest | values: float32 little-endian in coordinate order; byte planes: all first bytes, all second bytes, ... |
 """
 
@@ -21,13 +21,13 @@ import zstandard
 from torch import Tensor
 
 from ..errors import BudgetError, MessageError
-from . import support
-from .dense import read_delta
-from .entropy import Reader, Writer
-from .places import Places
+from .coding import index_coding
+from .coding.coordinates import Coordinates
+from .coding.entropy import Reader, Writer
+from .coding.index_coding import Layout
+from .coding.inputs import read_delta
 from .registry import CodecContext, Encoded, register
 from .schema import Schema
-from .support import Layout
 from .update import SparseUpdate
 
 _RAW, _PLAIN, _PLANES, _DENSE = 0, 1, 2, 4
@@ -40,6 +40,7 @@ class Sparse32Codec:
     """Lossless: non-zero coordinates and their float32 values (-0.0 becomes 0.0)."""
 
     name = "sparse32"
+    unbiased = False
 
     def encode(
         self,
@@ -62,7 +63,9 @@ class Sparse32Codec:
         payload = bytes([form | (_DENSE if dense else 0)])
         if not dense:
             layout, writer = Layout.of(schema), Writer()
-            support.write(writer, layout, indices.numpy(), support.plan(layout, layout.columns_of(indices.numpy())[0]))
+            index_coding.write(
+                writer, layout, indices.numpy(), index_coding.plan(layout, layout.columns_of(indices.numpy())[0])
+            )
             stream = writer.finish()
             payload += len(stream).to_bytes(4, "little") + stream
         payload += forms[form]
@@ -79,13 +82,13 @@ class Sparse32Codec:
             raise MessageError(f"sparse32 payload begins with byte {payload[:1].hex()!r}; expected a mode, 00 to 06")
         form, rest, layout = payload[0] & 3, memoryview(payload)[1:], Layout.of(schema)
         if payload[0] & _DENSE:
-            places = Places(np.ones(schema.num_params, dtype=np.bool_), layout.offsets)
+            places = Coordinates(np.ones(schema.num_params, dtype=np.bool_), layout.offsets)
         else:
             length = int.from_bytes(rest[:4], "little")
             if len(rest) < 4 or length > len(rest) - 4:
                 raise MessageError(f"sparse32 payload of {len(payload)} bytes announces a support of {length} bytes")
             reader = Reader(bytes(rest[4 : 4 + length]))
-            places = support.read(reader, layout)
+            places = index_coding.read(reader, layout)
             reader.finish()
             rest = rest[4 + length :]
         data = rest if form == _RAW else _decompress(rest, 4 * places.count)

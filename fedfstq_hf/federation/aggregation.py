@@ -23,33 +23,22 @@ class WeightedMean:
     """A streaming mean in float64: one update in memory at a time, work proportional to its non-zeros.
 
     The result depends on the order of `add`; callers add in client-id order.
-
-    parts: updates may cover some coordinates only; each coordinate's mean is over those that cover it, 0 where none
-        does.
     """
 
-    def __init__(self, num_params: int, *, parts: bool = False) -> None:
+    def __init__(self, num_params: int) -> None:
         self._sum = torch.zeros(num_params, dtype=torch.float64)
-        self._weights = torch.zeros(num_params, dtype=torch.float64) if parts else None
         self.total_weight = 0.0
 
-    def add(self, update: SparseUpdate, weight: float, scale: float = 1.0, covers: Tensor | None = None) -> None:
-        """Add one client's update, multiplied by `scale`, with its weight (its number of examples).
-
-        covers: bool (num_params,), None for all of it; with `parts` only.
-        """
+    def add(self, update: SparseUpdate, weight: float, scale: float = 1.0) -> None:
+        """Add one client's update, multiplied by `scale`, with its weight (its number of examples)."""
         update.add_to(self._sum, weight * scale)
-        if self._weights is not None:
-            self._weights += weight if covers is None else weight * covers
         self.total_weight += weight
 
     def result(self) -> Tensor:
         """The mean, (num_params,) float32."""
         if self.total_weight == 0:
             raise ValueError("No update was added: there is no mean of nothing.")
-        if self._weights is None:
-            return (self._sum / self.total_weight).to(torch.float32)
-        return torch.where(self._weights > 0, self._sum / self._weights, 0.0).to(torch.float32)
+        return (self._sum / self.total_weight).to(torch.float32)
 
 
 def check_server(server: Mapping[str, Any]) -> None:

@@ -19,6 +19,7 @@ from fedfstq_hf.federation import storage
 from fedfstq_hf.federation.mailbox import ADAPTER_CONFIG_FILE, SPEC_FILE, Mailbox
 from fedfstq_hf.federation.spec import FederationSpec
 from fedfstq_hf.federation.untrusted import parse_object
+from fedfstq_hf.methods import MethodSettings
 from fedfstq_hf.text import printable
 
 AGREEMENT_FILE = "agreement.json"
@@ -65,7 +66,8 @@ def read_terms(mailbox: Mailbox, address: str) -> Terms:
 def summary(spec: FederationSpec, address: str) -> list[str]:
     """What a client of that federation does, a line for each thing, safe to print."""
     training, defaults = spec.training, spec.client_defaults
-    options = "".join(f", {name} {value}" for name, value in sorted(spec.codec_options.items()))
+    method = spec.method
+    options = "".join(f", {name} {value}" for name, value in sorted(method.codec_options.items()))
     rate = f" at learning rate {training['learning_rate']}" if "learning_rate" in training else ""
     batches = " and ".join(
         f"{what} of {defaults[name]}"
@@ -76,11 +78,11 @@ def summary(spec: FederationSpec, address: str) -> list[str]:
         f"Federation {spec.name!r} at {address}, id {spec.id}",
         f"Base model: {spec.model}, unless your settings name another place for it",
         f"Training: up to {spec.rounds} rounds of {spec.local_steps} steps with "
-        f"{training.get('optim', 'your optimizer')}{rate}, objective {spec.objective}",
+        f"{training.get('optim', 'your optimizer')}{rate}, objective {method.objective}",
         f"Suggested: {batches}; your own training settings go first" if batches else "Batches: as your settings say",
         f"Data: the file, its columns and their format are yours to name; an example is cut to "
         f"{spec.data.get('max_length', 256)} tokens",
-        f"Messages: codec {spec.codec}{options}, {_budget(spec)}; never more than {spec.max_message_bytes} bytes",
+        f"Messages: codec {method.codec}{options}, {_budget(method)}; never more than {spec.max_message_bytes} bytes",
         "Readable by: whoever can read the mailbox; an update says something about the data it was made from"
         if spec.sealing_key is None
         else f"Readable by: the holder of the key {spec.sealing_key} only; an update says something about your data",
@@ -158,7 +160,7 @@ def _changes(kept: Mapping[str, Any], current: Mapping[str, Any]) -> Iterator[st
             yield f"{file} is written in another way"
 
 
-def _budget(spec: FederationSpec) -> str:
-    first = "of any size" if spec.uplink_budget is None else f"of {spec.uplink_budget} each unless you set a budget"
-    second = "" if spec.refinement_budget is None else f", and a second one of {spec.refinement_budget}"
+def _budget(method: MethodSettings) -> str:
+    first = "of any size" if method.uplink_budget is None else f"of {method.uplink_budget} each unless you set a budget"
+    second = "" if method.refinement_budget is None else f", and a second one of {method.refinement_budget}"
     return first + second

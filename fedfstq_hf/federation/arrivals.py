@@ -48,7 +48,7 @@ class Arrivals:
         """
         control, selected = read_control(self._mailbox), self._record(round).selected
         enrolled = None if control.clients is None else set(control.clients)
-        if selected is not None and enrolled is not None and round < self._round - self._spec.max_staleness - 1:
+        if selected is not None and enrolled is not None and round < self._round - self._spec.method.max_staleness - 1:
             enrolled &= set(selected)
         clients = None if enrolled is None else sorted(enrolled.difference(without))
         refs = self._mailbox.list_updates(round, clients, refinements=refinements)
@@ -101,7 +101,7 @@ class Arrivals:
 
     def _oldest_usable(self) -> int:
         """The earliest round whose updates may still be used: none from before a rollback, which is to undo them."""
-        oldest = max(self._round - self._spec.max_staleness, 0)
+        oldest = max(self._round - self._spec.method.max_staleness, 0)
         restored = (r for r in range(self._round, oldest, -1) if self._record(r).restored_from is not None)
         return next(restored, oldest)
 

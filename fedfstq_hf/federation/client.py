@@ -15,15 +15,15 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from fedfstq_hf.codec import message
+from fedfstq_hf.codec.budget import Budgets, MessageBudget
 from fedfstq_hf.errors import BudgetError, FedFSTQError, MailboxError, MailboxUnavailableError
 from fedfstq_hf.federation import adapter_file
-from fedfstq_hf.federation.budgets import Budgets, MessageBudget, expected_messages, posted_losses
 from fedfstq_hf.federation.control import read_control
 from fedfstq_hf.federation.downlink import apply_change, cheapest_download
 from fedfstq_hf.federation.following import Following
 from fedfstq_hf.federation.mailbox import ADAPTER_FILE, SALIENCY_FILE, UPDATE_FILE, Mailbox
-from fedfstq_hf.federation.posted_metrics import read_metrics
-from fedfstq_hf.federation.record import RoundRecord
+from fedfstq_hf.federation.posted_metrics import posted_losses, read_metrics
+from fedfstq_hf.federation.record import RoundRecord, expected_messages
 from fedfstq_hf.federation.records import Records
 from fedfstq_hf.federation.scaffold import read_variate
 from fedfstq_hf.federation.session import ClientSession, Settlement, says_nothing_yet
@@ -145,7 +145,7 @@ class MailboxParticipation:
         self._posted_round = -1
         self._undone = -1  # rollbacks up to this round are undone here
         self._record = Records(mailbox, session.spec)
-        self._most_bytes = adapter_file.most_bytes(session.travelling.whole)
+        self._most_bytes = adapter_file.most_bytes(session.trained.whole)
         self._attached_bytes = 0
         self._smallest = math.inf  # bytes of the smallest message that was checked
         self._check_share(session.spec.min_clients)
@@ -255,7 +255,7 @@ class MailboxParticipation:
             undone = newest.restored_from is not None
             if pending.refinement is not None and newest.round == pending.round + 1 and not undone:  # after a restart
                 self._following.start(pending.round, pending.refinement)
-            last = pending.round + 1 + self.session.spec.max_staleness
+            last = pending.round + 1 + self.session.spec.method.max_staleness
             records = [self._record(round) for round in range(pending.round + 1, min(newest.round, last) + 1)]
             deciding = next((record for record in records if self.session.decides(record)), None)
             if deciding is not None or newest.round >= last or newest.finished:
@@ -342,14 +342,14 @@ class MailboxParticipation:
                     data = self.mailbox.read(round, UPDATE_FILE, max_bytes=self._most_bytes)
                     self.downlink_bytes += len(data)
                     following = self._record(round)
-                    adapter = apply_change(data, base, adapter, following, self.session.travelling.whole)
+                    adapter = apply_change(data, base, adapter, following, self.session.trained.whole)
                     base = following
             if base.round != record.round:
                 adapter = None
         if adapter is None:
             data = self.mailbox.read(record.round, ADAPTER_FILE, max_bytes=self._most_bytes)
             self.downlink_bytes += len(data)
-            schema = self.session.travelling.whole
+            schema = self.session.trained.whole
             state = adapter_file.load(data, expected_sha256=record.adapter_sha256, schema=schema)
             adapter = schema.flatten(state)
         self._held = (record, adapter)

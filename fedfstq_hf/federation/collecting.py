@@ -136,9 +136,9 @@ class Collector:
     ) -> tuple[Collected, dict[UpdateRef, str]]:
         """The mean of the messages; and those that are not what they were, with the reason: then it is no mean."""
         accepted = self._weighed([opened.entry for opened in found.values()], screening)
-        mean = WeightedMean(self.num_params, parts=screening.spec.coverage < 1)
+        mean = WeightedMean(self.num_params)
         lengths = [opened.variate for opened in found.values() if opened.variate is not None]
-        variates = VariateChanges(self.num_params, lengths, screening.spec.clip) if lengths else None
+        variates = VariateChanges(self.num_params, lengths, screening.spec.method.clip) if lengths else None
         changed: dict[UpdateRef, str] = {}
         for ref, entry in zip(found, accepted, strict=True):
             try:
@@ -149,7 +149,7 @@ class Collector:
             if opened is None:
                 changed[ref] = "It changed while it was being read."
             elif not changed:
-                mean.add(opened.update, entry.weight, entry.scale, opened.covers)
+                mean.add(opened.update, entry.weight, entry.scale)
                 if variates is not None and opened.variate is not None:
                     variates.add(opened.variate)
         total = mean.total_weight or 1.0
@@ -235,23 +235,22 @@ class Collector:
         """The entries with their unnormalised weights and their scale."""
         if not entries:
             return []
-        spec = screening.spec
+        method = screening.spec.method
         # SCAFFOLD as in its paper: the control variate is the mean over clients
-        basis = "uniform" if spec.scaffold_clients is not None else spec.weights
-        raw = [{"bytes": entry.num_bytes, "uniform": 1}.get(basis, entry.num_examples) for entry in entries]
-        most = spec.weight_cap * statistics.median_low(raw) if spec.weight_cap is not None else max(raw)
-        longest = clipping.longest([entry.norm for entry in entries], spec.clip, self._usual)
+        basis = "uniform" if method.scaffold else method.weights
+        raw = [1 if basis == "uniform" else entry.num_examples for entry in entries]
+        most = method.weight_cap * statistics.median_low(raw) if method.weight_cap is not None else max(raw)
+        longest = clipping.longest([entry.norm for entry in entries], method.clip, self._usual)
         weights = []
         for entry, value in zip(entries, raw, strict=True):
             own = screening.control.enrolment(entry.client_id).max_examples
-            # who counts as fewer examples than it says weighs less in the same proportion, also by its bytes
             trusted = 1.0 if own is None or basis == "uniform" else min(1.0, own / max(1, entry.num_examples))
             weights.append(min(value * trusted, most))
         if basis == "precision":
             weights = precision_weights(weights, [entry.norm for entry in entries])
         weighed = []
         for entry, weight in zip(entries, weights, strict=True):
-            weight *= spec.staleness_discount**entry.staleness
+            weight *= method.staleness_discount**entry.staleness
             weighed.append(dataclasses.replace(entry, weight=weight, scale=clipping.scale(entry.norm, longest)))
         return weighed
 

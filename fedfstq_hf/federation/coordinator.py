@@ -47,10 +47,11 @@ from fedfstq_hf.federation.refining import Refined
 from fedfstq_hf.federation.screening import Unseal
 from fedfstq_hf.federation.signed_records import Sign
 from fedfstq_hf.federation.spec import FederationSpec
-from fedfstq_hf.federation.travelling import Travelling
+from fedfstq_hf.federation.trained_part import TrainedPart
 from fedfstq_hf.text import printable, printable_traceback
 
 logger = logging.getLogger(__name__)
+_TAG_EVERY = 10  # rounds between two tags of the Hub repo
 
 _PATIENCE_GROWTH, _LONGEST_WAIT = 1.3, 8.0  # polling slows down to that many times its first interval
 
@@ -80,7 +81,7 @@ class Coordinator:
         self.mailbox = mailbox
         self.record: RoundRecord
         self.schema: Schema
-        self.travelling: Travelling
+        self.trained: TrainedPart
         self.adapter: Tensor
         self._clock = clock
         self._card = card
@@ -213,13 +214,13 @@ class Coordinator:
         data = self.mailbox.read(head, ADAPTER_FILE)
         state = adapter_file.load(data, expected_sha256=self.record.adapter_sha256)
         self.schema = Schema.from_state_dict(state)
-        self.travelling = self.spec.travelling(self.schema)
+        self.trained = self.spec.trained_part(self.schema)
         self.adapter = self.schema.flatten(state)
         self._open_round()
 
     def _open_round(self) -> None:
         self._round = OpenRound(
-            self.mailbox, self.spec, self.record, self._record, self.travelling, self.adapter, self._unseal
+            self.mailbox, self.spec, self.record, self._record, self.trained, self.adapter, self._unseal
         )
 
     def _other_head(self) -> RoundRecord | None:
@@ -248,21 +249,21 @@ class Coordinator:
         stopped = self._round.arrivals.stopped() if finished else ()
         if collected.accepted or refined is not None:
             part, server_state = server_step(
-                self.travelling.take(self.adapter),
+                self.trained.take(self.adapter),
                 self._mean_update(collected, refined, finished),
-                self.spec.server,
+                self.spec.method.server.to_yaml(),
                 self._server_state(self.record.round),
                 self.record.round / max(1, self.spec.rounds - 1),
             )
-            change = self.travelling.put(part)
+            change = self.trained.put(part)
         else:  # an end without any update
             change = torch.zeros_like(self.adapter)
             server_state = self._server_state(self.record.round)
         adapter = self.adapter + change
         if not bool(adapter.isfinite().all()):
             raise NonFiniteError(
-                f"The server optimizer {dict(self.spec.server)} made round {self.record.round + 1} infinite or NaN; "
-                "nothing was published. Start a federation with a smaller server learning rate."
+                f"The server optimizer {self.spec.method.server.to_yaml()} made round {self.record.round + 1} infinite "
+                "or NaN; nothing was published. Start a federation with a smaller server learning rate."
             )
         data = adapter_file.dump(self.schema.unflatten(adapter))
         shown = () if self.spec.sealing_key is not None else collected.accepted
@@ -288,9 +289,9 @@ class Coordinator:
 
     def _mean_update(self, collected: Collected, refined: Refined | None, finished: bool) -> Tensor:
         """What the server steps along; see `federation.refining`."""
-        mean = collected.mean.result() if collected.accepted else torch.zeros(self.travelling.schema.num_params)
+        mean = collected.mean.result() if collected.accepted else torch.zeros(self.trained.schema.num_params)
         if self.spec.refines(self.record.round) and not finished:  # else nothing follows
-            mean = self.spec.preview_step * mean
+            mean = self.spec.method.preview_step * mean
         return mean if refined is None else mean + refined.change
 
     def _files(self, server_state: bytes | None, packed: bytes | None, variates: Tensor | None) -> dict[str, bytes]:
@@ -338,8 +339,8 @@ class Coordinator:
         self.mailbox.housekeep(
             record.round,
             clients=len(record.updates),
-            keep_rounds=self.spec.max_staleness + (2 if self.spec.refinement_budget is None else 3),
-            tag=record.finished or record.round % self.spec.tag_every == 0,
+            keep_rounds=self.spec.method.max_staleness + (2 if self.spec.method.refinement_budget is None else 3),
+            tag=record.finished or record.round % _TAG_EVERY == 0,
             finished=record.finished,
         )
         return self.record

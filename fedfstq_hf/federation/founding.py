@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 
 from fedfstq_hf.adapter_config import check_own
-from fedfstq_hf.codec import get_codec
 from fedfstq_hf.errors import ConfigError, RoundConflictError
 from fedfstq_hf.federation import history
 from fedfstq_hf.federation.aggregation import check_server
@@ -43,8 +42,7 @@ def found_federation(
         ConfigError: the spec asks for more clients than are enrolled, or for a signature that cannot be made.
         RoundConflictError: the mailbox already holds a federation.
     """
-    check_server(spec.server)
-    get_codec(spec.codec, **spec.codec_options)
+    check_server(spec.method.server.to_yaml())
     if adapter_config.strip() != b"{}":
         check_own(adapter_config)
     if mailbox.head() is not None:

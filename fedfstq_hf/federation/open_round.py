@@ -19,7 +19,7 @@ from fedfstq_hf.federation.records import Records
 from fedfstq_hf.federation.refining import Refined, refine
 from fedfstq_hf.federation.screening import Screening, Unseal
 from fedfstq_hf.federation.spec import FederationSpec
-from fedfstq_hf.federation.travelling import Travelling
+from fedfstq_hf.federation.trained_part import TrainedPart
 
 
 class OpenRound:
@@ -30,7 +30,7 @@ class OpenRound:
         spec: of the federation.
         record: of the open round; its adapter is what the round's updates start from.
         records: of all rounds up to it.
-        travelling: what of the adapter messages are about.
+        trained: what of the adapter messages are about.
         adapter: of the open round, whole, (num_params,) float32; bounds what clipping takes for usual.
         unseal: opens sealed messages.
     """
@@ -41,7 +41,7 @@ class OpenRound:
         spec: FederationSpec,
         record: RoundRecord,
         records: Records,
-        travelling: Travelling,
+        trained: TrainedPart,
         adapter: Tensor,
         unseal: Unseal | None,
     ) -> None:
@@ -49,7 +49,7 @@ class OpenRound:
         self._spec = spec
         self._record = record
         self._records = records
-        self._schema = travelling.schema
+        self._schema = trained.schema
         self._adapter = adapter
         self._unseal = unseal
         self.arrivals = Arrivals(mailbox, spec, record.round, records, max_bytes=self.screening().max_bytes)
@@ -61,12 +61,12 @@ class OpenRound:
 
     def heard(self, control: Control) -> int:
         """How many clients have sent something for the round that was not refused before."""
-        usable, _ = self.arrivals.updates(self._spec.max_staleness)
+        usable, _ = self.arrivals.updates(self._spec.method.max_staleness)
         return len(self._collector.open([*usable, *self.arrivals.silent(usable)], control))
 
     def silent(self) -> int:
         """How many clients have no preview in the round, and a refinement that can be used a round later."""
-        usable, _ = self.arrivals.updates(self._spec.max_staleness)
+        usable, _ = self.arrivals.updates(self._spec.method.max_staleness)
         refs = self.arrivals.silent(usable)
         return len(self._collector.collect(refs, self.screening()).accepted) if refs else 0
 
@@ -104,7 +104,7 @@ class OpenRound:
         return refine(self._collector_of(record.round - 1), record, previews, refinements, self.screening())
 
     def _arrived(self, finished: bool) -> tuple[list[UpdateRef], list[UpdateRef]]:
-        back = self._record.round if finished else max(self._spec.max_staleness + 1, LOOK_BACK)
+        back = self._record.round if finished else max(self._spec.method.max_staleness + 1, LOOK_BACK)
         usable, late = self.arrivals.updates(back)
         return usable, [*late, *self.arrivals.late_refinements(back)]
 

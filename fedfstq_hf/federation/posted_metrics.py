@@ -70,3 +70,18 @@ def _is_value(value: object) -> bool:
             return math.isfinite(value) and abs(value) <= MAX_VALUE
         case _:
             return False
+
+
+def posted_losses(metrics: Mapping[int, Mapping[str, Mapping[str, Any]]]) -> list[tuple[int, float]]:
+    """(round, mean `eval_loss` over the sources that posted one), oldest first.
+
+    Args:
+        metrics: as `Mailbox.read_metrics` returns them.
+    """
+    losses = []
+    for round in sorted(metrics):
+        values = [source.get("eval_loss") for source in metrics[round].values()]
+        numbers = [float(value) for value in values if isinstance(value, (int, float))]
+        if numbers:
+            losses.append((round, sum(numbers) / len(numbers)))
+    return losses

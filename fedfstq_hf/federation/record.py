@@ -228,3 +228,13 @@ def other_version(what: str, fields: dict[str, Any], expected: int) -> MailboxEr
         f"The mailbox's {what} has format {printable(repr(fields.get('format')), 40)}; fedfstq_hf {__version__} reads "
         f"format {expected}. {remedy}"
     )
+
+
+def expected_messages(record: RoundRecord, first: int) -> int:
+    """How many messages the round that `record` opens will have: as many as the last one took in.
+
+    Args:
+        first: how many to expect before there was a round, or after a rollback. Rather too few than too many: noise
+            of the first rounds is not made good later.
+    """
+    return len(record.accepted) or first

@@ -79,7 +79,7 @@ def refine(
             del good[update.client_id]
         collected = collector.collect(sorted({**used, **good}.values()), screening)
     mean = collected.mean.result() if collected.accepted else torch.zeros(collector.num_params)
-    step, taken_back = screening.spec.preview_step, screening.spec.preview_correction
+    step, taken_back = screening.spec.method.preview_step, screening.spec.method.preview_correction
     stays = sum(entry.weight for entry in record.accepted if entry.client_id in lost)
     return Refined(
         (1 - step * stays) * mean - step * (taken_back * said + (1 - taken_back) * (1 - stays) * mean),

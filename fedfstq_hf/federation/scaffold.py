@@ -44,7 +44,7 @@ def read_variate(mailbox: Mailbox, record: RoundRecord, spec: FederationSpec, nu
     Raises:
         MailboxError: the file is not the one that the record names.
     """
-    if spec.scaffold_clients is None:
+    if not spec.method.scaffold:
         return None
     if record.variate_sha256 is None:  # before the first aggregation, or after a rollback
         return torch.zeros(num_params)
@@ -69,10 +69,10 @@ def next_variate(
         changes: the sum of the accepted changes, (num_params,) float64; None where there were none.
     """
     variate = read_variate(mailbox, record, spec, num_params)
-    if variate is None or spec.scaffold_clients is None:
+    if variate is None or spec.num_clients is None:
         return {}
     if changes is not None:
-        variate = (variate.double() + changes / spec.scaffold_clients).float()
+        variate = (variate.double() + changes / spec.num_clients).float()
     return {VARIATE_FILE: save({_TENSOR: variate})}
 
 

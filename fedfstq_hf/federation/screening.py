@@ -6,10 +6,8 @@ import math
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
-from torch import Tensor
-
 from fedfstq_hf.codec import CodecContext, Schema, SparseUpdate, get_codec, message
-from fedfstq_hf.codec.pairs import PAIR_PARAMS, split_pair
+from fedfstq_hf.codec.message import PAIR_PARAMS, split_pair
 from fedfstq_hf.errors import MessageError
 from fedfstq_hf.federation import keys
 from fedfstq_hf.federation.control import Control
@@ -23,15 +21,13 @@ Unseal = Callable[[bytes], bytes]
 class OpenedUpdate:
     """A message that passed: its header, what it decodes to and its L2 norm, and whether its signature was verified.
 
-    `covers` are the coordinates that it is about, bool (num_params,), None for all. `variate` is the change of the
-    client's control variate, where the federation has them.
+    `variate` is the change of the client's control variate, where the federation has them.
     """
 
     header: message.Header
     update: SparseUpdate
     norm: float
     signed: bool
-    covers: Tensor | None = None
     variate: SparseUpdate | None = None
 
 
@@ -50,7 +46,7 @@ class Screening:
         self.control = control
         self._schema = schema
         self._unseal = unseal
-        self._codec = get_codec(spec.codec, **spec.codec_options)
+        self._codec = get_codec(spec.method.codec, **spec.method.codec_options)
 
     @property
     def max_bytes(self) -> int:
@@ -84,13 +80,13 @@ class Screening:
             raise MessageError(f"It has {len(data)} bytes; the mailbox listed it with {ref.num_bytes}.")
         data = self._unsealed(data)
         header, payload, digest, signature = message.unpack_signed(data, max_bytes=self.spec.max_message_bytes)
-        self._check_origin(header, ref.client_id, ref.round, base, self.spec.codec)
+        self._check_origin(header, ref.client_id, ref.round, base, self.spec.method.codec)
         if header.num_examples < 1:
             raise MessageError(f"It says that it was trained on {header.num_examples} examples; expected at least 1.")
         if (header.params == message.REFINEMENT_PARAMS) != ref.refinement:
             wrong, right = ("first message", "refinement") if ref.refinement else ("refinement", "first message")
             raise MessageError(f"It is a {wrong}, and lies where the round's {right} was expected.")
-        pair = self.spec.scaffold_clients is not None
+        pair = self.spec.method.scaffold
         if not pair and header.params not in ({}, message.REFINEMENT_PARAMS):
             raise MessageError(
                 f"It has parameters {header.params!r:.80}; this federation's messages have none of these."
@@ -103,12 +99,11 @@ class Screening:
                 raise MessageError("It carries no control variate; this federation's messages have two payloads.")
             payload, second = split_pair(payload)
             variate = self._codec.decode(second, self._schema, context)
-        turn = self.spec.turn(self._schema, ref.client_id, ref.round)
-        update = turn.put_update(self._codec.decode(payload, turn.schema, context))
+        update = self._codec.decode(payload, self._schema, context)
         norm = update.norm()
         if not math.isfinite(norm) or (variate is not None and not math.isfinite(variate.norm())):
             raise MessageError("It decodes to values that are not finite.")
-        return OpenedUpdate(header, update, norm, signed, None if turn.everything else turn.covers(), variate)
+        return OpenedUpdate(header, update, norm, signed, variate)
 
     def open_attachment(
         self, client_id: str, name: str, data: bytes, *, round: int, base: str, max_bytes: int

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from fedfstq_hf.codec import CodecContext, ErrorFeedback, Schema, get_codec, message
-from fedfstq_hf.codec.pairs import PAIR_OVERHEAD, PAIR_PARAMS, join_pair, split_pair
+from fedfstq_hf.codec.message import PAIR_OVERHEAD, PAIR_PARAMS, join_pair, split_pair
 from fedfstq_hf.errors import AdapterMismatchError, BudgetError, MailboxError, NonFiniteError, SessionBusyError
 from fedfstq_hf.federation import keys, scaffold, storage
 from fedfstq_hf.federation.record import AcceptedUpdate, RoundRecord
@@ -69,7 +69,7 @@ class ClientSession:
 
     Attributes:
         last_round: the round whose local training this client finished last; -1 before the first.
-        travelling: which of its tensors the messages are about.
+        trained: which of its tensors the messages are about.
         schema: of those.
         residual: what error feedback still owes of accepted messages, (schema.num_params,) float32; None stands for
             zeros. A pending message has no part in it yet.
@@ -95,12 +95,12 @@ class ClientSession:
             )
         self.client_id = client_id
         self.spec = spec
-        self.travelling = spec.travelling(schema)
-        self.schema = self.travelling.schema
+        self.trained = spec.trained_part(schema)
+        self.schema = self.trained.schema
         self._take(SessionState())
-        self._codec = get_codec(spec.codec, **spec.codec_options)
-        self._feedback = ErrorFeedback(decay=spec.error_feedback)
-        self._has_variate = spec.scaffold_clients is not None
+        self._codec = get_codec(spec.method.codec, **spec.method.codec_options)
+        self._feedback = ErrorFeedback(decay=spec.feedback_decay)
+        self._has_variate = spec.method.scaffold
         self._identity = {
             "format": FORMAT,
             "client_id": client_id,
@@ -163,15 +163,13 @@ class ClientSession:
                     f"The {what} of client {self.client_id!r} in round {round} is NaN or infinite; nothing was sent "
                     "and its residual is as before. Lower the learning rate or check the data."
                 )
-        turn = self.spec.turn(self.schema, self.client_id, round)
-        # of tensors whose turn it is not, others send their changes: they must not come again from the residual
-        corrected = self._feedback.corrected(turn.put(turn.take(self.travelling.take(delta))), self.residual)
+        corrected = self._feedback.corrected(self.trained.take(delta), self.residual)
         kept = {name: value for name, value in self.carried.items() if name == scaffold.CARRIED}
         if variate is not None:
             variate = variate - scaffold.client_variate(kept, self.schema.num_params)
-        weights = None if fisher is None else self.travelling.take(fisher)
+        weights = None if fisher is None else self.trained.take(fisher)
         first, cap = max_bytes, self._caps.first
-        if self.spec.refinement_budget is not None and not self.spec.refines(round):
+        if self.spec.method.refinement_budget is not None and not self.spec.refines(round):
             first, cap = refinement_bytes, self._caps.refinement
         readable = self._pack(round, base_sha256, corrected, weights, num_examples, first, variate, cap=cap)
         refinement = None
@@ -186,7 +184,7 @@ class ClientSession:
     def check_budget(self, max_bytes: int) -> None:
         """Raise `BudgetError` unless every message can be kept to `max_bytes` bytes: better now than after training."""
         zeros = torch.zeros(self.schema.num_params)
-        refines = self.spec.refinement_budget is not None  # with the longer header
+        refines = self.spec.method.refinement_budget is not None  # with the longer header
         self._pack(self.spec.rounds, "0" * 64, zeros, None, _MANY_EXAMPLES, max_bytes, zeros, refines=refines)
 
     def settle(self, record: RoundRecord) -> Settlement:
@@ -216,11 +214,10 @@ class ClientSession:
             variate = scaffold.client_variate(carried, self.schema.num_params).clone()
             self._codec.decode(second, self.schema, context).add_to(variate, 1.0)
             carried = {**carried, scaffold.CARRIED: variate}
-        turn = self.spec.turn(self.schema, self.client_id, pending.round)
-        sent = turn.put_update(self._codec.decode(payload, turn.schema, context))
+        sent = self._codec.decode(payload, self.schema, context)
         # all that was sent, also where the server clipped it: what is cut off for its length is not owed
         residual = self._feedback.after(pending.corrected, sent)
-        keeps = self.spec.error_feedback > 0 and bool(residual.any())  # a lossless codec leaves nothing to keep
+        keeps = self.spec.feedback_decay > 0 and bool(residual.any())  # a lossless codec leaves nothing to keep
         self._store(residual=residual if keeps else None, settled_round=record.round, carried=carried, pending=None)
         return Settlement(pending.round, "accepted")
 
@@ -326,12 +323,10 @@ class ClientSession:
                 if cap is not None:
                     room = max(0, min(room, (cap - overhead) // (2 if self._has_variate else 1)))
 
-        turn = self.spec.turn(self.schema, self.client_id, round)
-
         def encode(vector: Tensor, weights: Tensor | None) -> bytes:
             return self._codec.encode(
-                turn.schema.unflatten(turn.take(vector)),
-                None if weights is None else turn.schema.unflatten(turn.take(weights)),
+                self.schema.unflatten(vector),
+                None if weights is None else self.schema.unflatten(weights),
                 max_bytes=room,
                 context=CodecContext(round=round),
             ).payload

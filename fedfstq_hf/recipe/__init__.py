@@ -1,8 +1,9 @@
 """Recipes: a whole comparison in one YAML file, read strictly, changed from the command line, found by name."""
 
+from fedfstq_hf.methods import MethodSettings, ServerSettings
 from fedfstq_hf.recipe.check import validate
 from fedfstq_hf.recipe.library import find_recipe, list_recipes, load_recipe, recipes_folder
-from fedfstq_hf.recipe.method import MethodSettings, ServerSettings
+from fedfstq_hf.recipe.method import RecipeMethod
 from fedfstq_hf.recipe.overrides import ALIASES, apply_overrides
 from fedfstq_hf.recipe.schema import (
     EvaluationSettings,
@@ -21,6 +22,7 @@ __all__ = [
     "LoraSettings",
     "MethodSettings",
     "Recipe",
+    "RecipeMethod",
     "ServerSettings",
     "TargetSettings",
     "TrainingSettings",

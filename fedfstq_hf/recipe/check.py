@@ -5,7 +5,8 @@ from functools import partial
 from pathlib import Path
 
 from fedfstq_hf.errors import ConfigError, FedFSTQError
-from fedfstq_hf.recipe.method import MethodSettings, TimeCap
+from fedfstq_hf.methods import feedback_decay
+from fedfstq_hf.recipe.method import RecipeMethod, TimeCap
 from fedfstq_hf.recipe.schema import Recipe
 
 
@@ -40,10 +41,11 @@ def validate(recipe: Recipe) -> list[str]:
     return _notes(recipe)
 
 
-def _check_codec(method: MethodSettings) -> None:
+def _check_codec(method: RecipeMethod) -> None:
     from fedfstq_hf.codec import get_codec
 
-    get_codec(method.codec, **method.codec_options)
+    codec = get_codec(method.codec, **method.codec_options)
+    feedback_decay(method.error_feedback, codec=codec.name, unbiased=codec.unbiased)
 
 
 def _check_cap(recipe: Recipe, cap: TimeCap | None) -> None:
@@ -52,20 +54,20 @@ def _check_cap(recipe: Recipe, cap: TimeCap | None) -> None:
         raise ConfigError(f"{cap.link!r} is none of the recipe's links: {', '.join(names) or 'it has none'}")
 
 
-def _check_budget(method: MethodSettings) -> None:
-    from fedfstq_hf.federation.budgets import open_budget
+def _check_budget(method: RecipeMethod) -> None:
+    from fedfstq_hf.codec.budget import open_budget
 
     if method.uplink_budget is not None:
         open_budget(method.uplink_budget, 1_000_000)
 
 
-def _check_refinement_budget(method: MethodSettings) -> None:
-    from fedfstq_hf.federation.budgets import open_refinement_budget
+def _check_refinement_budget(method: RecipeMethod) -> None:
+    from fedfstq_hf.codec.budget import open_refinement_budget
 
     open_refinement_budget(method.refinement_budget, 1_000_000)
 
 
-def _check_server(method: MethodSettings) -> None:
+def _check_server(method: RecipeMethod) -> None:
     from fedfstq_hf.federation.aggregation import check_server
 
     check_server(method.server.to_yaml())

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from fedfstq_hf.errors import ConfigError
-from fedfstq_hf.recipe.method import MethodSettings
-from fedfstq_hf.recipe.ranges import at_least_zero, positive, within
+from fedfstq_hf.ranges import at_least_zero, positive, within
+from fedfstq_hf.recipe.method import RecipeMethod
 from fedfstq_hf.recipe.strict import build, join, plain
 from fedfstq_hf.simulation.network import LinkProfile, get_link
 from fedfstq_hf.workloads.config import DataConfig
@@ -161,7 +161,7 @@ class Recipe:
     """A whole comparison, ready to run."""
 
     name: str
-    methods: dict[str, MethodSettings]
+    methods: dict[str, RecipeMethod]
     description: str = ""
     model: str = "demo"
     """A folder, a Hub model id, or `demo` for the embedded model."""

@@ -162,6 +162,7 @@ def training(
     spec: FederationSpec, record: RoundRecord, adapter_config: Mapping[str, Any], datasets: Sequence[str]
 ) -> list[Line]:
     """How it was trained, one fact per line; what is not known has no line."""
+    method, server = spec.method, spec.method.server.to_yaml()
     clients = f"at least {spec.min_clients}"
     if spec.clients_per_round is not None:
         clients += f", {spec.clients_per_round} clients are asked"
@@ -179,19 +180,19 @@ def training(
         ),
         "LoRA": _lora(adapter_config),
         "Codec": _join(
-            code(spec.codec), *(_setting(name, value) for name, value in sorted(spec.codec_options.items()))
+            code(method.codec), *(_setting(name, value) for name, value in sorted(method.codec_options.items()))
         ),
-        **_budget("Uplink budget", spec.uplink_budget),
-        **(_budget("Refinement budget", spec.refinement_budget) if spec.refinement_budget is not None else {}),
-        "Error feedback": f"what a message leaves out is carried to the next with decay {spec.error_feedback:g}"
-        if spec.error_feedback
+        **_budget("Uplink budget", method.uplink_budget),
+        **(_budget("Refinement budget", method.refinement_budget) if method.refinement_budget is not None else {}),
+        "Error feedback": f"what a message leaves out is carried to the next with decay {spec.feedback_decay:g}"
+        if spec.feedback_decay
         else "off",
         "Server optimizer": _join(
-            code(spec.server.get("optimizer")),
-            *(_setting(name, value) for name, value in sorted(spec.server.items()) if name != "optimizer"),
+            code(method.server.optimizer),
+            *(_setting(name, value) for name, value in sorted(server.items()) if name != "optimizer"),
         ),
-        "Clipping": f"updates with more than {spec.clip:g} times the round's median norm are scaled down to it"
-        if spec.clip is not None
+        "Clipping": f"updates with more than {method.clip:g} times the round's median norm are scaled down to it"
+        if method.clip is not None
         else "off",
         "Software": code(f"fedfstq_hf {record.package_version}"),
     }

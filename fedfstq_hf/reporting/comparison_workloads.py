@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fedfstq_hf.errors import DataError
-from fedfstq_hf.recipe.method import MethodSettings
+from fedfstq_hf.recipe import RecipeMethod
 from fedfstq_hf.recipe.schema import Recipe
 from fedfstq_hf.recipe.strict import plain
 from fedfstq_hf.reporting.comparison_runs import Run
@@ -34,7 +34,7 @@ class Method:
 
     name: str
     label: str
-    settings: MethodSettings
+    settings: RecipeMethod
     series: dict[int, list[Row]] = field(default_factory=dict)
     sources: dict[int, Path] = field(default_factory=dict)
 
@@ -89,9 +89,9 @@ def rounded_otherwise(workload: Workload) -> tuple[int, float, float] | None:
     return widest and widest[1:]
 
 
-def settings_text(settings: MethodSettings) -> str:
+def settings_text(settings: RecipeMethod) -> str:
     """What differs from the defaults of a method: `codec fp32`, `codec topk, codec_options.value_bits 8, ...`."""
-    default = flatten(plain(MethodSettings()))
+    default = flatten(plain(RecipeMethod()))
     given = flatten(plain(settings))
     changed = [
         f"{key.removeprefix('codec_options.')} {_show(value)}"
@@ -163,7 +163,7 @@ def _merge(runs: Sequence[Run]) -> dict[str, Method]:
     return methods
 
 
-def _method_for(methods: dict[str, Method], name: str, settings: MethodSettings) -> Method:
+def _method_for(methods: dict[str, Method], name: str, settings: RecipeMethod) -> Method:
     """The line for `name` with these settings; where the name is taken by others, what differs joins the label."""
     for method in methods.values():
         if (method.name, method.settings) == (name, settings):

@@ -50,7 +50,7 @@ def render_status(mailbox: Mailbox) -> str:
             f"{mailbox.address} holds no federation. Make one with `fedfstq init {mailbox.address} ...`."
         )
     spec = FederationSpec.from_json(mailbox.read(0, SPEC_FILE))
-    name, model, codec = map(printable, (spec.name, spec.model, spec.codec))
+    name, model, codec = map(printable, (spec.name, spec.model, spec.method.codec))
     lines = [f"{name}: {model}, codec {codec}, {spec.rounds} rounds of {spec.local_steps} local steps"]
     uplink = 0
     control = read_control(mailbox)

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError
-from .options import check_objective
+from ..methods import OBJECTIVES
+from ..ranges import Number, OneOf
 
 GAMMA = 0.5
 """Exponent on the sensitivity. S is a squared gradient norm, and drawing tokens in proportion to the norm itself gives
@@ -45,7 +46,8 @@ def token_weights(
         (B, T) float64, 0 where nothing is learned. N valid tokens weigh N in total under `full`, `soft` and `hard`
         (which makes `hard` the mean over the kept ones), and N in expectation under `unbiased`.
     """
-    check_objective(objective, ratio)
+    OneOf(OBJECTIVES).check("objective", objective)
+    Number(0, 1, above=True).check("token_keep_ratio", ratio)
     weights = torch.zeros(valid.shape, dtype=torch.float64)
     count = int(valid.sum())
     if count == 0:

@@ -31,7 +31,7 @@ from fedfstq_hf.federation.mailbox import ADAPTER_CONFIG_FILE, ADAPTER_FILE, SPE
 from fedfstq_hf.federation.session import Caps
 from fedfstq_hf.founding import Founding, found, make_spec, training_arguments
 from fedfstq_hf.recipe import Recipe, validate
-from fedfstq_hf.recipe.method import MethodSettings, TimeCap
+from fedfstq_hf.recipe.method import RecipeMethod, TimeCap
 from fedfstq_hf.reporting.report import write_report
 from fedfstq_hf.reporting.summary import COMPARED, TargetRule, read_rows, summarize, write_summary
 from fedfstq_hf.simulation.network import LinkProfile, LinkRates, draw_rates
@@ -301,7 +301,7 @@ def same_settings(found: Mapping[str, Any], recipe: Recipe) -> bool:
     return all(known[key] == value for key, value in recipe.to_dict().items() if key not in _WORDS)
 
 
-def _caps(settings: MethodSettings, links: Sequence[tuple[LinkProfile, LinkRates]], clients: int) -> tuple[Caps, ...]:
+def _caps(settings: RecipeMethod, links: Sequence[tuple[LinkProfile, LinkRates]], clients: int) -> tuple[Caps, ...]:
     """Bytes that each client's link carries in the time that its messages may take."""
 
     def most(cap: TimeCap | None) -> list[int | None]:

@@ -23,9 +23,9 @@ import torch
 import torch.multiprocessing as mp
 from torch import Tensor
 
+from fedfstq_hf.codec.budget import Budgets, open_budget, open_refinement_budget
 from fedfstq_hf.errors import FedFSTQError
 from fedfstq_hf.evaluation import Evaluator
-from fedfstq_hf.federation.budgets import Budgets, open_budget, open_refinement_budget
 from fedfstq_hf.federation.client import Assignment, LocalResult, local_seed, store_message
 from fedfstq_hf.federation.local import FolderMailbox
 from fedfstq_hf.federation.mailbox import RECORD_FILE
@@ -89,9 +89,10 @@ def open_session(folder: Path, index: int, spec: FederationSpec, schema: Any, ca
 
 def open_budgets(spec: FederationSpec, schema: Any) -> Budgets:
     """Of all clients of a federation, whose adapter has that schema."""
-    num_params = spec.travelling(schema).schema.num_params
+    num_params = spec.trained_part(schema).schema.num_params
     return Budgets(
-        open_budget(spec.uplink_budget, num_params), open_refinement_budget(spec.refinement_budget, num_params)
+        open_budget(spec.method.uplink_budget, num_params),
+        open_refinement_budget(spec.method.refinement_budget, num_params),
     )
 
 
@@ -238,7 +239,7 @@ class _WorkerParticipation:
         )
 
     def _variate(self, round: int) -> Tensor | None:
-        if self.spec.scaffold_clients is None:
+        if not self.spec.method.scaffold:
             return None
         mailbox = FolderMailbox(self.job.folder / "mailbox", durable=False)
         record = RoundRecord.from_json(mailbox.read(round, RECORD_FILE))

@@ -9,10 +9,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from fedfstq_hf.adapter import AdapterView, base_fingerprint, check_same_adapter, check_same_base
+from fedfstq_hf.codec.budget import open_budget, open_refinement_budget
 from fedfstq_hf.config import FedFSTQConfig
 from fedfstq_hf.errors import BudgetError, ConfigError, MailboxError
 from fedfstq_hf.federation.agreement import agree, is_agreed, read_terms, summary
-from fedfstq_hf.federation.budgets import open_budget, open_refinement_budget
 from fedfstq_hf.federation.client import MailboxParticipation
 from fedfstq_hf.federation.key_files import client_signer
 from fedfstq_hf.federation.limits import BITSANDBYTES_OPTIMIZERS
@@ -74,10 +74,10 @@ def join(
     check_same_base(base_fingerprint(model), spec.base_fingerprint, spec.model)
     check_same_adapter(view.model.peft_config[view.name].to_dict(), terms.adapter_config)
     mailbox.check_client(config.client_id)
-    budget = config.uplink_budget if config.uplink_budget is not None else spec.uplink_budget
-    if config.refinement_budget is not None and spec.refinement_budget is None:
+    budget = config.uplink_budget if config.uplink_budget is not None else spec.method.uplink_budget
+    if config.refinement_budget is not None and spec.method.refinement_budget is None:
         raise ConfigError(f"The federation at {address} has no refinements: leave refinement_budget out.")
-    refinements = config.refinement_budget if config.refinement_budget is not None else spec.refinement_budget
+    refinements = config.refinement_budget if config.refinement_budget is not None else spec.method.refinement_budget
     make_state_folder(folder)
     session = ClientSession(
         config.client_id,

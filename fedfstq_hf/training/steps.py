@@ -15,6 +15,7 @@ from fedfstq_hf.config import FedFSTQConfig
 from fedfstq_hf.errors import ConfigError, NonFiniteError
 from fedfstq_hf.federation.client import Assignment
 from fedfstq_hf.federation.spec import FederationSpec
+from fedfstq_hf.methods import LocalSwitches
 from fedfstq_hf.sensitivity import AdapterFisher
 from fedfstq_hf.sensitivity.adapter import second_moments
 from fedfstq_hf.training.binarisation import Binarisation
@@ -179,11 +180,13 @@ class LocalSteps(_TrainerLike):  # type: ignore[misc]
 
     def _set_up(self, settings: FedFSTQConfig | FederationSpec, *, fit_probe: bool = False) -> None:
         """What local training reads off and optimises; a federation's spec wins over the client's own settings."""
-        filtered_only = settings.fisher_objective == "filtered-only"
+        spec = settings if isinstance(settings, FederationSpec) else None
+        method: LocalSwitches = settings.method if isinstance(settings, FederationSpec) else settings
+        filtered_only = method.fisher_objective == "filtered-only"
         if filtered_only and self.args.world_size > 1:
             raise ConfigError("fisher_objective='filtered-only' needs a single process. Use fisher_objective='same'.")
-        scaffold = isinstance(settings, FederationSpec) and settings.scaffold_clients is not None
-        self._fisher_source, self._step_losses = settings.fisher, []
+        scaffold = spec is not None and spec.method.scaffold
+        self._fisher_source, self._step_losses = method.fisher, []
         self._observer = StepObserver(
             self.model,
             self.adapter_view,
@@ -191,30 +194,30 @@ class LocalSteps(_TrainerLike):  # type: ignore[misc]
             refresh_steps=settings.refresh_steps,
             processes=self._processes,
             own_gradients=filtered_only,
-            keep_fisher=settings.fisher == "gradients",
+            keep_fisher=method.fisher == "gradients",
             fit_probe=fit_probe,
             mean_gradient=scaffold,
         )
         self._filter = open_filter(
             self,
-            settings.objective,
-            settings.token_keep_ratio,
+            method.objective,
+            method.token_keep_ratio,
             settings.refresh_steps,
             fisher_only=filtered_only,
         )
-        self._proximal = Proximal(self.adapter_view, settings.proximal_mu) if settings.proximal_mu else None
+        self._proximal = Proximal(self.adapter_view, method.proximal_mu) if method.proximal_mu else None
         self._correction = Correction(self.adapter_view) if scaffold else None
-        self._set_up_switches(settings if isinstance(settings, FederationSpec) else None)
+        self._set_up_switches(spec)
 
     def _set_up_switches(self, spec: FederationSpec | None) -> None:
         """What only a federation's spec can ask for."""
         self._binarisation = self._merging = None
-        if spec is not None and spec.learned_binarisation:
+        if spec is not None and spec.method.learned_binarisation:
             self._binarisation = Binarisation(
                 self.adapter_view,
-                warmup=spec.binarisation_warmup,
-                rho=spec.binarisation_rho,
+                warmup=spec.method.binarisation_warmup,
+                rho=spec.method.binarisation_rho,
                 local_steps=spec.local_steps,
             )
-        if spec is not None and spec.token_merge_ratio:
-            self._merging = TokenMerging(self.model, spec.token_merge_ratio, spec.token_merge_layer)
+        if spec is not None and spec.method.token_merge_ratio:
+            self._merging = TokenMerging(self.model, spec.method.token_merge_ratio, spec.method.token_merge_layer)

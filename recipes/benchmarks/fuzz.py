@@ -39,7 +39,7 @@ SHAPES = {"q.lora_A": (4, 48), "q.lora_B": (32, 4), "v": (9,)}
 # valid payloads are made with these options besides the defaults
 OPTIONS: dict[str, list[dict[str, object]]] = {
     "fedpaq": [{"levels": 1}],
-    "fstq": [{"parts": "factors"}, {"parts": "coordinates", "levels": 4}, {"levels": 8, "bits": 6.0}],
+    "fstq": [{"bits": 1.0}, {"fisher_weighted": False}],
     "qsgd": [{"bits": 2, "bucket": 64}, {"bits": 8}],
     "sparseloco": [{"entropy_coded": True}, {"packed": False, "top_k": 600}],
     "topk": [{"value_bits": 16, "density": 0.2}, {"value_bits": 4, "density": 0.1}],

@@ -66,7 +66,7 @@ class Stage:
 def make_stage(root: Path) -> Stage:
     """Found the honest federations that cases start from: plain, with refinements, with control variates, ..."""
     import fedfstq_hf.recipe as recipes
-    from fedfstq_hf.federation.budgets import MessageBudget
+    from fedfstq_hf.codec.budget import MessageBudget
     from fedfstq_hf.federation.client import LocalResult, MailboxParticipation
     from fedfstq_hf.federation.coordinator import Coordinator
     from fedfstq_hf.federation.founding import found_federation
@@ -81,8 +81,8 @@ def make_stage(root: Path) -> Stage:
     (root / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     methods: dict[str, dict[str, Any]] = {
         "plain": {"codec": "fstq", "uplink_budget": "4kB"},
-        "refined": {"codec": "trellis", "uplink_budget": "2kB", "refinement_budget": "4kB", "error_feedback": False},
-        "scaffold": {"codec": "fp32", "scaffold": True, "error_feedback": False},
+        "refined": {"codec": "fstq", "uplink_budget": "2kB", "refinement_budget": "4kB"},
+        "scaffold": {"codec": "fp32", "scaffold": True},
         "binary": {"codec": "fedbat", "learned_binarisation": True},
     }
     mapping = {
@@ -280,7 +280,8 @@ def _name_spec(fields: dict[str, Any]) -> None:
 def _name_adapter(path: Path, adapter: bytes) -> None:
     """Let the record vouch for a changed adapter."""
     with contextlib.suppress(OSError, ValueError, RecursionError, TypeError):
-        fields = json.loads(path.read_bytes() if not path.is_symlink() else b"")
+        # an earlier attack of the same case may have put a link, a pipe or a device there
+        fields = json.loads(path.read_bytes() if path.is_file() and not path.is_symlink() else b"")
         fields |= {"adapter_sha256": hashlib.sha256(adapter).hexdigest(), "adapter_bytes": len(adapter)}
         hostile.write(path, hostile.dump(fields), path.parents[1])
 

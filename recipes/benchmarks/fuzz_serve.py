@@ -39,9 +39,9 @@ SHAPES = {"layer.lora_A.weight": (4, 24), "layer.lora_B.weight": (24, 4)}
 SETTINGS: dict[str, dict[str, Any]] = {
     "plain": {"codec": "fp32", "share_saliency": True},
     "fstq": {"codec": "fstq", "enrolled": True, "round_seconds": 60.0},
-    "late": {"codec": "trellis", "error_feedback": 0.0, "max_staleness": 2},
-    "refined": {"codec": "trellis", "error_feedback": 0.0, "refinement_budget": 4000, "preview_step": 0.5},
-    "scaffold": {"codec": "fp32", "scaffold_clients": 3, "error_feedback": 0.0},
+    "late": {"codec": "fstq", "max_staleness": 2},
+    "refined": {"codec": "fstq", "refinement_budget": 4000, "preview_step": 0.5},
+    "scaffold": {"codec": "fp32", "scaffold_clients": 3},
     "precision": {"codec": "topk", "weights": "precision", "enrolled": True},
 }
 
@@ -82,8 +82,8 @@ def _template(root: Path, name: str, state: dict[str, Any], rounds: int) -> Temp
     import torch
 
     from fedfstq_hf.codec import Schema
+    from fedfstq_hf.codec.budget import MessageBudget
     from fedfstq_hf.federation import adapter_file
-    from fedfstq_hf.federation.budgets import MessageBudget
     from fedfstq_hf.federation.client import LocalResult, MailboxParticipation
     from fedfstq_hf.federation.control import Control, Enrolment
     from fedfstq_hf.federation.coordinator import Coordinator

@@ -36,7 +36,7 @@ TEXTS: tuple[str, ...] = (
     "file:///etc/passwd", "http://127.0.0.1:9/x", "hf://evil/run", "evil/loot", "hf_ATTACKERS_TOKEN", "{{7*7}}",
     "%s%s%n", "$\\frac{", "x" * 300, "y" * 100_000, "(a+)+$", "(.*)*x", "^((a|aa)+)+$", "(?=a)*", "[",
     "\x1b[2J\x1b]0;owned\x07", "\u202e\ud800\x00", "1e9bpp", "99999999999GB", "0.1bpp", "auto:0.05bpp..96kB",
-    "ramp:1bpp..0bpp", "round:1e308bpp", "5s@0bps", "-3kB", "<script>", "---\nlicense: evil\n---", "fp32", "trellis",
+    "ramp:1bpp..0bpp", "round:1e308bpp", "5s@0bps", "-3kB", "<script>", "---\nlicense: evil\n---", "fp32",
     "fstq", "paper", "topk", "SGD", "LBFGS", "adafactor", "galore_adamw", "cosine", "LORA", "XLORA", "PREFIX_TUNING",
     "VERA", "pissa", "loftq", "eva", "lora_only", "unbiased", "hard", "kept",
 )  # fmt: skip

@@ -230,7 +230,7 @@ class Crew:
 
     def take_part(self, name: str) -> None:
         """A client's process."""
-        from fedfstq_hf.federation.budgets import MessageBudget
+        from fedfstq_hf.codec.budget import MessageBudget
         from fedfstq_hf.federation.client import MailboxParticipation
         from fedfstq_hf.federation.session import ClientSession
         from tests.federation.light import SCHEMA, fake_training

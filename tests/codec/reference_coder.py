@@ -1,6 +1,6 @@
 """The entropy coder of docs/format.md written down once more, slowly and with nothing but Python integers.
 
-Decodes what `fedfstq_hf.codec.entropy.Writer` wrote; shares no code with it.
+Decodes what `fedfstq_hf.codec.coding.entropy.Writer` wrote; shares no code with it.
 """
 
 import itertools

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from fedfstq_hf.codec import SparseUpdate
-from fedfstq_hf.codec.allocation import Draft, fill, largest_fitting, root_weight, strongest
+from fedfstq_hf.codec.coding.allocation import Draft, fill, largest_fitting, root_weight, strongest
 from fedfstq_hf.errors import BudgetError
 
 

@@ -11,11 +11,15 @@ from fedfstq_hf.errors import BudgetError
 from tests.codec.conftest import make_update
 
 CODECS = [
-    ("fp32", {}), ("fp16", {}), ("sparse32", {}), ("paper", {}), ("factored", {}),
-    ("fstq", {}), ("fstq", {"fisher_power": 1.0}), ("fstq", {"parts": "factors"}), ("fstq", {"parts": "coordinates"}),
-    *(("fstq", {"levels": levels, "parts": "coordinates"}) for levels in (1, 2, 4, 8)),
-]  # fmt: skip
-BUDGETED = [c for c in CODECS if c[0] in ("paper", "fstq", "factored")]
+    ("fp32", {}),
+    ("fp16", {}),
+    ("sparse32", {}),
+    ("paper", {}),
+    ("fstq", {}),
+    ("fstq", {"bits": 1.0}),
+    ("fstq", {"fisher_weighted": False}),
+]
+BUDGETED = [c for c in CODECS if c[0] in ("paper", "fstq")]
 
 
 def same(one, two):
@@ -74,9 +78,7 @@ def test_budgets_are_used(name, options):
     delta, fisher = make_update({f"{i}.lora_{s}": (8, 256) if s == "A" else (256, 8) for i in range(6) for s in "AB"})
     for budget in (100, 333, 1000, 2500):
         size = len(get_codec(name, **options).encode(delta, fisher, max_bytes=budget).payload)
-        # a component of these matrices is about 36 bytes; nothing smaller can be added
-        whole = name == "factored" or options.get("parts") == "factors"
-        assert 0.97 * budget - (36 if whole else 0) <= size <= budget
+        assert 0.97 * budget <= size <= budget
 
 
 @pytest.mark.parametrize(("name", "options"), CODECS)
@@ -111,23 +113,6 @@ def test_cuda_tensors_give_the_same_bytes(name, options, update):
     assert get_codec(name, **options).encode(*on_device).payload == get_codec(name, **options).encode(*update).payload
 
 
-def test_coordinates_that_their_level_would_overshoot_are_not_sent():
-    # the level would be the weighted mean, 2: sending 1 as 2 saves nothing
-    delta, fisher = {"a": torch.tensor([1.0, -5.0])}, {"a": torch.tensor([3.0, 1.0])}
-    codec = get_codec("fstq", parts="coordinates", levels=1, fisher_power=1.0)
-    assert codec.encode(delta, fisher).reconstruction.indices.tolist() == [1]
-
-
-@pytest.mark.parametrize("levels", ["auto", 1])
-def test_equal_importance_is_broken_by_index(levels):
-    delta, codec = {"a": torch.ones(4, 64)}, get_codec("fstq", parts="coordinates", levels=levels)
-    update = codec.encode(delta, max_bytes=12).reconstruction
-    assert 0 < update.nnz < 64
-    # the lowest coordinate of each column that is in use at all comes first
-    assert {int(i) % 64 for i in update.indices} == {int(i) % 64 for i in update.indices if i < 64}
-    assert same(update, codec.encode({"a": torch.ones(4, 64)}, max_bytes=12).reconstruction)
-
-
 @pytest.mark.parametrize(("name", "options"), BUDGETED)
 def test_nothing_to_send(name, options):
     delta = {"a": torch.zeros(8, 32)}
@@ -143,80 +128,19 @@ def test_impossible_budget(name, options, update):
         get_codec(name, **options).encode(*update, max_bytes=-7)
 
 
-@pytest.mark.parametrize("parts", ["auto", "coordinates", "factors"])
-def test_fstq_prefers_what_the_fisher_marks(parts):
-    delta = {"a": torch.ones(4, 100), "b": torch.ones(4, 100)}
-    fisher = {"a": torch.full((4, 100), 1e-3), "b": torch.ones(4, 100)}
-    update = get_codec("fstq", parts=parts).encode(delta, fisher, max_bytes=25).reconstruction.to_dense()
-    assert not update[:400].any()
-    assert set(update[400:].tolist()) <= {0.0, 1.0}
-    assert update.any()
-
-
-def test_fstq_sends_signs_at_the_weighted_mean():
-    # Fisher-weighted mean magnitude of {1.5, 3.5} with weights 3 and 1 is 2
-    delta, fisher = {"a": torch.tensor([1.5, -3.5])}, {"a": torch.tensor([3.0, 1.0])}
-    codec = get_codec("fstq", parts="coordinates", levels=1, fisher_power=1.0)
-    assert codec.encode(delta, fisher).reconstruction.values.tolist() == [2.0, -2.0]
-
-
-def test_fisher_power_changes_what_is_sent():
-    delta, fisher = make_update()
-    power = {p: get_codec("fstq", fisher_power=p).encode(delta, fisher).payload for p in (0.25, 0.375, 0.5, 0.75, 1.0)}
-    assert len(set(power.values())) == 5
-    squared = {name: f.square() for name, f in fisher.items()}
-    update = get_codec("fstq", fisher_power=0.5).encode(delta, squared).reconstruction
-    assert distortion(delta, fisher, update) == pytest.approx(
-        distortion(delta, fisher, get_codec("fstq", fisher_power=1.0).encode(delta, fisher).reconstruction), rel=0.02
-    )
-
-
-def test_fstq_reproduces_a_sign_factor_exactly():
-    s, t = torch.tensor([1.0, -0.5, 2.0, 0.25]), torch.randn(300).sign()
-    delta = {"lora_A": s[:, None] * t, "lora_B": t[:, None] * s}
-    update = get_codec("fstq").encode(delta, max_bytes=120).reconstruction
-    assert torch.equal(update.to_dense(), torch.cat([v.reshape(-1) for v in delta.values()]))
-
-
 def test_large_budgets_come_ever_closer():
     delta, fisher = make_update()
-    budgets = (100, 400, 1600)
+    budgets = (30, 60, 120)
     errors = [
         distortion(delta, fisher, get_codec("fstq").encode(delta, fisher, max_bytes=b).reconstruction) for b in budgets
     ]
-    assert errors[0] > 2 * errors[1] > 16 * errors[2]
-
-
-def test_scale_changes_nothing_but_the_scale():
-    delta, fisher = make_update()
-    update = get_codec("fstq").encode(delta, fisher, max_bytes=200).reconstruction.to_dense()
-    scaled = {name: v * 2.0**-20 for name, v in delta.items()}
-    faint = {name: f * 2.0**-40 for name, f in fisher.items()}
-    other = get_codec("fstq").encode(scaled, faint, max_bytes=200).reconstruction.to_dense()
-    assert torch.equal(other, update * 2.0**-20)
-
-
-def test_auto_picks_no_worse_than_each_number_of_levels():
-    delta, fisher = make_update({f"{i}.lora_A": (8, 256) for i in range(6)})
-    for budget in (300, 3000):
-        errors = {}
-        for levels in ("auto", 1, 2, 4, 8):
-            codec = get_codec("fstq", levels=levels, fisher_power=1.0)
-            errors[levels] = distortion(delta, fisher, codec.encode(delta, fisher, max_bytes=budget).reconstruction)
-        assert errors["auto"] <= 1.05 * min(errors.values())
-
-
-def test_fstq_needs_far_fewer_bytes_than_paper_at_equal_distortion():
-    delta, fisher = make_update({f"{i}.lora_{s}": (8, 256) if s == "A" else (256, 8) for i in range(6) for s in "AB"})
-    paper = get_codec("paper").encode(delta, fisher, max_bytes=3000)
-    fstq = get_codec("fstq", fisher_power=1.0).encode(delta, fisher, max_bytes=int(0.5 * len(paper.payload)))
-    assert distortion(delta, fisher, fstq.reconstruction) < distortion(delta, fisher, paper.reconstruction)
+    assert errors[0] > 2 * errors[1] > 4 * errors[2]
 
 
 def test_sparse32_is_lossless_and_compact(update):
     delta, fisher = update
     codec, schema = get_codec("sparse32"), Schema.from_state_dict(delta)
-    sparse = get_codec("fstq", parts="coordinates").encode(delta, fisher).reconstruction
+    sparse = get_codec("topk", density=0.05).encode(delta, fisher).reconstruction
     encoded = codec.encode(schema.unflatten(sparse.to_dense()))
     assert torch.equal(codec.decode(encoded.payload, schema).to_dense(), sparse.to_dense())
     assert len(encoded.payload) < 4 * sparse.nnz + schema.num_params / 8
@@ -241,11 +165,3 @@ def test_the_number_of_threads_does_not_matter():
     finally:
         torch.set_num_threads(before)
     assert payloads[0] == payloads[1]
-
-
-def test_an_outer_product_of_many_features_is_found_from_some_of_them():
-    generator = torch.Generator().manual_seed(4)
-    t = torch.randint(0, 2, (5000,), generator=generator) * 2.0 - 1.0
-    delta = {"a": torch.tensor([2.0, -1.0, 0.5, 4.0])[:, None] * t}
-    update = get_codec("fstq", parts="factors").encode(delta, max_bytes=800).reconstruction
-    assert torch.equal(update.to_dense().view(4, 5000), delta["a"])

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedfstq_hf.codec.controller import BudgetController, BudgetState, parse_controller
+from fedfstq_hf.codec.budget import BudgetController, BudgetState, parse_controller
 from fedfstq_hf.errors import BudgetError
 
 CONTROLLER = BudgetController(low=1000, high=8000)

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from fedfstq_hf.codec.entropy import Adaptive, Reader, Writer, coin, table, uniform
+from fedfstq_hf.codec.coding.entropy import Adaptive, Reader, Writer, coin, table, uniform
 from fedfstq_hf.errors import MessageError
 
 

@@ -10,7 +10,7 @@ from safetensors import deserialize
 from safetensors.numpy import save
 
 from fedfstq_hf.codec import Schema, get_codec, message
-from fedfstq_hf.codec.pairs import PAIR_PARAMS, join_pair
+from fedfstq_hf.codec.message import PAIR_PARAMS, join_pair
 from fedfstq_hf.errors import MessageError
 
 HEADER = message.Header(3, "hospital-a", 100, "ab" * 32, "cd" * 32, "fstq", {})

@@ -7,11 +7,12 @@ import hashlib
 from pathlib import Path
 
 import torch
+from specs import flat_spec
 from torch import Tensor
 
 from fedfstq_hf.codec import Schema
+from fedfstq_hf.codec.budget import MessageBudget
 from fedfstq_hf.federation import adapter_file
-from fedfstq_hf.federation.budgets import MessageBudget
 from fedfstq_hf.federation.client import LocalResult, MailboxParticipation
 from fedfstq_hf.federation.coordinator import Coordinator
 from fedfstq_hf.federation.founding import found_federation
@@ -43,7 +44,7 @@ def make_spec(**changes: object) -> FederationSpec:
         "min_clients": 2,
         "codec": "fp32",
     }
-    return FederationSpec(**(settings | changes))
+    return flat_spec(**(settings | changes))
 
 
 def found(path: Path, *, durable: bool = False, **changes: object) -> FolderMailbox:

@@ -8,8 +8,8 @@ from functools import partial
 from light import SCHEMA, fake_training, pause
 
 from fedfstq_hf.codec import message
+from fedfstq_hf.codec.budget import MessageBudget
 from fedfstq_hf.federation import keys
-from fedfstq_hf.federation.budgets import MessageBudget
 from fedfstq_hf.federation.client import MailboxParticipation
 from fedfstq_hf.federation.coordinator import Coordinator
 from fedfstq_hf.federation.mailbox import SALIENCY_FILE, Mailbox

@@ -171,7 +171,7 @@ def test_twice_in_a_row_no_refinement_is_counted_twice(tmp_path):
 @pytest.mark.parametrize("server", [{"optimizer": "SGD", "lr": 1.0}, {"optimizer": "Adam", "lr": 0.01}])
 def test_a_coordinator_that_is_started_anew_for_each_round_gives_the_same_bits(tmp_path, server):
     def run(path, restarted):
-        mailbox = federation(path, codec="fstq", rounds=4, salt="same", server=server)
+        mailbox = federation(path, codec="topk", rounds=4, salt="same", server=server)
         coordinator, members = Coordinator(mailbox, clock=lambda: 0.0), clients(mailbox, path, "ab")
         while not coordinator.finished:
             for client in members:

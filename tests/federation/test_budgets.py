@@ -5,9 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 
+from fedfstq_hf.codec.budget import MessageBudget, open_budget
 from fedfstq_hf.errors import BudgetError
-from fedfstq_hf.federation.budgets import MessageBudget, expected_messages, open_budget, posted_losses
-from fedfstq_hf.federation.record import AcceptedUpdate, RoundRecord
+from fedfstq_hf.federation.posted_metrics import posted_losses
+from fedfstq_hf.federation.record import AcceptedUpdate, RoundRecord, expected_messages
 
 PARAMS = 80_000
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 from light import SCHEMA, LightClient, NothingToDo, fake_training, found, run_rounds
 
+from fedfstq_hf.codec.budget import MessageBudget, open_budget
 from fedfstq_hf.errors import BudgetError, MailboxError, UpdateConflictError
-from fedfstq_hf.federation.budgets import MessageBudget, open_budget
 from fedfstq_hf.federation.client import MailboxParticipation, local_seed
 from fedfstq_hf.federation.coordinator import Coordinator
 from fedfstq_hf.federation.downlink import cheapest_download
@@ -91,7 +91,7 @@ def test_the_update_of_a_missed_round_is_late_and_the_next_one_takes_its_place(t
 
 
 def test_a_refused_update_is_reported_with_its_reason(tmp_path, caplog):
-    mailbox = found(tmp_path, codec="fstq", max_message_bytes=300, min_clients=1)
+    mailbox = found(tmp_path, codec="topk", max_message_bytes=300, min_clients=1)
     large = LightClient(mailbox, "a", tmp_path / "a", max_bytes=400)
     small = LightClient(mailbox, "b", tmp_path / "b", max_bytes=300)
     run_rounds(Coordinator(mailbox), [large, small], 1)
@@ -123,7 +123,7 @@ def _unreachable(*arguments, **options):
 
 
 def test_a_client_that_was_killed_before_it_posted_and_missed_the_round_keeps_what_it_owed(tmp_path, monkeypatch):
-    mailbox = found(tmp_path, rounds=4, codec="fstq")
+    mailbox = found(tmp_path, rounds=4, codec="topk")
     members = [LightClient(mailbox, name, tmp_path / name, max_bytes=400) for name in "abc"]
     client, coordinator = members[0], Coordinator(mailbox)
     run_rounds(coordinator, members[:2], 1)
@@ -221,7 +221,7 @@ def test_the_cheapest_way_to_an_adapter(held, wanted, sizes, expected):
 
 
 def test_changes_are_fetched_instead_of_adapters_and_give_the_same(tmp_path):
-    mailbox = found(tmp_path, rounds=4, codec="fstq", codec_options={"parts": "coordinates"})
+    mailbox = found(tmp_path, rounds=4, codec="topk")
     coordinator = Coordinator(mailbox)
     clients = [LightClient(mailbox, name, tmp_path / name, max_bytes=300) for name in "ab"]
     run_rounds(coordinator, clients)
@@ -236,7 +236,7 @@ def test_changes_are_fetched_instead_of_adapters_and_give_the_same(tmp_path):
 
 @pytest.mark.parametrize("damage", ["flipped", "missing", "of another round"])
 def test_a_damaged_change_only_costs_the_whole_adapter(tmp_path, damage):
-    mailbox = found(tmp_path, rounds=4, codec="fstq", codec_options={"parts": "coordinates"})
+    mailbox = found(tmp_path, rounds=4, codec="topk")
     coordinator = Coordinator(mailbox)
     clients = [LightClient(mailbox, name, tmp_path / name, max_bytes=300) for name in "ab"]
     run_rounds(coordinator, clients, 1)
@@ -270,7 +270,7 @@ def test_no_federation_is_named(tmp_path):
 
 
 def test_messages_stay_within_their_budget(tmp_path):
-    mailbox = found(tmp_path, rounds=3, codec="fstq")
+    mailbox = found(tmp_path, rounds=3, codec="topk")
     clients = [LightClient(mailbox, "a", tmp_path / "a", max_bytes=280), LightClient(mailbox, "b", None, max_bytes=420)]
     run_rounds(Coordinator(mailbox), clients)
     for round in range(3):

@@ -123,32 +123,12 @@ def test_all_can_weigh_alike(tmp_path):
     assert weights(close(mailbox)[0]) == pytest.approx({"a": 0.5, "b": 0.5})
 
 
-def test_messages_can_weigh_as_much_as_they_say(tmp_path):
-    """By bytes: the recorded sizes, whatever the numbers of examples."""
-    mailbox = found(tmp_path, weights="bytes", codec="sampled", clip=None)
-    post(mailbox, "a", ones(1), num_examples=1, encoded_by="sampled")
-    post(mailbox, "b", ones(1), num_examples=9, encoded_by="sampled", max_bytes=8)
-    record, _ = close(mailbox)
-    sizes = {update.client_id: update.num_bytes for update in record.accepted}
-    assert sizes["a"] > sizes["b"]
-    assert weights(record) == pytest.approx({name: size / sum(sizes.values()) for name, size in sizes.items()})
-
-
-def test_a_client_that_is_capped_alone_also_weighs_less_by_bytes(tmp_path):
-    mailbox = found_enrolled(
-        tmp_path, {"a": Enrolment(max_examples=2), "b": Enrolment(max_examples=50)}, weights="bytes"
-    )
-    post(mailbox, "a", ones(1), num_examples=8)
-    post(mailbox, "b", ones(1), num_examples=8)
-    assert weights(close(mailbox)[0]) == pytest.approx({"a": 0.2, "b": 0.8}, abs=0.01)
-
-
 def test_a_message_that_is_mostly_noise_weighs_less(tmp_path):
     """By precision: `a` has the most examples and few bytes: what it says is longer than what it means."""
-    mailbox = found(tmp_path, weights="precision", codec="sampled", clip=None)
-    post(mailbox, "a", ones(1), num_examples=90, encoded_by="sampled", max_bytes=12)
+    mailbox = found(tmp_path, weights="precision", codec="fstq", clip=None)
+    post(mailbox, "a", ones(1), num_examples=90, encoded_by="fstq", max_bytes=14)
     for name in "bc":
-        post(mailbox, name, ones(1), num_examples=5, encoded_by="sampled", max_bytes=40)
+        post(mailbox, name, ones(1), num_examples=5, encoded_by="fstq", max_bytes=40)
     record, _ = close(mailbox)
     norms = {update.client_id: update.norm for update in record.accepted}
     assert norms["a"] > 2 * norms["b"]

@@ -255,7 +255,7 @@ def test_the_server_optimizer_is_one_continuous_run(tmp_path, server):
 
 
 @pytest.mark.parametrize("server", SERVERS, ids=["sgd", "momentum", "adam"])
-@pytest.mark.parametrize("codec", ["fp32", "fstq"])
+@pytest.mark.parametrize("codec", ["fp32", "topk"])
 def test_a_restart_between_any_two_rounds_changes_nothing(tmp_path, server, codec):
     def run(path, restart_at):
         mailbox = found(path, server=server, rounds=4, codec=codec)

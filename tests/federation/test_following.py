@@ -11,8 +11,8 @@ from safetensors.torch import load, save
 from test_session import finish, make_session, record
 
 from fedfstq_hf.codec import get_codec, message
+from fedfstq_hf.codec.budget import MessageBudget, open_budget
 from fedfstq_hf.errors import BudgetError, MailboxError, MailboxUnavailableError
-from fedfstq_hf.federation.budgets import MessageBudget, open_budget
 from fedfstq_hf.federation.client import MailboxParticipation
 from fedfstq_hf.federation.coordinator import Coordinator
 from fedfstq_hf.federation.following import Following

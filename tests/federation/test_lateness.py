@@ -250,7 +250,7 @@ def clients(mailbox, path, names):
 
 
 def test_a_client_settles_a_stale_update_as_accepted(tmp_path):
-    mailbox = found(tmp_path, rounds=6, max_staleness=1, codec="fstq")
+    mailbox = found(tmp_path, rounds=6, max_staleness=1, codec="topk")
     coordinator, others = Coordinator(mailbox), clients(mailbox, tmp_path, "ab")
     slow = delayed(mailbox, tmp_path / "s", coordinator, others)
     pending = slow.session.pending
@@ -263,7 +263,7 @@ def test_a_client_settles_a_stale_update_as_accepted(tmp_path):
     (settlement,) = slow.participation.settlements
     assert (settlement.round, settlement.outcome) == (0, "accepted")
     _, payload = message.unpack(pending.message)
-    residual = pending.corrected - get_codec("fstq").decode(payload, SCHEMA).to_dense()
+    residual = pending.corrected - get_codec("topk").decode(payload, SCHEMA).to_dense()
     assert residual.any()
     result = fake_training(coordinator.adapter, local_seed(0, "s", 2), carried)
     assert slow.session.pending.round == 2
@@ -294,7 +294,7 @@ def test_a_client_that_is_late_again_and_again_sends_one_round_s_worth(tmp_path)
 
 def test_a_client_that_lost_its_state_counts_once(tmp_path, caplog):
     """Its message was there already: what it trains again for that round is neither sent nor owed."""
-    mailbox = found(tmp_path / "box", rounds=6, min_clients=1, codec="fstq")
+    mailbox = found(tmp_path / "box", rounds=6, min_clients=1, codec="topk")
     coordinator = Coordinator(mailbox)
     first = LightClient(mailbox, "a", tmp_path / "one", max_bytes=BUDGET)
     run_rounds(coordinator, [first], 1)
@@ -328,7 +328,7 @@ def test_where_late_updates_are_used_a_client_that_lost_its_state_does_not_wait_
 
 
 def test_a_client_that_was_away_for_long_posts_nothing_and_keeps_what_it_owed(tmp_path, monkeypatch):
-    mailbox = found(tmp_path, rounds=8, max_staleness=1, codec="fstq")
+    mailbox = found(tmp_path, rounds=8, max_staleness=1, codec="topk")
     coordinator, others = Coordinator(mailbox), clients(mailbox, tmp_path, "ab")
     slow = LightClient(mailbox, "s", tmp_path / "s", max_bytes=BUDGET)
     run_rounds(coordinator, [*others, slow], 1)
@@ -353,7 +353,7 @@ def _away(*arguments, **options):
 
 def test_everything_of_accepted_updates_reaches_the_adapter_or_the_residual(tmp_path):
     """Over a federation with late, stale and timely updates: sent plus kept is what was trained for those."""
-    mailbox = found(tmp_path, rounds=9, max_staleness=1, min_clients=1, codec="fstq", clip=None, error_feedback=1.0)
+    mailbox = found(tmp_path, rounds=9, max_staleness=1, min_clients=1, codec="topk", clip=None, error_feedback=1.0)
     coordinator = Coordinator(mailbox)
     client, other = clients(mailbox, tmp_path, "ab")
     deltas = {}
@@ -377,6 +377,6 @@ def test_everything_of_accepted_updates_reaches_the_adapter_or_the_residual(tmp_
     for round in accepted:
         (ref,) = mailbox.list_updates(round, ["a"])
         _, payload = message.unpack(mailbox.read_update(ref, max_bytes=BUDGET))
-        sent += get_codec("fstq").decode(payload, SCHEMA).to_dense().double()
+        sent += get_codec("topk").decode(payload, SCHEMA).to_dense().double()
     assert [s.round for s in client.participation.settlements if s.outcome == "late"] == [5]
     assert torch.allclose(sent + client.session.residual.double(), sum(deltas[round] for round in accepted), atol=1e-4)

@@ -5,9 +5,9 @@ import torch
 from light import LightClient, NothingToDo, fake_training, found, initial_state, make_spec, run_rounds
 from light_updates import found_enrolled, ones, post
 
+from fedfstq_hf.codec.budget import MessageBudget
 from fedfstq_hf.errors import ConfigError, MailboxError
 from fedfstq_hf.federation import adapter_file, control, keys
-from fedfstq_hf.federation.budgets import MessageBudget
 from fedfstq_hf.federation.client import MailboxParticipation
 from fedfstq_hf.federation.control import Control, Enrolment, change_control
 from fedfstq_hf.federation.coordinator import Coordinator
@@ -226,7 +226,7 @@ def test_coordinator_and_clients_say_that_and_why_it_is_paused(tmp_path, caplog)
 
 
 def test_a_federation_survives_members_that_join_leave_and_return(tmp_path):
-    mailbox = found(tmp_path, rounds=6, codec="fstq", min_clients=2)
+    mailbox = found(tmp_path, rounds=6, codec="topk", min_clients=2)
     coordinator = Coordinator(mailbox)
     everybody = dict.fromkeys("abcd")
     for present in ("ab", "abc", "bc", "cd", "abcd", "ad"):
@@ -250,7 +250,7 @@ def test_a_federation_survives_members_that_join_leave_and_return(tmp_path):
 @pytest.mark.parametrize("killed_after", ["next", "finish", "post", "settle"])
 def test_a_client_killed_between_any_two_steps_changes_nothing(tmp_path, killed_after):
     def run(path, dies):
-        mailbox = found(path, rounds=3, codec="fstq")
+        mailbox = found(path, rounds=3, codec="topk")
         coordinator = Coordinator(mailbox)
         one, two = (LightClient(mailbox, name, path / name, max_bytes=400) for name in "ab")
         for _ in range(3):

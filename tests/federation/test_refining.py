@@ -142,8 +142,8 @@ def test_what_a_clipped_preview_said_is_taken_back_as_it_was_clipped(tmp_path):
     [
         ("fp32", (None, None), None),
         ("topk", (PREVIEW, REFINEMENT), None),
-        ("trellis", (PREVIEW, PREVIEW), 275),
-        ("fstq", (350, REFINEMENT), None),
+        ("fstq", (PREVIEW, PREVIEW), 275),
+        ("fstq", (300, REFINEMENT), None),
     ],
 )
 def test_real_clients_messages_give_the_adapter_that_the_formula_says(tmp_path, codec, sizes, cap):
@@ -401,7 +401,7 @@ def test_a_lost_preview_counts_once(tmp_path, step, correction, lose, lost):
 
 
 @pytest.mark.parametrize(("step", "correction"), [(0.8, 0.6), (1.0, 1.0), (0.5, 1.0)])
-@pytest.mark.parametrize("weights", ["uniform", "examples", "precision", "bytes"])
+@pytest.mark.parametrize("weights", ["uniform", "examples", "precision"])
 def test_a_lost_preview_counts_once_beside_missing_and_refused_refinements(tmp_path, step, correction, weights):
     mailbox = federation(tmp_path, preview_step=step, preview_correction=correction, weights=weights, clip=2.0)
     coordinator = Coordinator(mailbox)

@@ -7,7 +7,7 @@ import torch
 from light import SCHEMA, LightClient, found, initial_state, make_spec
 
 from fedfstq_hf.codec import message
-from fedfstq_hf.codec.pairs import join_pair, split_pair
+from fedfstq_hf.codec.message import join_pair, split_pair
 from fedfstq_hf.errors import ConfigError, MailboxError, MessageError
 from fedfstq_hf.federation import adapter_file, scaffold
 from fedfstq_hf.federation.client import LocalResult
@@ -17,7 +17,7 @@ from fedfstq_hf.federation.mailbox import VARIATE_FILE
 from fedfstq_hf.federation.session import ClientSession
 
 SIZE = SCHEMA.num_params
-SHARED = {"rounds": 9, "min_clients": 1, "scaffold_clients": 4, "max_message_bytes": 9000}
+SHARED = {"rounds": 9, "min_clients": 1, "scaffold": True, "num_clients": 4, "max_message_bytes": 9000}
 RATE, STEPS = 0.1, 3
 
 
@@ -99,7 +99,7 @@ def test_the_servers_is_the_mean_of_the_clients(tmp_path):
 @pytest.mark.parametrize("corrected", [True, False])
 def test_drift_is_corrected(tmp_path, corrected):
     """Clients of different curvature: SCAFFOLD ends at the minimum of the mean of their functions, FedAvg beside it."""
-    settings = {"rounds": 30, "min_clients": 2, "clip": None, "scaffold_clients": 2 if corrected else None}
+    settings = {"rounds": 30, "min_clients": 2, "clip": None, "scaffold": corrected, "num_clients": 2}
     mailbox = found(tmp_path, **(SHARED | settings))
     coordinator = Coordinator(mailbox)
     clients = [Client(mailbox, "a", -1.0, curvature=0.4), Client(mailbox, "b", 1.0, curvature=4.0)]
@@ -138,7 +138,9 @@ def test_bytes_of_both_ways_are_counted(tmp_path):
 
 def test_a_lossy_codec_is_agreed_about(tmp_path):
     """What `topk` leaves out of a change is not lost: client and server hold the same c_i, and the rest comes later."""
-    mailbox = found(tmp_path, **(SHARED | {"scaffold_clients": 1, "codec": "topk", "uplink_budget": 500, "rounds": 25}))
+    mailbox = found(
+        tmp_path, **(SHARED | {"scaffold": True, "num_clients": 1, "codec": "topk", "uplink_budget": 500, "rounds": 25})
+    )
     coordinator = Coordinator(mailbox)
     client = LightClient(mailbox, "a", None, max_bytes=500)
     wanted = torch.linspace(-1, 1, SIZE)
@@ -153,7 +155,7 @@ def test_a_lossy_codec_is_agreed_about(tmp_path):
 
 
 def test_a_huge_change_is_clipped(tmp_path):
-    mailbox = found(tmp_path, **(SHARED | {"scaffold_clients": 3, "clip": 2.0}))
+    mailbox = found(tmp_path, **(SHARED | {"scaffold": True, "num_clients": 3, "clip": 2.0}))
     coordinator = Coordinator(mailbox)
     for name, size in (("a", 1.0), ("b", 1.0), ("c", 1e6)):
         client = LightClient(mailbox, name, None)
@@ -203,8 +205,8 @@ def test_after_a_rollback_all_variates_begin_anew(tmp_path):
 
 
 def test_refusals(tmp_path):
-    with pytest.raises(ConfigError, match="scaffold_clients must be a whole number of at least 1"):
-        make_spec(scaffold_clients=0)
+    with pytest.raises(ConfigError, match="num_clients must be a whole number of at least 1"):
+        make_spec(scaffold=True, num_clients=0)
     mailbox = found(tmp_path / "box", **SHARED)
     coordinator = Coordinator(mailbox)
     client = LightClient(mailbox, "a", None)

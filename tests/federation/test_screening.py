@@ -10,7 +10,7 @@ from light import SCHEMA, make_spec
 from light_updates import delta, found_enrolled, make_message
 
 from fedfstq_hf.codec import SparseUpdate, get_codec, message
-from fedfstq_hf.codec.pairs import PAIR_PARAMS, join_pair
+from fedfstq_hf.codec.message import PAIR_PARAMS, join_pair
 from fedfstq_hf.errors import MessageError
 from fedfstq_hf.federation import keys
 from fedfstq_hf.federation.control import Control, Enrolment
@@ -137,7 +137,7 @@ def test_numbers_that_are_not_finite_and_pass_the_decoder(tmp_path, monkeypatch)
 
 
 def test_a_control_variate_that_is_not_finite(tmp_path, monkeypatch):
-    box = Box(tmp_path, scaffold_clients=2)
+    box = Box(tmp_path, scaffold=True, num_clients=2)
     _, payload = message.unpack(box.message())
     good, poison = torch.ones(SCHEMA.num_params), torch.full((SCHEMA.num_params,), torch.inf)
     decoded = iter([good, good, poison, good])  # the variate is the first that is decoded of a message
@@ -149,7 +149,7 @@ def test_a_control_variate_that_is_not_finite(tmp_path, monkeypatch):
 
 
 def test_one_payload_where_two_are_expected(tmp_path):
-    box = Box(tmp_path, scaffold_clients=2)
+    box = Box(tmp_path, scaffold=True, num_clients=2)
     box.refuses(box.message(), r"carries no control variate; this federation's messages have two payloads\.$")
 
 
@@ -263,8 +263,7 @@ def test_no_reason_quotes_more_than_a_line_of_what_was_sent(tmp_path):
 
 
 def test_a_message_of_another_size_than_it_was_listed_with(tmp_path):
-    """Where updates weigh by their bytes, the listing's number is the weight."""
-    box = Box(tmp_path, enrolments=SIGNED, weights="bytes")
+    box = Box(tmp_path, enrolments=SIGNED)
     data = box.message(sign=keys.signer(ALICE, box.spec.id))
     with pytest.raises(MessageError, match=rf"^It has {len(data)} bytes; the mailbox listed it with 4000\.$"):
         box.screening.open(UpdateRef("a", 0, 4000), data, box.base)
@@ -306,7 +305,7 @@ def test_norms_neither_overflow_nor_vanish(tmp_path, value):
 
 @pytest.mark.parametrize("variate", [False, True])
 def test_a_squared_norm_beyond_float64(tmp_path, monkeypatch, variate):
-    box = Box(tmp_path, **({"scaffold_clients": 2} if variate else {}))
+    box = Box(tmp_path, **({"scaffold": True, "num_clients": 2} if variate else {}))
     poison = torch.full((SCHEMA.num_params,), 1e200, dtype=torch.float64)
     decoded = [SparseUpdate(SCHEMA.num_params, None, poison), SparseUpdate(SCHEMA.num_params, None, delta(1))]
     data = box.message()

@@ -14,17 +14,17 @@ SCHEMA = Schema.from_state_dict({f"layer.{number}": torch.zeros(16, 512) for num
 DELTA = torch.randn(SCHEMA.num_params, generator=torch.Generator().manual_seed(0))
 READER = keys.new_keypair()
 SEALED = {"sealing_key": READER.seal_key}
-PAIR = {"scaffold_clients": 2}
+PAIR = {"scaffold": True, "num_clients": 2}
 
 
 def make_session(*, sign=None, caps=None, **spec):
-    settings = {"codec": "sampled", "schema": SCHEMA.fingerprint, "rounds": 3, **spec}
+    settings = {"codec": "fstq", "schema": SCHEMA.fingerprint, "rounds": 3, **spec}
     return ClientSession("anna", make_spec(**settings), SCHEMA, sign=sign, caps=caps)
 
 
 def finish(session, round=0, **changes):
     settings = {"fisher": None, "num_examples": 9, "max_bytes": 900, **changes}
-    variate = torch.flip(DELTA, [0]) if session.spec.scaffold_clients is not None else None
+    variate = torch.flip(DELTA, [0]) if session.spec.method.scaffold else None
     return session.finish(round, "0" * 64, DELTA, variate=variate, **settings)
 
 

@@ -30,10 +30,10 @@ def test_two_federations_are_never_the_same():
         ({"rounds": 0}, "rounds must be a whole number of at least 1, not 0"),
         ({"local_steps": 1.5}, "local_steps must be a whole number"),
         ({"min_clients": 0}, "min_clients must be"),
-        ({"round_seconds": 0}, "round_seconds must be a positive number of seconds or null, not 0"),
+        ({"round_seconds": 0}, "round_seconds must be a number above 0"),
         ({"round_seconds": float("inf")}, "round_seconds"),
-        ({"error_feedback": 1.1}, r"error_feedback must lie in \[0, 1\]"),
-        ({"optimizer_state": "warm"}, "optimizer_state must be 'fresh' or 'kept', not 'warm'"),
+        ({"error_feedback": 1.1}, "error_feedback must be a number of at least 0 and at most 1"),
+        ({"optimizer_state": "warm"}, "optimizer_state must be one of fresh, kept, not 'warm'"),
         ({"training": {"per_device_train_batch_size": 4}}, "training.per_device_train_batch_size cannot be shared"),
     ],
 )
@@ -50,7 +50,7 @@ def test_a_spec_of_another_format_says_which_version_to_install():
         (None, "Install the fedfstq_hf version that the federation's coordinator runs"),
     ):
         data = json.dumps(fields | {"package_version": version}).encode()
-        with pytest.raises(MailboxError, match=rf"spec has format 99; fedfstq_hf .* reads format 3\. {remedy}"):
+        with pytest.raises(MailboxError, match=rf"spec has format 99; fedfstq_hf .* reads format 4\. {remedy}"):
             FederationSpec.from_json(data)
         with pytest.raises(MailboxError, match=rf"round record has format 99; .* reads format 2\. {remedy}"):
             RoundRecord.from_json(data)

@@ -51,7 +51,7 @@ def test_stop_without_updates_leaves_the_adapter(tmp_path):
 
 
 def test_clients_end_with_a_stopped_federation(tmp_path):
-    mailbox = found(tmp_path, rounds=9, codec="fstq", round_seconds=60.0)
+    mailbox = found(tmp_path, rounds=9, codec="topk", round_seconds=60.0)
     one, two = clients(mailbox, tmp_path, "ab")
     coordinator = Coordinator(mailbox)
     run_rounds(coordinator, [one, two], 1)
@@ -89,7 +89,7 @@ def test_stop_while_another_coordinator_publishes(tmp_path, caplog):
 
 def served(path, rounds, **changes):
     """A federation after some rounds, its clients and coordinator."""
-    mailbox = found(path, rounds=9, codec="fstq", server=MOMENTUM, **changes)
+    mailbox = found(path, rounds=9, codec="topk", server=MOMENTUM, **changes)
     coordinator, members = Coordinator(mailbox), clients(mailbox, path, "ab")
     run_rounds(coordinator, members, rounds)
     return mailbox, coordinator, members

@@ -47,7 +47,15 @@ def test_a_federation_gives_the_adapter_of_the_folder_mailbox(
 
 
 def test_control_variates_are_those_of_the_folder_mailbox(hub_here: LoopbackHub, tmp_path: Path) -> None:
-    shared = {"codec": "fp32", "min_clients": 3, "rounds": 3, "salt": "same", "scaffold_clients": 4, "clip": None}
+    shared = {
+        "codec": "fp32",
+        "min_clients": 3,
+        "rounds": 3,
+        "salt": "same",
+        "scaffold": True,
+        "num_clients": 4,
+        "clip": None,
+    }
     federation = HubFederation(hub_here, "own", **shared)
     run_rounds(federation.coordinator(), [federation.client(name) for name in CLIENTS])
     folder = found(tmp_path / "folder", **shared)

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from fedfstq_hf.codec.budget import MessageBudget
 from fedfstq_hf.errors import UpdateConflictError
-from fedfstq_hf.federation.budgets import MessageBudget
 from fedfstq_hf.federation.client import MailboxParticipation
 from fedfstq_hf.federation.coordinator import Coordinator
 from fedfstq_hf.federation.mailbox import Mailbox

@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 from huggingface_hub import ModelCard
 from huggingface_hub.repocard_data import model_index_to_eval_results
+from specs import flat_spec
 
 from fedfstq_hf.federation.history import HistoryRow
 from fedfstq_hf.federation.record import RoundRecord
@@ -44,11 +45,11 @@ def make_spec(**changes: Any) -> FederationSpec:
         "local_steps": 10,
         "max_message_bytes": 5000,
         "min_clients": 4,
-        "codec": "factored",
+        "codec": "fstq",
         "uplink_budget": "0.2bpp",
         "training": {"optim": "adamw_torch", "learning_rate": 5e-4, "lr_scheduler_type": "constant"},
     }
-    return FederationSpec(**(fields | changes))
+    return flat_spec(**(fields | changes))
 
 
 def make_record(round: int, **changes: Any) -> RoundRecord:

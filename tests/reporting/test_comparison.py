@@ -115,12 +115,12 @@ def test_the_same_method_and_seed_twice(tmp_path):
 
 def test_one_name_with_other_settings_is_another_method(tmp_path):
     a = write_run(tmp_path / "a", [*make_rows("fedavg", FEDAVG), *make_rows("fstq", FEDAVG)])
-    options = json.loads((a / "recipe.json").read_text())["methods"]["fstq"] | {"uplink_budget": "0.1bpp"}
+    options = json.loads((a / "recipe.json").read_text())["methods"]["fstq"] | {"uplink_budget": "0.7bpp"}
     b = write_run(tmp_path / "b", make_rows("fstq", SLOW), methods={"fstq": options})
     (comparison,) = comparisons(a, b)
     labels = [figures.label for figures in comparison.methods]
-    assert labels == ["fedavg", "fstq", "fstq (uplink_budget 0.1bpp)"]
-    assert any("told apart: fstq (uplink_budget 0.1bpp)" in note for note in notes(comparison))
+    assert labels == ["fedavg", "fstq", "fstq (uplink_budget 0.7bpp)"]
+    assert any("told apart: fstq (uplink_budget 0.7bpp)" in note for note in notes(comparison))
 
 
 def test_a_method_with_settings_of_its_own_in_local_training_is_named(tmp_path):

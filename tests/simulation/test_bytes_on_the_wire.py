@@ -11,8 +11,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "federation"))
 from light import SCHEMA, LightClient, found, pause, run_rounds
 from test_participation import CLIENTS, Run, plan_of
 
+from fedfstq_hf.codec.budget import MessageBudget
 from fedfstq_hf.federation import history
-from fedfstq_hf.federation.budgets import MessageBudget
 from fedfstq_hf.federation.client import MailboxParticipation
 from fedfstq_hf.federation.coordinator import Coordinator
 from fedfstq_hf.federation.session import Caps, ClientSession

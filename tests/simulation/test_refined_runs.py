@@ -238,7 +238,7 @@ METHOD = {
     "refinement_budget": 480,
     "refinement_cap": f"{SECONDS}s@uneven",
     "preview_step": 0.5,
-    "error_feedback": False,
+    "error_feedback": 0.0,
     "weights": "precision",
 }
 

@@ -9,7 +9,7 @@ from fedfstq_hf.recipe import load_recipe
 from fedfstq_hf.simulation.runner import Simulation
 
 BUDGET = 840  # 280 bytes each where three come, 420 where two do: less than the whole update takes
-METHOD = {"codec": "topk", "codec_options": {"value_bits": 8}, "error_feedback": False}
+METHOD = {"codec": "topk", "codec_options": {"value_bits": 8}, "error_feedback": 0.0}
 
 
 def test_a_message_gets_what_the_last_rounds_messages_would_have_shared(tiny_recipe, tmp_path):

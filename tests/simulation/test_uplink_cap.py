@@ -15,7 +15,7 @@ from fedfstq_hf.simulation.runner import Simulation
 BUDGET = 325
 SECONDS = 0.0008
 LINK = {"name": "uneven", "uplink_mbps": 8.0, "spread": 0.5, "tail_fraction": 0.3, "tail_mbps": [2.85, 3.05]}
-METHOD = {"codec": "topk", "codec_options": {"value_bits": 8}, "uplink_budget": BUDGET, "error_feedback": False}
+METHOD = {"codec": "topk", "codec_options": {"value_bits": 8}, "uplink_budget": BUDGET, "error_feedback": 0.0}
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from specs import flat_spec
 from tiny import make_arguments, make_tiny_data, make_tiny_model
 
 from fedfstq_hf import FedFSTQConfig, FedFSTQTrainer
@@ -33,7 +34,7 @@ def make_spec(model: Any, **changes: Any) -> FederationSpec:
         "max_message_bytes": 100_000,
         "codec": "fp32",
     }
-    return FederationSpec(**(settings | changes))
+    return flat_spec(**(settings | changes))
 
 
 def found(path: Path, model: Any = None, **changes: Any) -> FolderMailbox:

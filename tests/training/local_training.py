@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from specs import flat_spec
 from tiny import make_arguments, make_tiny_data, make_tiny_model
 from transformers import TrainerCallback
 
@@ -12,7 +13,6 @@ from fedfstq_hf import FedFSTQConfig, FedFSTQTrainer
 from fedfstq_hf.adapter import AdapterView, base_fingerprint
 from fedfstq_hf.federation.client import Assignment, local_seed
 from fedfstq_hf.federation.session import ClientSession
-from fedfstq_hf.federation.spec import FederationSpec
 
 
 def ragged_data(num: int = 16, length: int = 12, seed: int = 0) -> list[dict[str, list[int]]]:
@@ -92,7 +92,7 @@ class Listed:
             "max_message_bytes": 100_000,
             "codec": "fp32",
         }
-        self.spec = FederationSpec(**(settings | spec))
+        self.spec = flat_spec(**(settings | spec))
         self.session = ClientSession("a", self.spec, self.view.schema)
         self.total_steps = rounds * self.spec.local_steps
         self.adapter = self.view.read()

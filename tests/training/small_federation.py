@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from specs import flat_spec
 from transformers import TrainerCallback
 
 from fedfstq_hf import FedFSTQConfig
@@ -18,7 +19,6 @@ from fedfstq_hf.federation import adapter_file
 from fedfstq_hf.federation.coordinator import Coordinator
 from fedfstq_hf.federation.founding import found_federation
 from fedfstq_hf.federation.local import FolderMailbox
-from fedfstq_hf.federation.spec import FederationSpec
 
 
 def found(path: Path, model: Any, **changes: Any) -> FolderMailbox:
@@ -35,7 +35,7 @@ def found(path: Path, model: Any, **changes: Any) -> FolderMailbox:
         "codec": "fp32",
     }
     mailbox = FolderMailbox(path, durable=False)
-    spec = FederationSpec(**(settings | changes))
+    spec = flat_spec(**(settings | changes))
     found_federation(mailbox, spec, adapter_file.dump(view.state()), config_json(model, view.name))
     return mailbox
 

@@ -3,11 +3,11 @@
 import pytest
 import torch
 from local_training import Listed, make_trainer, ragged_data
+from specs import flat_spec
 from tiny import make_tiny_model
 
 from fedfstq_hf import FedFSTQConfig
 from fedfstq_hf.errors import ConfigError
-from fedfstq_hf.federation.spec import FederationSpec
 
 
 def take_part(tmp_path, rounds=1, *, arguments=None, **spec):
@@ -103,12 +103,12 @@ def test_filtered_only_costs_a_backward_pass_at_refresh_steps_alone(tmp_path, mo
     [
         ({"fisher": "exact"}, "fisher must be one of gradients, adam, not 'exact'"),
         ({"fisher_objective": "other"}, "fisher_objective must be one of same, filtered-only, not 'other'"),
-        ({"fisher_objective": "filtered-only"}, "set objective to 'hard', 'soft' or 'unbiased'"),
+        ({"fisher_objective": "filtered-only"}, "needs objective: set it to 'hard', 'soft' or 'unbiased'"),
         (
             {"fisher": "adam", "fisher_objective": "filtered-only", "objective": "hard"},
-            "Use fisher_objective='same'",
+            "use fisher='gradients', or leave out the other",
         ),
-        ({"fisher": "adam", "proximal_mu": 0.1}, "Use fisher='gradients' or proximal_mu=0"),
+        ({"fisher": "adam", "proximal_mu": 0.1}, "use fisher='gradients', or leave out the other"),
     ],
 )
 def test_refusals(settings, match):
@@ -116,4 +116,4 @@ def test_refusals(settings, match):
         FedFSTQConfig(**settings)
     shared = {"name": "n", "model": "m", "base_fingerprint": {}, "schema": "s", "rounds": 1, "local_steps": 1}
     with pytest.raises(ConfigError, match=match):
-        FederationSpec(**shared, max_message_bytes=1000, **settings)
+        flat_spec(**shared, max_message_bytes=1000, **settings)

@@ -15,7 +15,7 @@ class Corrected(Listed):
     """Hands out a server's control variate, and keeps the client's as a session does once it was accepted."""
 
     def __init__(self, model, rounds, server, **spec):
-        super().__init__(model, rounds, scaffold_clients=4, **spec)
+        super().__init__(model, rounds, scaffold=True, num_clients=4, **spec)
         self.server, self.known = server, []
 
     def next(self):
@@ -79,7 +79,7 @@ def test_with_adamw_it_is_the_mean_gradient(tmp_path):
 
 def test_a_round_without_the_servers_variate_is_refused(tmp_path):
     model = make_tiny_model()
-    participation = Listed(model, 1, scaffold_clients=2)
+    participation = Listed(model, 1, scaffold=True, num_clients=2)
     trainer, _ = make_trainer(tmp_path, model=model)
     with pytest.raises(MailboxError, match=r"the round came without the server's"):
         trainer.take_part(participation, participation.spec)

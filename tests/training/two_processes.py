@@ -22,7 +22,7 @@ from fedfstq_hf import FedFSTQConfig, FedFSTQTrainer
 from fedfstq_hf.demo import model_path
 from fedfstq_hf.errors import MailboxError
 from fedfstq_hf.federation.local import FolderMailbox
-from fedfstq_hf.sensitivity.options import OBJECTIVES
+from fedfstq_hf.methods import OBJECTIVES
 
 KINDS = (*OBJECTIVES, "sft") if importlib.util.find_spec("trl") else OBJECTIVES
 ONE_STEP = {"max_grad_norm": 0.0, "learning_rate": 0.0, "max_steps": 2, "train_sampling_strategy": "sequential"}

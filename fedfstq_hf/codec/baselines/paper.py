@@ -8,7 +8,7 @@ Payload: one ANS stream (entropy.py), read in this order:
 
 | symbols | model | meaning |
 |---|---|---|
-| | see support.py | which coordinates have b > 0 |
+| | see index_coding.py | which coordinates have b > 0 |
 | 3 | uniform, 64 | frequency weight of each width |
 | non-zeros | categorical | width, in coordinate order |
 | 4 per non-empty tensor | uniform, 256 | largest magnitude, little-endian float32: it gives all three scales |
@@ -28,13 +28,13 @@ import torch
 from torch import Tensor
 
 from ...errors import ConfigError, MessageError
-from .. import support
-from ..allocation import Draft, fill, root_weight, strongest
-from ..dense import read_delta, read_fisher
-from ..entropy import Reader, Writer, table, uniform
+from ..coding import index_coding
+from ..coding.allocation import Draft, fill, root_weight, strongest
+from ..coding.entropy import Reader, Writer, table, uniform
+from ..coding.index_coding import Int64, Layout
+from ..coding.inputs import read_delta, read_fisher
 from ..registry import CodecContext, Encoded, register
 from ..schema import Schema
-from ..support import Int64, Layout
 from ..update import SparseUpdate
 
 WIDTHS = (2, 4, 16)
@@ -51,6 +51,7 @@ class PaperCodec:
     """
 
     name = "paper"
+    unbiased = False
 
     def __init__(self, shares: Sequence[float] = (0.22, 0.06, 0.02)) -> None:
         numbers = isinstance(shares, (list, tuple)) and all(type(share) in (int, float) for share in shares)
@@ -85,7 +86,7 @@ class PaperCodec:
             tags = -sum(s * np.log2(s / sum(self.shares)) for s in self.shares if s) / sum(self.shares)
             values = sum(n * b for n, b in zip(np.diff(self._bounds(count)), reversed(WIDTHS), strict=True))
             scales = 32 * min(count, layout.num_tensors)
-            return float(support.plan(layout, columns[:count]).bits + count * tags + values + scales)
+            return float(index_coding.plan(layout, columns[:count]).bits + count * tags + values + scales)
 
         best = draft(ranked.size) if max_bytes is None else fill(draft, estimate, ranked.size, max_bytes)
         return Encoded(best.payload, best.update)
@@ -96,7 +97,7 @@ class PaperCodec:
         if not payload:
             return _update(layout, np.zeros(0, dtype=np.int64), np.zeros(0))
         reader = Reader(payload)
-        places = support.read(reader, layout)
+        places = index_coding.read(reader, layout)
         weights = reader.get(len(WIDTHS), uniform(_WEIGHTS))
         if not weights.any():
             raise MessageError("paper payload gives every width the frequency 0; expected one above 0")
@@ -128,7 +129,7 @@ class PaperCodec:
         by_rank = np.repeat(np.arange(len(WIDTHS))[::-1], np.diff(self._bounds(ranked.size)))
         widths = by_rank[order]
         writer = Writer()
-        support.write(writer, layout, indices, support.plan(layout, columns))
+        index_coding.write(writer, layout, indices, index_coding.plan(layout, columns))
         share = np.bincount(widths, minlength=len(WIDTHS))
         weights = np.ceil(share * (_WEIGHTS - 1) / share.max())
         writer.put(weights, uniform(_WEIGHTS))

@@ -32,13 +32,13 @@ import torch
 from torch import Tensor
 
 from ...errors import ConfigError, MessageError
-from ..allocation import Draft, fill
-from ..dense import read_delta
-from ..entropy import Reader, Writer, table, uniform
+from ..coding.allocation import Draft, fill
+from ..coding.bits import pack_bits, packed_bytes, unpack_bits
+from ..coding.entropy import Reader, Writer, table, uniform
+from ..coding.inputs import read_delta
 from ..registry import CodecContext, Encoded, register
 from ..schema import Schema
 from ..update import SparseUpdate
-from .bits import pack_bits, packed_bytes, unpack_bits
 
 CHUNK = 4096
 MAX_K = 1024  # beyond a quarter, dense codecs are smaller
@@ -59,6 +59,7 @@ class SparselocoCodec:
     """
 
     name = "sparseloco"
+    unbiased = False
 
     def __init__(self, top_k: int = 64, packed: bool = True, entropy_coded: bool = False) -> None:
         if type(top_k) is not int or not 1 <= top_k <= MAX_K:
@@ -190,7 +191,7 @@ class Chunks:
         return indices
 
     def gaps(self, places: Int64) -> Int64:
-        """Places as numbers of coordinates skipped since the place before, or since the chunk's start."""
+        """Coordinates as numbers of coordinates skipped since the place before, or since the chunk's start."""
         before = np.concatenate([[-1], places[:-1]])
         before[self._firsts()] = -1
         gaps: Int64 = places - before - 1

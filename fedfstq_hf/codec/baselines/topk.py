@@ -24,12 +24,12 @@ import torch
 from torch import Tensor
 
 from ...errors import BudgetError, ConfigError, MessageError, NonFiniteError
-from ..allocation import strongest
-from ..dense import read_delta
+from ..coding.allocation import strongest
+from ..coding.bits import pack_bits, packed_bytes, read_floats, unpack_bits
+from ..coding.inputs import read_delta
 from ..registry import CodecContext, Encoded, register
 from ..schema import Schema
 from ..update import SparseUpdate
-from .bits import pack_bits, packed_bytes, read_floats, unpack_bits
 
 _VALUE_BITS = (32, 16, 8, 4)
 _FLOATS = {32: "<f4", 16: "<f2"}
@@ -43,6 +43,7 @@ class TopkCodec:
     """
 
     name = "topk"
+    unbiased = False
 
     def __init__(self, density: float = 0.01, value_bits: int = 32) -> None:
         if isinstance(density, bool) or not isinstance(density, (int, float)) or not 0.0 < density <= 0.25:

@@ -37,6 +37,7 @@ class UniformCodec:
     """Entropy-coded uniform quantisation, finer where `fisher` weighs more; 4 bits a value without `max_bytes`."""
 
     name = "uniform"
+    unbiased = False
 
     def encode(
         self,

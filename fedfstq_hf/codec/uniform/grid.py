@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ...errors import MessageError
-from ..entropy import Adaptive, Reader, Writer, table, uniform
+from ..coding.entropy import Adaptive, Reader, Writer, table, uniform
 from ..schema import Schema, TensorSpec
 from ..update import SparseUpdate
 

@@ -154,7 +154,7 @@ def test_changes_of_control_variates_are_bounded_alike(lengths, added):
 
 
 def test_one_huge_control_variate_among_empty_ones_is_not_published(tmp_path):
-    mailbox = found(tmp_path, rounds=9, min_clients=1, scaffold_clients=3, max_message_bytes=9000)
+    mailbox = found(tmp_path, rounds=9, min_clients=1, scaffold=True, num_clients=3, max_message_bytes=9000)
     coordinator = Coordinator(mailbox)
     for name, size in (("a", 0.0), ("b", 0.0), ("c", 1e6)):
         client = LightClient(mailbox, name, None)

@@ -4,8 +4,8 @@ import pytest
 from light import SCHEMA, fake_training, pause
 from light_updates import SIZE, found_enrolled, ones, post
 
+from fedfstq_hf.codec.budget import open_budget
 from fedfstq_hf.federation import keys
-from fedfstq_hf.federation.budgets import open_budget
 from fedfstq_hf.federation.client import MailboxParticipation
 from fedfstq_hf.federation.control import Enrolment
 from fedfstq_hf.federation.coordinator import Coordinator

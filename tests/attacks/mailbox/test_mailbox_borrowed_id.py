@@ -7,9 +7,9 @@ import pytest
 from light import SCHEMA, fake_training, make_spec, pause
 from light_updates import found_enrolled
 
+from fedfstq_hf.codec.budget import MessageBudget
 from fedfstq_hf.errors import MailboxError
 from fedfstq_hf.federation import keys
-from fedfstq_hf.federation.budgets import MessageBudget
 from fedfstq_hf.federation.client import MailboxParticipation
 from fedfstq_hf.federation.control import Enrolment
 from fedfstq_hf.federation.coordinator import Coordinator
@@ -33,7 +33,7 @@ def other_value(value):
 
 def test_no_field_of_a_spec_can_be_changed_without_its_id():
     fields = json.loads(make_spec().to_json())
-    assert set(fields) == {"id", *(field.name for field in dataclasses.fields(FederationSpec))}
+    assert set(fields) == {"id", "format", *(field.name for field in dataclasses.fields(FederationSpec))}
     for name in set(fields) - {"id"}:
         altered = json.dumps({**fields, name: other_value(fields[name])}).encode()
         with pytest.raises(MailboxError):

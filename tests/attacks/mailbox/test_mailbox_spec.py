@@ -99,7 +99,7 @@ def test_usual_training_arguments_pass():
 @pytest.mark.parametrize("value", [NAN, INFINITE])
 @pytest.mark.parametrize("name", ["rho", "clip", "weight_cap", "round_seconds", "staleness_discount", "proximal_mu"])
 def test_numbers_are_finite(name, value):
-    refused(f"{name} must be a number", **{name: value})
+    refused(f"{name} must be (a number|one plain value)", **{name: value})
     refused("training.learning_rate", training={"learning_rate": value})
 
 
@@ -110,10 +110,9 @@ def test_numbers_are_finite(name, value):
         ("max_message_bytes", 2**32 + 1),
         ("min_clients", HUGE),
         ("refresh_steps", HUGE),
-        ("tag_every", True),
         ("max_staleness", HUGE),
         ("token_merge_layer", HUGE),
-        ("scaffold_clients", HUGE),
+        ("num_clients", HUGE),
         ("clients_per_round", 1.0),
         ("preview_rounds", HUGE),
         ("seed", -1),
@@ -162,24 +161,20 @@ def test_types_and_sizes(name, value):
         ("os.system", {}),
         ("fp32", {"path": "/etc/passwd"}),
         ("fp32", {"name": "fp16"}),
-        ("factored", {"components": HUGE}),
         ("fedpaq", {"levels": HUGE}),
         ("fstq", {"bits": 1e9}),
-        ("fstq", {"levels": True}),
-        ("fstq", {"levels": 1.0}),
+        ("fstq", {"bits": True}),
+        ("fstq", {"fisher_weighted": 1}),
         ("paper", {"shares": "abc"}),
         ("paper", {"shares": 5}),
         ("paper", {"shares": [True, 0, 0]}),
         ("qsgd", {"bits": 64}),
         ("qsgd", {"bucket": 2**40}),
-        ("random", {"density": NAN}),
-        ("sampled", {"block": 2**40}),
-        ("sampled", {"bits": 1e9}),
         ("sparseloco", {"top_k": HUGE}),
         ("topk", {"density": 1e9}),
         ("topk", {"value_bits": 32.0}),
-        ("trellis", {"bits": -1.0}),
-        ("trellis", {"seed": 1.5}),
+        ("fstq", {"bits": -1.0}),
+        ("fstq", {"seed": 1.5}),
     ],
 )
 def test_codecs_and_their_options_are_known_and_bounded(codec, options):
@@ -189,14 +184,10 @@ def test_codecs_and_their_options_are_known_and_bounded(codec, options):
 def test_the_largest_options_and_budgets_cost_a_client_nothing():
     """What each codec takes at most, with the largest budget there is, on an adapter of 192 coordinates."""
     largest = {
-        "factored": {"components": 15},
-        "fstq": {"bits": 32.0},
+        "fstq": {"bits": 5e-324},
         "qsgd": {"bits": 8, "bucket": 2**32 - 1},
-        "random": {"density": 5e-324},
-        "sampled": {"bits": 5e-324},
         "sparseloco": {"top_k": 1024},
         "topk": {"density": 5e-324},
-        "trellis": {"bits": 5e-324},
     }
     for codec in codec_names():
         spec = make_spec(codec=codec, codec_options=largest.get(codec, {}))

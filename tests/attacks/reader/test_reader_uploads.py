@@ -54,7 +54,7 @@ def make_trainer(tmp_path: Path, token: str, *, cls: type = FedFSTQTrainer, mail
 
 def take_part(tmp_path: Path, token: str, **options: object):
     """A federation that leaves a residual, with its trainer after it."""
-    mailbox = found(tmp_path / "box", codec="fstq", uplink_budget=400, refresh_steps=1, error_feedback=1.0)
+    mailbox = found(tmp_path / "box", codec="topk", uplink_budget=400, refresh_steps=1, error_feedback=1.0)
     thread = serve(mailbox)
     trainer = make_trainer(tmp_path, token, mailbox=mailbox, **options)
     trainer.train()

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from fedfstq_hf.codec.baselines.bits import pack_bits, read_floats, unpack_bits
+from fedfstq_hf.codec.coding.bits import pack_bits, read_floats, unpack_bits
 from fedfstq_hf.errors import MessageError
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fedfstq_hf.codec import Schema, get_codec
-from fedfstq_hf.codec.baselines import fedbat
+from fedfstq_hf.codec.baselines import onebit
 from fedfstq_hf.errors import MessageError
 
 DELTA = {"a": torch.tensor([1.0, -3.0]), "b": torch.tensor([-1.0, 0.0, 0.5])}
@@ -27,7 +27,7 @@ def test_fedbat_is_positive_with_half_of_one_plus_the_ratio(monkeypatch):
         (0.6, [2, -2, -0.5, -0.5, 0.5]),
         (0.8, [-2, -2, -0.5, -0.5, 0.5]),
     ):
-        monkeypatch.setattr(fedbat, "draws", lambda vector, seed, round, u=uniform: np.full(vector.numel(), u))
+        monkeypatch.setattr(onebit, "draws", lambda vector, seed, round, u=uniform: np.full(vector.numel(), u))
         assert get_codec("fedbat").encode(DELTA).reconstruction.values.tolist() == expected
 
 
