@@ -244,11 +244,13 @@ class MethodSettings(LocalSwitches):
     )
     clip: float | None = switch(
         10.0,
-        OrNone(Number(1)),
+        OrNone(Number(1, hint="a multiple of the round's median")),
         "An update whose norm exceeds that many times the round's median norm is scaled down to it; null for none.",
     )
     weight_cap: float | None = switch(
-        10.0, OrNone(Number(1)), "An update weighs at most that many times the round's median; null for no cap."
+        10.0,
+        OrNone(Number(1, hint="a multiple of the round's median")),
+        "An update weighs at most that many times the round's median; null for no cap.",
     )
     freeze_a: bool = switch(
         False,

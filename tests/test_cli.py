@@ -144,11 +144,11 @@ def test_init_refuses_impossible_rounds(launcher, tiny_recipe, tmp_path):
     message = fails(launcher, "init", tmp_path / "b", "--recipe", tiny_recipe, "--min-clients", "0")
     assert "min_clients must be a whole number of at least 1, not 0" in message
     message = fails(launcher, "init", tmp_path / "b", "--recipe", tiny_recipe, "--round-seconds", "-5")
-    assert "round_seconds must be a positive number" in message
+    assert "round_seconds must be a number above 0" in message
     message = fails(launcher, "init", tmp_path / "b", "--recipe", tiny_recipe, "--max-staleness", "-1")
     assert "max_staleness must be a whole number of at least 0" in message
     message = fails(launcher, "init", tmp_path / "b", "--recipe", tiny_recipe, "--clip", "0.5")
-    assert "clip is a multiple of the round's median: at least 1" in message
+    assert "clip must be a number of at least 1 (a multiple of the round's median)" in message
     message = fails(launcher, "init", tmp_path / "b", "--recipe", tiny_recipe, "--clients-per-round", "2")
     assert "none are enrolled by name. Type --clients" in message
     message = fails(launcher, "init", tmp_path / "b", "--recipe", tiny_recipe, "--clients", "a,b", "--min-clients", "3")

@@ -152,12 +152,19 @@ def _changes(kept: Mapping[str, Any], current: Mapping[str, Any]) -> Iterator[st
     for part, file in _PARTS.items():
         if kept.get(f"{part}_sha256") == current[f"{part}_sha256"]:
             continue
-        before, after = kept.get(part), current[part]
-        before = before if isinstance(before, dict) else {}
+        before, after = _flat(kept.get(part)), _flat(current[part])
         names = [name for name in sorted({*before, *after}) if before.get(name) != after.get(name)]
         yield from (f"{file}: {name} is {after.get(name)!r}, agreed was {before.get(name)!r}" for name in names)
         if not names:
             yield f"{file} is written in another way"
+
+
+def _flat(fields: object, prefix: str = "") -> dict[str, Any]:
+    """Fields by dotted name; empty where there are none."""
+    flat: dict[str, Any] = {}
+    for name, value in fields.items() if isinstance(fields, dict) else ():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) and value else {f"{prefix}{name}": value}
+    return flat
 
 
 def _budget(method: MethodSettings) -> str:

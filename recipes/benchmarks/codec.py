@@ -25,9 +25,9 @@ from typing import Any
 import numpy as np
 import torch
 from codec_data import Update, enlarged, load_recordings, sized
+from fedfstq_hf.codec.fstq_stream import parse
 
 from fedfstq_hf.codec import Schema, codec_names, get_codec
-from fedfstq_hf.codec.fstq_stream import parse
 from fedfstq_hf.errors import FedFSTQError
 
 RATES = (0.1, 0.3, 1.0)

@@ -41,7 +41,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "fstq": {"codec": "fstq", "enrolled": True, "round_seconds": 60.0},
     "late": {"codec": "fstq", "max_staleness": 2},
     "refined": {"codec": "fstq", "refinement_budget": 4000, "preview_step": 0.5},
-    "scaffold": {"codec": "fp32", "scaffold_clients": 3},
+    "scaffold": {"codec": "fp32", "scaffold": True},
     "precision": {"codec": "topk", "weights": "precision", "enrolled": True},
 }
 
@@ -91,10 +91,12 @@ def _template(root: Path, name: str, state: dict[str, Any], rounds: int) -> Temp
     from fedfstq_hf.federation.local import FolderMailbox
     from fedfstq_hf.federation.session import ClientSession
     from fedfstq_hf.federation.spec import FederationSpec
+    from fedfstq_hf.methods import MethodSettings
 
     schema = Schema.from_state_dict(state)
     settings = dict(SETTINGS[name])
     enrolled = settings.pop("enrolled", False)
+    own = {name: settings.pop(name) for name in ("share_saliency", "round_seconds") if name in settings}
     spec = FederationSpec(
         name=f"fuzzed {name}",
         model="demo",
@@ -104,7 +106,9 @@ def _template(root: Path, name: str, state: dict[str, Any], rounds: int) -> Temp
         local_steps=1,
         max_message_bytes=8192,
         min_clients=2,
-        **settings,
+        num_clients=3,
+        method=MethodSettings(**settings),
+        **own,
     )
     folder = root / f"template-{name}-{rounds}"
     mailbox = FolderMailbox(folder, durable=False)
@@ -115,7 +119,7 @@ def _template(root: Path, name: str, state: dict[str, Any], rounds: int) -> Temp
     parts = {}
     for client in (*GOOD, BAD):
         session = ClientSession(client, spec, schema, folder=None)
-        budget = MessageBudget(fixed=1500 if spec.refinement_budget else None)
+        budget = MessageBudget(fixed=1500 if spec.method.refinement_budget else None)
         parts[client] = MailboxParticipation(mailbox, session, budget=budget)
     coordinator = Coordinator(mailbox, clock=lambda: 1.0)
     message, longest = b"", 0.0

@@ -142,7 +142,7 @@ def folder_adapter(spec: Any, names: list[str], folder: Path) -> bytes:
 
     mailbox = FolderMailbox(folder, durable=False)
     found_federation(mailbox, spec, adapter_file.dump(initial_state()), b"{}\n")
-    clients = [LightClient(mailbox, name, None, max_bytes=spec.uplink_budget) for name in names]
+    clients = [LightClient(mailbox, name, None, max_bytes=spec.method.uplink_budget) for name in names]
     run_rounds(Coordinator(mailbox), clients)
     return mailbox.read_root("adapter_model.safetensors") or b""
 
@@ -239,7 +239,7 @@ class Crew:
         participation = MailboxParticipation(
             self.mailbox(self.work["tokens"][name]),
             session,
-            budget=MessageBudget(fixed=int(self.spec.uplink_budget or 0)),
+            budget=MessageBudget(fixed=int(self.spec.method.uplink_budget or 0)),
             poll_seconds=self.work["poll"],
         )
         while (assignment := participation.next()) is not None:

@@ -143,7 +143,7 @@ def test_what_a_clipped_preview_said_is_taken_back_as_it_was_clipped(tmp_path):
         ("fp32", (None, None), None),
         ("topk", (PREVIEW, REFINEMENT), None),
         ("fstq", (PREVIEW, PREVIEW), 275),
-        ("fstq", (300, REFINEMENT), None),
+        ("paper", (300, REFINEMENT), None),
     ],
 )
 def test_real_clients_messages_give_the_adapter_that_the_formula_says(tmp_path, codec, sizes, cap):

@@ -10,6 +10,11 @@ from fedfstq_hf.errors import MailboxError
 from fedfstq_hf.federation.spec import FederationSpec
 
 
+def _with_staleness(data, rounds):
+    spec = FederationSpec.from_json(data)
+    return dataclasses.replace(spec, method=dataclasses.replace(spec.method, max_staleness=rounds)).to_json()
+
+
 def test_a_trainer_says_and_keeps_what_it_takes_part_in(tmp_path, caplog):
     mailbox = found(tmp_path / "box", min_clients=1)
     with caplog.at_level("INFO", logger="fedfstq_hf"):
@@ -23,8 +28,8 @@ def test_a_trainer_says_and_keeps_what_it_takes_part_in(tmp_path, caplog):
     assert "Training: up to" not in caplog.text
 
     path = tmp_path / "box/rounds/000000/spec.json"
-    path.write_bytes(dataclasses.replace(FederationSpec.from_json(path.read_bytes()), max_staleness=5).to_json())
-    with pytest.raises(MailboxError, match=r"spec\.json: max_staleness is 5, agreed was 0"):
+    path.write_bytes(_with_staleness(path.read_bytes(), 5))
+    with pytest.raises(MailboxError, match=r"spec\.json: method.max_staleness is 5, agreed was 0"):
         make_trainer(tmp_path, mailbox).train()
 
 

@@ -87,7 +87,7 @@ def test_a_loss_that_is_not_a_number(tmp_path):
 
 
 def test_a_loss_that_diverges_in_a_later_round_loses_no_residual(tmp_path):
-    mailbox = found(tmp_path / "box", codec="fstq", uplink_budget="1kB", rounds=3)
+    mailbox = found(tmp_path / "box", codec="topk", uplink_budget="1kB", rounds=3)
     thread = serve(mailbox)
     trainer = make_trainer(tmp_path, mailbox)
 

@@ -362,7 +362,7 @@ def test_a_federation_s_objective_wins(tmp_path):
 def test_refusals(tmp_path):
     with pytest.raises(ConfigError, match=r"objective must be one of full, hard, soft, unbiased, not 'hrd'\."):
         FedFSTQConfig(objective="hrd")
-    with pytest.raises(ConfigError, match=r"token_keep_ratio is the share .* not 1.5\."):
+    with pytest.raises(ConfigError, match=r"token_keep_ratio must be a number above 0 and at most 1 .*, not 1\.5\."):
         FedFSTQConfig(token_keep_ratio=1.5)
     with pytest.raises(ConfigError, match=r"label_smoothing_factor=0.1\. Use objective='full'"):
         make_trainer(tmp_path, objective="hard", arguments={"label_smoothing_factor": 0.1})

@@ -185,9 +185,9 @@ def test_with_a_token_filter(tmp_path):
 
 
 def test_refusals():
-    with pytest.raises(ConfigError, match=r"token_merge_ratio must be a number from 0 to 0\.5"):
+    with pytest.raises(ConfigError, match=r"token_merge_ratio must be a number of at least 0 and at most 0\.5"):
         MethodSettings(token_merge_ratio=0.6)
-    with pytest.raises(ConfigError, match="token_merge_layer must be the number of a decoder block"):
+    with pytest.raises(ConfigError, match="token_merge_layer must be a whole number of at least 0"):
         MethodSettings(token_merge_layer=-1)
     with pytest.raises(ConfigError, match=r"layer is 9; this model has blocks 0 \.\. 1"):
         TokenMerging(make_tiny_model(), 0.5, 9)
