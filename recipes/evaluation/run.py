@@ -24,7 +24,6 @@ from fedfstq_hf.simulation.processes import warm_up
 
 ORDER = (
     ("main_fed_med", "main_fed_aya", "main_fed_code"),
-    ("late_fed_code", "late_fed_aya", "late_fed_med"),
     ("methods_demo", "demo_ablation", "demo_alpha", "demo_clients", "demo_packet_loss", "demo_dropout"),
     ("codecs_fed_med", "objectives_fed_med", "objectives_fed_aya", "objectives_fed_code"),
 )
