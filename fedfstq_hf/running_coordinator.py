@@ -6,9 +6,10 @@ import os
 from collections.abc import Mapping, Sequence
 
 from fedfstq_hf.errors import MailboxError
-from fedfstq_hf.federation.coordinator import Coordinator
 from fedfstq_hf.federation.key_files import coordinator_signer, coordinator_unseal
-from fedfstq_hf.federation.mailbox import SPEC_FILE, Mailbox, open_mailbox
+from fedfstq_hf.federation.mailbox.open import open_mailbox
+from fedfstq_hf.federation.mailbox.protocol import SPEC_FILE, Mailbox
+from fedfstq_hf.federation.server.coordinator import Coordinator
 from fedfstq_hf.federation.spec import FederationSpec
 from fedfstq_hf.reporting.card_maker import card_maker
 

@@ -12,7 +12,7 @@ from fedfstq_hf.errors import ConfigError
 
 if TYPE_CHECKING:
     from fedfstq_hf.federation.keys import KeyPair
-    from fedfstq_hf.federation.mailbox import Mailbox
+    from fedfstq_hf.federation.mailbox.protocol import Mailbox
     from fedfstq_hf.federation.spec import FederationSpec
 
 app = typer.Typer()
@@ -129,7 +129,7 @@ def init(
 
 
 def _names(clients: str) -> list[str]:
-    from fedfstq_hf.federation.mailbox import checked_name
+    from fedfstq_hf.federation.mailbox.protocol import checked_name
 
     names = [checked_name(name.strip()) for name in clients.split(",") if name.strip()]
     if not names or len(set(names)) != len(names):
@@ -138,7 +138,7 @@ def _names(clients: str) -> list[str]:
 
 
 def _new_mailbox(address: str, layout: str | None, public: bool) -> Mailbox:
-    from fedfstq_hf.federation.mailbox import open_mailbox
+    from fedfstq_hf.federation.mailbox.open import open_mailbox
 
     if public and not address.startswith("hf://"):
         raise ConfigError("--public is for the Hub; who can read a folder is up to its permissions. Leave it out.")

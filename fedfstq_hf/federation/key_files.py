@@ -9,8 +9,8 @@ from functools import partial
 from fedfstq_hf.errors import ConfigError
 from fedfstq_hf.federation import keys
 from fedfstq_hf.federation.control import read_control
-from fedfstq_hf.federation.mailbox import Mailbox
-from fedfstq_hf.federation.screening import Unseal
+from fedfstq_hf.federation.mailbox.protocol import Mailbox
+from fedfstq_hf.federation.server.screening import Unseal
 from fedfstq_hf.federation.spec import FederationSpec
 
 KeyFile = str | os.PathLike[str]

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from fedfstq_hf.errors import MailboxError
-from fedfstq_hf.federation.mailbox import RECORD_FILE, Mailbox
+from fedfstq_hf.federation.mailbox.protocol import RECORD_FILE, Mailbox
 from fedfstq_hf.federation.record import RoundRecord
-from fedfstq_hf.federation.screening import Unseal
 from fedfstq_hf.federation.sealed_figures import open_figures
+from fedfstq_hf.federation.server.screening import Unseal
 from fedfstq_hf.federation.signed_records import check_record
 from fedfstq_hf.federation.spec import FederationSpec
 

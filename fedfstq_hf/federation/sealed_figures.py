@@ -14,7 +14,7 @@ from typing import Any
 from fedfstq_hf.errors import MailboxError, MessageError
 from fedfstq_hf.federation import keys
 from fedfstq_hf.federation.record import FIGURES, AcceptedUpdate, RoundRecord
-from fedfstq_hf.federation.screening import Unseal
+from fedfstq_hf.federation.server.screening import Unseal
 from fedfstq_hf.federation.untrusted import parse_object
 
 _ENTRIES = ("accepted", "refinements")

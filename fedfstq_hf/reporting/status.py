@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from fedfstq_hf.errors import MailboxError
 from fedfstq_hf.federation.control import read_control
-from fedfstq_hf.federation.mailbox import SPEC_FILE, Mailbox
-from fedfstq_hf.federation.posted_metrics import read_metrics
+from fedfstq_hf.federation.mailbox.posted_metrics import read_metrics
+from fedfstq_hf.federation.mailbox.protocol import SPEC_FILE, Mailbox
 from fedfstq_hf.federation.record import RoundRecord
 from fedfstq_hf.federation.records import Records
 from fedfstq_hf.federation.spec import FederationSpec

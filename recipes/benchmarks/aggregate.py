@@ -22,9 +22,9 @@ import torch
 
 from fedfstq_hf.codec import CodecContext, Schema, get_codec, message
 from fedfstq_hf.federation import adapter_file
-from fedfstq_hf.federation.coordinator import Coordinator
 from fedfstq_hf.federation.founding import found_federation
-from fedfstq_hf.federation.local import FolderMailbox
+from fedfstq_hf.federation.mailbox.folder import FolderMailbox
+from fedfstq_hf.federation.server.coordinator import Coordinator
 from fedfstq_hf.federation.spec import FederationSpec
 
 ROWS = 4096

@@ -143,7 +143,7 @@ MUTANTS: list[tuple[str, tuple[str, ...], Changes]] = [
         ],
     ),
     (
-        "federation/aggregation.py",
+        "federation/server/aggregation.py",
         _SERVER,
         [
             ("update.add_to(self._sum, weight * scale)", "update.add_to(self._sum, weight)"),
@@ -164,7 +164,7 @@ MUTANTS: list[tuple[str, tuple[str, ...], Changes]] = [
         ],
     ),
     (
-        "federation/server_optimizers.py",
+        "federation/server/server_optimizers.py",
         _SERVER,
         [
             ("gradient = -parameter.grad if group", "gradient = parameter.grad if group"),
@@ -234,7 +234,7 @@ MUTANTS: list[tuple[str, tuple[str, ...], Changes]] = [
         ],
     ),
     (
-        "federation/session.py",
+        "federation/client/session.py",
         _SESSION,
         [
             ("or round <= self.last_round", "or round < self.last_round"),
@@ -268,7 +268,7 @@ MUTANTS: list[tuple[str, tuple[str, ...], Changes]] = [
         ],
     ),
     (
-        "federation/session.py",
+        "federation/client/session.py",
         _VARIATES,
         [
             (
@@ -280,7 +280,7 @@ MUTANTS: list[tuple[str, tuple[str, ...], Changes]] = [
         ],
     ),
     (
-        "federation/screening.py",
+        "federation/server/screening.py",
         _SCREENING,
         [
             ("if not self.control.enrolled(ref.client_id):", "if False:"),
@@ -310,7 +310,7 @@ MUTANTS: list[tuple[str, tuple[str, ...], Changes]] = [
         ],
     ),
     (
-        "federation/clipping.py",
+        "federation/server/clipping.py",
         _CLIPPING,
         [
             ("norm <= longest else longest / norm", "norm <= longest else norm / longest"),
@@ -326,14 +326,14 @@ MUTANTS: list[tuple[str, tuple[str, ...], Changes]] = [
         ],
     ),
     (
-        "federation/session_state.py",
+        "federation/client/session_state.py",
         _SESSION,
         [
             ("return hashlib.sha256(self.message).hexdigest()", "return hashlib.sha256(self.readable).hexdigest()"),
         ],
     ),
     (
-        "federation/collecting.py",
+        "federation/server/collecting.py",
         _COLLECTING,
         [
             ("if hashlib.sha256(data).hexdigest() != sha256:", "if False:"),
@@ -379,7 +379,7 @@ EQUIVALENT: list[tuple[str, tuple[str, ...], Reasoned]] = [
         ],
     ),
     (
-        "federation/screening.py",
+        "federation/server/screening.py",
         _SCREENING,
         [
             (

@@ -12,12 +12,12 @@ from torch import Tensor
 from fedfstq_hf.codec import Schema
 from fedfstq_hf.federation import adapter_file
 from fedfstq_hf.federation.budgets import MessageBudget
-from fedfstq_hf.federation.client import LocalResult, MailboxParticipation
-from fedfstq_hf.federation.coordinator import Coordinator
+from fedfstq_hf.federation.client.participation import LocalResult, MailboxParticipation
+from fedfstq_hf.federation.client.session import ClientSession
 from fedfstq_hf.federation.founding import found_federation
-from fedfstq_hf.federation.local import FolderMailbox
-from fedfstq_hf.federation.mailbox import Mailbox
-from fedfstq_hf.federation.session import ClientSession
+from fedfstq_hf.federation.mailbox.folder import FolderMailbox
+from fedfstq_hf.federation.mailbox.protocol import Mailbox
+from fedfstq_hf.federation.server.coordinator import Coordinator
 from fedfstq_hf.federation.spec import FederationSpec
 
 SHAPES = {"layer.lora_A.weight": (4, 24), "layer.lora_B.weight": (24, 4)}

@@ -13,8 +13,8 @@ from fedfstq_hf.codec import get_codec, message
 from fedfstq_hf.federation import adapter_file
 from fedfstq_hf.federation.control import Control, Enrolment
 from fedfstq_hf.federation.founding import found_federation
-from fedfstq_hf.federation.local import FolderMailbox
-from fedfstq_hf.federation.mailbox import Mailbox
+from fedfstq_hf.federation.mailbox.folder import FolderMailbox
+from fedfstq_hf.federation.mailbox.protocol import Mailbox
 from fedfstq_hf.federation.record import RoundRecord
 
 SIZE = SCHEMA.num_params

@@ -11,10 +11,10 @@ from test_refining import close, federation, level, previews, refinements, secon
 from fedfstq_hf.codec import message
 from fedfstq_hf.errors import MailboxError
 from fedfstq_hf.federation import keys
-from fedfstq_hf.federation.arrivals import Arrivals
 from fedfstq_hf.federation.control import Enrolment
-from fedfstq_hf.federation.coordinator import Coordinator
 from fedfstq_hf.federation.record import RoundRecord
+from fedfstq_hf.federation.server.arrivals import Arrivals
+from fedfstq_hf.federation.server.coordinator import Coordinator
 from fedfstq_hf.federation.spec import FederationSpec
 
 ALICE, BOSS = keys.KeyPair(b"\1" * 32), keys.KeyPair(b"\2" * 32)

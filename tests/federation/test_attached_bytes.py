@@ -6,10 +6,10 @@ from light_updates import found_enrolled
 
 from fedfstq_hf.codec.message import MAX_CONTAINER
 from fedfstq_hf.federation import history
-from fedfstq_hf.federation.attachments import MAX_BYTES
-from fedfstq_hf.federation.coordinator import Coordinator
-from fedfstq_hf.federation.mailbox import SALIENCY_FILE
+from fedfstq_hf.federation.mailbox.protocol import SALIENCY_FILE
 from fedfstq_hf.federation.record import RoundRecord
+from fedfstq_hf.federation.server.attachments import MAX_BYTES
+from fedfstq_hf.federation.server.coordinator import Coordinator
 from fedfstq_hf.reporting.card_facts import totals
 from fedfstq_hf.reporting.status import render_status
 from fedfstq_hf.reporting.units import format_bytes

@@ -6,11 +6,11 @@ from light import SCHEMA, LightClient, NothingToDo, fake_training, found, run_ro
 
 from fedfstq_hf.errors import BudgetError, MailboxError, UpdateConflictError
 from fedfstq_hf.federation.budgets import MessageBudget, open_budget
-from fedfstq_hf.federation.client import MailboxParticipation, local_seed
-from fedfstq_hf.federation.coordinator import Coordinator
-from fedfstq_hf.federation.downlink import cheapest_download
-from fedfstq_hf.federation.local import FolderMailbox
+from fedfstq_hf.federation.client.downlink import cheapest_download
+from fedfstq_hf.federation.client.participation import MailboxParticipation, local_seed
+from fedfstq_hf.federation.mailbox.folder import FolderMailbox
 from fedfstq_hf.federation.record import RoundRecord
+from fedfstq_hf.federation.server.coordinator import Coordinator
 
 
 def test_the_seed_depends_on_seed_client_and_round_alone():

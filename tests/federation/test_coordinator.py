@@ -12,10 +12,10 @@ from light_updates import SIZE, delta, make_message, post
 from fedfstq_hf.codec import get_codec, message
 from fedfstq_hf.errors import ConfigError, MailboxError, NonFiniteError, RoundConflictError
 from fedfstq_hf.federation import adapter_file
-from fedfstq_hf.federation.coordinator import Coordinator
 from fedfstq_hf.federation.founding import found_federation
-from fedfstq_hf.federation.local import FolderMailbox
+from fedfstq_hf.federation.mailbox.folder import FolderMailbox
 from fedfstq_hf.federation.record import RoundRecord
+from fedfstq_hf.federation.server.coordinator import Coordinator
 
 
 def test_the_weighted_mean_is_added(tmp_path):

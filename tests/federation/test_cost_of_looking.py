@@ -9,10 +9,10 @@ from light_updates import ones, post
 
 from fedfstq_hf.federation import adapter_file
 from fedfstq_hf.federation.control import Control, Enrolment
-from fedfstq_hf.federation.coordinator import Coordinator
 from fedfstq_hf.federation.founding import found_federation
-from fedfstq_hf.federation.local import FolderMailbox
-from fedfstq_hf.federation.mailbox import UpdateRef
+from fedfstq_hf.federation.mailbox.folder import FolderMailbox
+from fedfstq_hf.federation.mailbox.protocol import UpdateRef
+from fedfstq_hf.federation.server.coordinator import Coordinator
 
 SIZE = 40
 

@@ -7,7 +7,7 @@ import torch
 
 from fedfstq_hf.codec import Schema, SparseUpdate
 from fedfstq_hf.errors import ConfigError
-from fedfstq_hf.federation.aggregation import WeightedMean
+from fedfstq_hf.federation.server.aggregation import WeightedMean
 from fedfstq_hf.federation.turns import turn_of
 from fedfstq_hf.switches import check_coverage
 

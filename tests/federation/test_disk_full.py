@@ -10,9 +10,9 @@ import pytest
 from light import LightClient, found
 
 from fedfstq_hf.errors import MailboxError
-from fedfstq_hf.federation.coordinator import Coordinator
-from fedfstq_hf.federation.local import FolderMailbox
+from fedfstq_hf.federation.mailbox.folder import FolderMailbox
 from fedfstq_hf.federation.record import RoundRecord
+from fedfstq_hf.federation.server.coordinator import Coordinator
 
 NEEDS_SPACE = ("mkdir", "link", "rename", "replace", "fsync")
 

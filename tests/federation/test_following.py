@@ -13,12 +13,12 @@ from test_session import finish, make_session, record
 from fedfstq_hf.codec import get_codec, message
 from fedfstq_hf.errors import BudgetError, MailboxError, MailboxUnavailableError
 from fedfstq_hf.federation.budgets import MessageBudget, open_budget
-from fedfstq_hf.federation.client import MailboxParticipation
-from fedfstq_hf.federation.coordinator import Coordinator
-from fedfstq_hf.federation.following import Following
-from fedfstq_hf.federation.local import FolderMailbox
+from fedfstq_hf.federation.client.following import Following
+from fedfstq_hf.federation.client.participation import MailboxParticipation
+from fedfstq_hf.federation.client.session import Caps, ClientSession, says_nothing_yet
+from fedfstq_hf.federation.mailbox.folder import FolderMailbox
 from fedfstq_hf.federation.record import RoundRecord
-from fedfstq_hf.federation.session import Caps, ClientSession, says_nothing_yet
+from fedfstq_hf.federation.server.coordinator import Coordinator
 
 PREVIEW, REFINEMENT = 400, 480
 REFINED = {"codec": "topk", "refinement_budget": REFINEMENT, "preview_step": 0.5, "error_feedback": 0.0}
@@ -295,7 +295,9 @@ def test_one_that_cannot_be_sent_only_costs_a_warning(tmp_path, caplog):
     assert all(client.done for client in members)
     assert [s.outcome for s in members[0].participation.settlements] == ["accepted"] * 3
     assert (refinements(mailbox, 0), coordinator.record.refinements) == ({}, ())
-    warnings = [entry.getMessage() for entry in caplog.records if entry.name == "fedfstq_hf.federation.following"]
+    warnings = [
+        entry.getMessage() for entry in caplog.records if entry.name == "fedfstq_hf.federation.client.following"
+    ]
     assert warnings == [
         f"The refinement of round {round} could not be sent: The mailbox is away." for round in (0, 0, 1, 1)
     ]

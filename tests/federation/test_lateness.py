@@ -7,12 +7,12 @@ from light_updates import found_enrolled, make_message, ones, post
 
 from fedfstq_hf.codec import get_codec, message
 from fedfstq_hf.errors import MailboxError, UpdateConflictError
-from fedfstq_hf.federation.client import LocalResult, local_seed
+from fedfstq_hf.federation.client.participation import LocalResult, local_seed
 from fedfstq_hf.federation.control import read_control
-from fedfstq_hf.federation.coordinator import Coordinator
-from fedfstq_hf.federation.lateness import unnamed
-from fedfstq_hf.federation.local import FolderMailbox
+from fedfstq_hf.federation.mailbox.folder import FolderMailbox
 from fedfstq_hf.federation.record import RoundRecord
+from fedfstq_hf.federation.server.coordinator import Coordinator
+from fedfstq_hf.federation.server.lateness import unnamed
 
 BUDGET = 400
 

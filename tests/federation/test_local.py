@@ -12,8 +12,9 @@ from test_storage import fail_at
 
 from fedfstq_hf.errors import MailboxError, RoundConflictError, UpdateConflictError
 from fedfstq_hf.federation import storage
-from fedfstq_hf.federation.local import FolderMailbox
-from fedfstq_hf.federation.mailbox import Mailbox, UpdateRef, open_mailbox
+from fedfstq_hf.federation.mailbox.folder import FolderMailbox
+from fedfstq_hf.federation.mailbox.open import open_mailbox
+from fedfstq_hf.federation.mailbox.protocol import Mailbox, UpdateRef
 
 FILES = {"round.json": b"{}", "adapter_model.safetensors": b"adapter", "adapter_config.json": b"config"}
 

@@ -8,12 +8,12 @@ from light_updates import found_enrolled, ones, post
 from fedfstq_hf.errors import ConfigError, MailboxError
 from fedfstq_hf.federation import adapter_file, control, keys
 from fedfstq_hf.federation.budgets import MessageBudget
-from fedfstq_hf.federation.client import MailboxParticipation
+from fedfstq_hf.federation.client.participation import MailboxParticipation
 from fedfstq_hf.federation.control import Control, Enrolment, change_control
-from fedfstq_hf.federation.coordinator import Coordinator
 from fedfstq_hf.federation.founding import found_federation
-from fedfstq_hf.federation.local import FolderMailbox
+from fedfstq_hf.federation.mailbox.folder import FolderMailbox
 from fedfstq_hf.federation.record import RoundRecord
+from fedfstq_hf.federation.server.coordinator import Coordinator
 from fedfstq_hf.federation.spec import FederationSpec
 
 

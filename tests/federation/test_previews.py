@@ -3,7 +3,7 @@
 import pytest
 from test_refining import close, federation, previews, refinements
 
-from fedfstq_hf.federation.coordinator import Coordinator
+from fedfstq_hf.federation.server.coordinator import Coordinator
 
 
 @pytest.mark.parametrize(("share", "expected"), [(0.0, 2.0), (0.5, 2.125), (0.75, 2.1875), (1.0, 2.25)])

@@ -10,12 +10,12 @@ from test_following import PREVIEW, REFINEMENT, RefiningClient
 
 from fedfstq_hf.codec import CodecContext, get_codec, message
 from fedfstq_hf.federation import adapter_file, control, history
+from fedfstq_hf.federation.client.session import Caps
 from fedfstq_hf.federation.control import Control, Enrolment
-from fedfstq_hf.federation.coordinator import Coordinator
 from fedfstq_hf.federation.founding import found_federation
-from fedfstq_hf.federation.local import FolderMailbox
+from fedfstq_hf.federation.mailbox.folder import FolderMailbox
 from fedfstq_hf.federation.record import RoundRecord
-from fedfstq_hf.federation.session import Caps
+from fedfstq_hf.federation.server.coordinator import Coordinator
 
 S = 0.5
 

@@ -7,8 +7,8 @@ from light import LightClient, found, run_rounds
 from light_updates import ones, post
 
 from fedfstq_hf.federation import history
-from fedfstq_hf.federation.coordinator import Coordinator
 from fedfstq_hf.federation.record import RoundRecord
+from fedfstq_hf.federation.server.coordinator import Coordinator
 
 
 def rows(path):

@@ -10,11 +10,11 @@ from fedfstq_hf.codec import message
 from fedfstq_hf.codec.pairs import join_pair, split_pair
 from fedfstq_hf.errors import ConfigError, MailboxError, MessageError
 from fedfstq_hf.federation import adapter_file, scaffold
-from fedfstq_hf.federation.client import LocalResult
-from fedfstq_hf.federation.coordinator import Coordinator
-from fedfstq_hf.federation.downlink import cheapest_download
-from fedfstq_hf.federation.mailbox import VARIATE_FILE
-from fedfstq_hf.federation.session import ClientSession
+from fedfstq_hf.federation.client.downlink import cheapest_download
+from fedfstq_hf.federation.client.participation import LocalResult
+from fedfstq_hf.federation.client.session import ClientSession
+from fedfstq_hf.federation.mailbox.protocol import VARIATE_FILE
+from fedfstq_hf.federation.server.coordinator import Coordinator
 
 SIZE = SCHEMA.num_params
 SHARED = {"rounds": 9, "min_clients": 1, "scaffold_clients": 4, "max_message_bytes": 9000}

@@ -14,9 +14,9 @@ from fedfstq_hf.codec.pairs import PAIR_PARAMS, join_pair
 from fedfstq_hf.errors import MessageError
 from fedfstq_hf.federation import keys
 from fedfstq_hf.federation.control import Control, Enrolment
-from fedfstq_hf.federation.mailbox import UpdateRef
+from fedfstq_hf.federation.mailbox.protocol import UpdateRef
 from fedfstq_hf.federation.record import RoundRecord
-from fedfstq_hf.federation.screening import Screening
+from fedfstq_hf.federation.server.screening import Screening
 from fedfstq_hf.federation.spec import FederationSpec
 
 ALICE, BOB, BOSS, OTHER_BOSS = (keys.new_keypair() for _ in range(4))

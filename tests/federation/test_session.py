@@ -12,8 +12,8 @@ from test_storage import fail_at
 
 from fedfstq_hf.codec import Schema, get_codec, message
 from fedfstq_hf.errors import AdapterMismatchError, BudgetError, MailboxError, NonFiniteError, SessionBusyError
+from fedfstq_hf.federation.client.session import ClientSession
 from fedfstq_hf.federation.record import AcceptedUpdate, RefusedUpdate, RoundRecord
-from fedfstq_hf.federation.session import ClientSession
 
 BASE = "ab" * 32
 SIZE = SCHEMA.num_params

@@ -8,7 +8,7 @@ from light import make_spec
 
 from fedfstq_hf.codec import Schema, message
 from fedfstq_hf.federation import keys
-from fedfstq_hf.federation.session import Caps, ClientSession, Pending, says_nothing_yet
+from fedfstq_hf.federation.client.session import Caps, ClientSession, Pending, says_nothing_yet
 
 SCHEMA = Schema.from_state_dict({f"layer.{number}": torch.zeros(16, 512) for number in range(4)})
 DELTA = torch.randn(SCHEMA.num_params, generator=torch.Generator().manual_seed(0))

@@ -7,9 +7,9 @@ from light_updates import delta, make_message, ones, post
 
 from fedfstq_hf.errors import MailboxError
 from fedfstq_hf.federation import control
-from fedfstq_hf.federation.coordinator import Coordinator
-from fedfstq_hf.federation.local import FolderMailbox
+from fedfstq_hf.federation.mailbox.folder import FolderMailbox
 from fedfstq_hf.federation.record import RoundRecord
+from fedfstq_hf.federation.server.coordinator import Coordinator
 
 MOMENTUM = {"optimizer": "SGD", "lr": 0.9, "momentum": 0.5}
 

@@ -9,9 +9,9 @@ from light_updates import found_enrolled
 from test_session import DELTA, finish, make_session, record
 
 from fedfstq_hf.errors import MailboxError
-from fedfstq_hf.federation.client import LocalResult
-from fedfstq_hf.federation.coordinator import Coordinator
-from fedfstq_hf.federation.local import FolderMailbox
+from fedfstq_hf.federation.client.participation import LocalResult
+from fedfstq_hf.federation.mailbox.folder import FolderMailbox
+from fedfstq_hf.federation.server.coordinator import Coordinator
 
 SIZE = SCHEMA.num_params
 

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from fedfstq_hf.federation import adapter_file
-from fedfstq_hf.federation.coordinator import Coordinator
 from fedfstq_hf.federation.founding import found_federation
-from fedfstq_hf.federation.hub.mailbox import HubMailbox
+from fedfstq_hf.federation.mailbox.hub.mailbox import HubMailbox
+from fedfstq_hf.federation.server.coordinator import Coordinator
 from tests.federation.light import LightClient, initial_state, make_spec
 from tests.hub.loopback import LoopbackHub
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from fedfstq_hf.federation.mailbox import SALIENCY_FILE
+from fedfstq_hf.federation.mailbox.protocol import SALIENCY_FILE
 from tests.hub.federation import LAYOUTS, HubFederation
 from tests.hub.loopback import LoopbackHub
 

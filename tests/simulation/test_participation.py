@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "federation"))
 from light import SCHEMA, LightClient, fake_training, found, run_rounds
 
 from fedfstq_hf.errors import FedFSTQError
-from fedfstq_hf.federation.coordinator import Coordinator
+from fedfstq_hf.federation.server.coordinator import Coordinator
 from fedfstq_hf.simulation.network import draw_rates, get_link
 from fedfstq_hf.simulation.participation import SimulatedParticipation
 from fedfstq_hf.simulation.plan import RoundPlan, make_plan

@@ -11,8 +11,8 @@ from huggingface_hub import HfApi
 
 from fedfstq_hf.errors import MailboxUnavailableError, MessageError
 from fedfstq_hf.federation.control import change_control, enrol
-from fedfstq_hf.federation.hub import client_posts
-from fedfstq_hf.federation.hub.mailbox import HubMailbox
+from fedfstq_hf.federation.mailbox.hub import client_posts
+from fedfstq_hf.federation.mailbox.hub.mailbox import HubMailbox
 from tests.hub.federation import CLIENTS, HubFederation
 from tests.hub.loopback import LoopbackHub
 

@@ -14,10 +14,10 @@ from fedfstq_hf.errors import ConfigError, MailboxError
 from fedfstq_hf.federation import adapter_file
 from fedfstq_hf.federation.control import Control, Enrolment, change_control, enrol
 from fedfstq_hf.federation.founding import found_federation
-from fedfstq_hf.federation.hub import writing
-from fedfstq_hf.federation.hub.mailbox import HubMailbox
-from fedfstq_hf.federation.local import FolderMailbox
-from fedfstq_hf.federation.mailbox import open_mailbox
+from fedfstq_hf.federation.mailbox.folder import FolderMailbox
+from fedfstq_hf.federation.mailbox.hub import writing
+from fedfstq_hf.federation.mailbox.hub.mailbox import HubMailbox
+from fedfstq_hf.federation.mailbox.open import open_mailbox
 from tests.federation.light import SCHEMA, LightClient, initial_state, make_spec
 from tests.hub.federation import HubFederation
 from tests.hub.loopback import LoopbackHub
@@ -211,7 +211,7 @@ def test_a_named_repo_that_this_package_did_not_make_is_not_squashed(
 def test_a_coordinator_deletes_and_squashes_only_what_the_package_wrote(
     hub_here: LoopbackHub, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, change: str
 ) -> None:
-    monkeypatch.setattr("fedfstq_hf.federation.hub.rounds._SQUASH_COMMITS", 1)
+    monkeypatch.setattr("fedfstq_hf.federation.mailbox.hub.rounds._SQUASH_COMMITS", 1)
     run = HubFederation(hub_here, "shared")
     client, owner = run.mailbox(run.tokens["a"]), run.mailbox(run.owner)
     for round in (0, 1, 9):
@@ -235,7 +235,7 @@ def test_a_coordinator_deletes_and_squashes_only_what_the_package_wrote(
 def test_a_shared_repo_that_only_the_package_wrote_is_squashed(
     hub_here: LoopbackHub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fedfstq_hf.federation.hub.rounds._SQUASH_COMMITS", 1)
+    monkeypatch.setattr("fedfstq_hf.federation.mailbox.hub.rounds._SQUASH_COMMITS", 1)
     run = HubFederation(hub_here, "shared")
     for name in "ab":
         run.mailbox(run.tokens[name]).post_update(0, name, b"message of " + name.encode())

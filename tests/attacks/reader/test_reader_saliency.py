@@ -3,8 +3,8 @@
 import torch
 from light import LightClient, found, run_rounds
 
-from fedfstq_hf.federation.coordinator import Coordinator
 from fedfstq_hf.federation.record import RoundRecord
+from fedfstq_hf.federation.server.coordinator import Coordinator
 from fedfstq_hf.generation.federated import join_saliency
 from fedfstq_hf.generation.saliency import Saliency
 from fedfstq_hf.generation.saliency_file import pack, unpack
