@@ -2,7 +2,7 @@
 
 Run it from a checkout: `python recipes/benchmarks/hub.py --clients 20 --rounds 10 --layout all`, and with
 `--kills 100` to SIGKILL the coordinator and the clients that many times each. Clients are real sessions with the real
-Hub client; only their training is a pure function. The Hub is `tests/hub`, in a process of its own. Each layout's final
+Hub client; only their training is a pure function. The Hub is `tests/loopback_hub`, in a process of its own. Each layout's final
 adapter is compared with that of the same federation in a folder.
 """
 
@@ -61,7 +61,7 @@ def main() -> None:
 def run_layout(layout: str, options: argparse.Namespace) -> dict[str, Any]:
     """One federation on a Hub of its own; returns its figures."""
     from tests.federation.light import make_spec
-    from tests.hub.loopback import RemoteHub
+    from tests.loopback_hub.loopback import RemoteHub
 
     names = [f"c{index:02d}" for index in range(options.clients)]
     spec = make_spec(

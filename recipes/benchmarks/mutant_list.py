@@ -12,20 +12,20 @@ _OBJECTIVE = ("tests/sensitivity/test_objective.py",)
 _LOSS = ("tests/sensitivity/test_cross_entropy.py",)
 _OPTIONS = ("tests/test_config.py", "tests/sensitivity/test_objective.py", "tests/training/test_fisher_options.py")
 _SELECTION = ("tests/generation/test_selection.py",)
-_SERVER = ("tests/federation/test_server_optimizers.py", "tests/federation/test_aggregation.py")
+_SERVER = ("tests/federation/server/test_server_optimizers.py", "tests/federation/server/test_aggregation.py")
 _UPDATE = ("tests/codec/test_update.py",)
 _MESSAGE = ("tests/codec/test_message.py", "tests/codec/test_format.py", "tests/attacks/test_container.py")
 _SCALE = ("tests/training/test_sensitivity_scale.py",)
 _SESSION = (
-    "tests/federation/test_session.py",
-    "tests/federation/test_session_sizes.py",
+    "tests/federation/client/test_session.py",
+    "tests/federation/client/test_session_sizes.py",
     "tests/federation/test_budget_share.py",
 )
 _VARIATES = ("tests/federation/test_scaffold.py",)
-_SCREENING = ("tests/federation/test_screening.py", "tests/attacks/client/test_client_attachments.py")
-_CLIPPING = ("tests/attacks/client/test_client_clipping.py", "tests/federation/test_collecting.py")
+_SCREENING = ("tests/federation/server/test_screening.py", "tests/attacks/client/test_client_attachments.py")
+_CLIPPING = ("tests/attacks/client/test_client_clipping.py", "tests/federation/server/test_collecting.py")
 _COLLECTING = (
-    "tests/federation/test_collecting.py",
+    "tests/federation/server/test_collecting.py",
     "tests/federation/test_weights.py",
     "tests/attacks/client/test_client_changing.py",
     "tests/attacks/client/test_client_clipping.py",

@@ -18,8 +18,8 @@ from fedfstq_hf.federation.mailbox.open import open_mailbox
 from fedfstq_hf.federation.mailbox.protocol import ADAPTER_FILE, RECORD_FILE
 from fedfstq_hf.federation.server.coordinator import Coordinator
 from tests.federation.light import LightClient, found, run_rounds
-from tests.hub.federation import CLIENTS, LAYOUTS, HubFederation
-from tests.hub.loopback import LoopbackHub
+from tests.loopback_hub.federation import CLIENTS, LAYOUTS, HubFederation
+from tests.loopback_hub.loopback import LoopbackHub
 
 ADAPTER = "adapter_model.safetensors"
 

@@ -13,8 +13,8 @@ from fedfstq_hf.errors import MailboxUnavailableError, MessageError
 from fedfstq_hf.federation.control import change_control, enrol
 from fedfstq_hf.federation.mailbox.hub import client_posts
 from fedfstq_hf.federation.mailbox.hub.mailbox import HubMailbox
-from tests.hub.federation import CLIENTS, HubFederation
-from tests.hub.loopback import LoopbackHub
+from tests.loopback_hub.federation import CLIENTS, HubFederation
+from tests.loopback_hub.loopback import LoopbackHub
 
 
 @pytest.fixture

@@ -19,8 +19,8 @@ from fedfstq_hf.federation.mailbox.hub import writing
 from fedfstq_hf.federation.mailbox.hub.mailbox import HubMailbox
 from fedfstq_hf.federation.mailbox.open import open_mailbox
 from tests.federation.light import SCHEMA, LightClient, initial_state, make_spec
-from tests.hub.federation import HubFederation
-from tests.hub.loopback import LoopbackHub
+from tests.loopback_hub.federation import HubFederation
+from tests.loopback_hub.loopback import LoopbackHub
 
 PRECIOUS = "victim/precious-model"
 

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from tests.hub import rpc
-from tests.hub.control import Control
-from tests.hub.faults import Faults
-from tests.hub.log import RequestLog
-from tests.hub.server import serve
-from tests.hub.state import HubState
+from tests.loopback_hub import rpc
+from tests.loopback_hub.control import Control
+from tests.loopback_hub.faults import Faults
+from tests.loopback_hub.log import RequestLog
+from tests.loopback_hub.server import serve
+from tests.loopback_hub.state import HubState
 
 CHECKOUT = Path(__file__).parents[2]
 _FOREIGN = ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_TOKEN_PATH", "TRANSFORMERS_OFFLINE", "HF_ASSETS_CACHE")
@@ -90,9 +90,9 @@ class RemoteHub(_Homes):
 
     @classmethod
     def start(cls, folder: Path | None = None) -> RemoteHub:
-        """Start `python -m tests.hub` and attach to it; `close` ends it."""
+        """Start `python -m tests.loopback_hub` and attach to it; `close` ends it."""
         process = subprocess.Popen(
-            [sys.executable, "-m", "tests.hub", "--until-stdin-closes"],
+            [sys.executable, "-m", "tests.loopback_hub", "--until-stdin-closes"],
             cwd=CHECKOUT,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,

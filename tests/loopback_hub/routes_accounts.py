@@ -6,9 +6,9 @@ from typing import Any
 
 import yaml
 
-from tests.hub.errors import HubError
-from tests.hub.state import HubState
-from tests.hub.wire import REPOSITORY, Request, Response, answer_json, route
+from tests.loopback_hub.errors import HubError
+from tests.loopback_hub.state import HubState
+from tests.loopback_hub.wire import REPOSITORY, Request, Response, answer_json, route
 
 
 @route("GET", "/api/whoami-v2")

@@ -5,12 +5,12 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
-from tests.hub.discussions import timestamp
-from tests.hub.errors import HubError, entry_not_found, revision_not_found
-from tests.hub.objects import Commit, File
-from tests.hub.repository import MAIN, Repository
-from tests.hub.state import HubState
-from tests.hub.wire import REPOSITORY, Request, Response, answer_json, next_page, route
+from tests.loopback_hub.discussions import timestamp
+from tests.loopback_hub.errors import HubError, entry_not_found, revision_not_found
+from tests.loopback_hub.objects import Commit, File
+from tests.loopback_hub.repository import MAIN, Repository
+from tests.loopback_hub.state import HubState
+from tests.loopback_hub.wire import REPOSITORY, Request, Response, answer_json, next_page, route
 
 
 def file_item(path: str, file: File) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import json
 from dataclasses import asdict
 from typing import Any
 
-from tests.hub.log import Entry
+from tests.loopback_hub.log import Entry
 
 
 def dumps(value: Any) -> bytes:

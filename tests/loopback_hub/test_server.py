@@ -24,7 +24,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from tests.hub.conftest import push
+from tests.loopback_hub.conftest import push
 
 BINARY = bytes(range(256)) * 80  # 20 kB that go to LFS
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")

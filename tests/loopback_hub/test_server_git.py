@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 
 import pytest
 
-from tests.hub.objects import File, git_oid, lfs_pointer, make_commit
+from tests.loopback_hub.objects import File, git_oid, lfs_pointer, make_commit
 
 pytestmark = pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
 

@@ -6,7 +6,7 @@ import pytest
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 from huggingface_hub.errors import BadRequestError, HfHubHTTPError
 
-from tests.hub.conftest import push
+from tests.loopback_hub.conftest import push
 
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
 

@@ -11,7 +11,7 @@ from fedfstq_hf.federation.founding import found_federation
 from fedfstq_hf.federation.mailbox.hub.mailbox import HubMailbox
 from fedfstq_hf.federation.server.coordinator import Coordinator
 from tests.federation.light import LightClient, initial_state, make_spec
-from tests.hub.loopback import LoopbackHub
+from tests.loopback_hub.loopback import LoopbackHub
 
 LAYOUTS = ("own", "shared", "pull-request")
 CLIENTS = ("a", "b", "c")

@@ -10,11 +10,11 @@ from email.message import Message
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qs, unquote, urlencode
 
-from tests.hub.errors import HubError
+from tests.loopback_hub.errors import HubError
 
 if TYPE_CHECKING:
-    from tests.hub.accounts import Token
-    from tests.hub.state import HubState
+    from tests.loopback_hub.accounts import Token
+    from tests.loopback_hub.state import HubState
 
 HUB, STORAGE = "hub", "storage"  # the two origins: the Hub itself, and the object storage behind its redirects
 REPOSITORY = r"/api/(?P<type>model|dataset)s/(?P<id>[^/]+/[^/]+)"

@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from urllib.parse import quote
 
-from tests.hub.errors import HubError, entry_not_found
-from tests.hub.state import HubState
-from tests.hub.wire import Request, Response, route
+from tests.loopback_hub.errors import HubError, entry_not_found
+from tests.loopback_hub.state import HubState
+from tests.loopback_hub.wire import Request, Response, route
 
 
 @route("GET", r"/(?P<prefix>datasets/)?(?P<id>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<path>.+)")

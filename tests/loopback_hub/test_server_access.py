@@ -8,7 +8,7 @@ import pytest
 from huggingface_hub import get_session, hf_hub_url
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 
-from tests.hub.conftest import push
+from tests.loopback_hub.conftest import push
 
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import threading
 
-from tests.hub.errors import repository_not_found
-from tests.hub.repository import Repository
+from tests.loopback_hub.errors import repository_not_found
+from tests.loopback_hub.repository import Repository
 
 TYPES = ("model", "dataset")
 

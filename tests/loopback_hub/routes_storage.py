@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 
-from tests.hub.errors import HubError
-from tests.hub.routes_files import ranged
-from tests.hub.state import HubState
-from tests.hub.wire import STORAGE, Request, Response, answer_json, route
+from tests.loopback_hub.errors import HubError
+from tests.loopback_hub.routes_files import ranged
+from tests.loopback_hub.state import HubState
+from tests.loopback_hub.wire import STORAGE, Request, Response, answer_json, route
 
 OBJECT = r"/(?P<type>model|dataset)s/(?P<id>[^/]+/[^/]+)/(?P<sha256>[0-9a-f]{64})"
 

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from tests.hub.errors import HubError
-from tests.hub.repository import BUSY, STALE_PARENT
-from tests.hub.wire import Request
+from tests.loopback_hub.errors import HubError
+from tests.loopback_hub.repository import BUSY, STALE_PARENT
+from tests.loopback_hub.wire import Request
 
 _COMMIT = r"POST /api/.*/commit/[^/]+"
 _UPLOAD = rf"{_COMMIT}|POST .*/objects/batch|POST /api/repos/create"

@@ -8,11 +8,11 @@ import fnmatch
 import json
 from typing import Any
 
-from tests.hub.errors import HubError
-from tests.hub.repository import LFS_SUFFIXES, MAIN, Change, Repository
-from tests.hub.routes_repositories import page_of
-from tests.hub.state import HubState
-from tests.hub.wire import REPOSITORY, Request, Response, answer_json, route
+from tests.loopback_hub.errors import HubError
+from tests.loopback_hub.repository import LFS_SUFFIXES, MAIN, Change, Repository
+from tests.loopback_hub.routes_repositories import page_of
+from tests.loopback_hub.state import HubState
+from tests.loopback_hub.wire import REPOSITORY, Request, Response, answer_json, route
 
 LFS_REPOSITORY = r"/(?P<prefix>datasets/)?(?P<id>[^/]+/[^/]+)\.git/info/lfs/objects"
 MAX_PREUPLOAD_FILES = 256

@@ -14,7 +14,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
-from tests.hub import (  # noqa: F401 - importing a module of routes registers them
+from tests.loopback_hub import (  # noqa: F401 - importing a module of routes registers them
     routes_accounts,
     routes_admin,
     routes_commit,
@@ -24,11 +24,11 @@ from tests.hub import (  # noqa: F401 - importing a module of routes registers t
     routes_storage,
     routes_tree,
 )
-from tests.hub.errors import HubError
-from tests.hub.faults import corrupted
-from tests.hub.log import Entry
-from tests.hub.state import HubState
-from tests.hub.wire import HUB, STORAGE, Request, Response, answer_error, dispatch
+from tests.loopback_hub.errors import HubError
+from tests.loopback_hub.faults import corrupted
+from tests.loopback_hub.log import Entry
+from tests.loopback_hub.state import HubState
+from tests.loopback_hub.wire import HUB, STORAGE, Request, Response, answer_error, dispatch
 
 
 class Server(ThreadingHTTPServer):

@@ -13,7 +13,7 @@ import pytest
 from huggingface_hub import CommitOperationAdd, constants
 from huggingface_hub.errors import HfHubHTTPError
 
-from tests.hub.conftest import push
+from tests.loopback_hub.conftest import push
 
 BINARY = bytes(range(256)) * 80  # 20 kB that go to LFS
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
@@ -184,7 +184,7 @@ def test_stale_reads_fail_with_a_parent_and_pass_without(hub, client, run):
 
 def test_all_reads_may_lag_for_a_while(hub, client, run, monkeypatch):
     now = time.monotonic()
-    monkeypatch.setattr("tests.hub.repository.time", SimpleNamespace(monotonic=lambda: now))
+    monkeypatch.setattr("tests.loopback_hub.repository.time", SimpleNamespace(monotonic=lambda: now))
     first = push(client, run, a=b"1").oid
     now += 100
     hub.faults.stale_seconds = 60

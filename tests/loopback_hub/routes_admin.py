@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import hmac
 
-from tests.hub import rpc
-from tests.hub.control import Control
-from tests.hub.errors import HubError
-from tests.hub.state import HubState
-from tests.hub.wire import Request, Response, route
+from tests.loopback_hub import rpc
+from tests.loopback_hub.control import Control
+from tests.loopback_hub.errors import HubError
+from tests.loopback_hub.state import HubState
+from tests.loopback_hub.wire import Request, Response, route
 
 
 @route("POST", "/_admin/call")

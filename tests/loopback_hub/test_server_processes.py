@@ -82,7 +82,7 @@ def test_the_admin_door_needs_its_token(remote_hub):
 
 
 def test_the_standalone_server_prints_where_it_is_and_ends_with_its_starter(remote_hub):
-    command = [sys.executable, "-m", "tests.hub", "--until-stdin-closes"]
+    command = [sys.executable, "-m", "tests.loopback_hub", "--until-stdin-closes"]
     process = subprocess.Popen(command, env=remote_hub.env(), stdin=-1, stdout=-1, text=True)
     told = json.loads(process.stdout.readline())
     assert set(told) == {"endpoint", "admin_token"}

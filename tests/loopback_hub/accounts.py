@@ -6,8 +6,8 @@ import hashlib
 import threading
 from dataclasses import dataclass, field
 
-from tests.hub.errors import HubError
-from tests.hub.repository import Repository
+from tests.loopback_hub.errors import HubError
+from tests.loopback_hub.repository import Repository
 
 MEMBER_ROLES = ("read", "contributor", "write", "admin")
 TOKEN_ROLES = ("read", "write", "fineGrained")

@@ -10,9 +10,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
-from tests.hub.discussions import Discussion
-from tests.hub.errors import HubError, entry_not_found, revision_not_found
-from tests.hub.objects import Commit, File, git_oid, lfs_pointer, make_commit
+from tests.loopback_hub.discussions import Discussion
+from tests.loopback_hub.errors import HubError, entry_not_found, revision_not_found
+from tests.loopback_hub.objects import Commit, File, git_oid, lfs_pointer, make_commit
 
 LFS_SUFFIXES = (".safetensors", ".bin", ".png", ".pt", ".pth", ".npz", ".npy", ".zip", ".gz", ".zst", ".parquet")
 GIT_ATTRIBUTES = "".join(f"*{suffix} filter=lfs diff=lfs merge=lfs -text\n" for suffix in LFS_SUFFIXES).encode()

@@ -8,14 +8,14 @@ import secrets
 from dataclasses import dataclass, field
 from urllib.parse import quote
 
-from tests.hub.accounts import Accounts, Token
-from tests.hub.errors import HubError, repository_not_found
-from tests.hub.faults import Faults
-from tests.hub.log import RequestLog
-from tests.hub.objects import Commit
-from tests.hub.repository import Repository
-from tests.hub.store import Store
-from tests.hub.wire import Request
+from tests.loopback_hub.accounts import Accounts, Token
+from tests.loopback_hub.errors import HubError, repository_not_found
+from tests.loopback_hub.faults import Faults
+from tests.loopback_hub.log import RequestLog
+from tests.loopback_hub.objects import Commit
+from tests.loopback_hub.repository import Repository
+from tests.loopback_hub.store import Store
+from tests.loopback_hub.wire import Request
 
 
 @dataclass

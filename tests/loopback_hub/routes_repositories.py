@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from tests.hub.discussions import timestamp
-from tests.hub.errors import HubError, repository_not_found
-from tests.hub.objects import Commit
-from tests.hub.repository import Repository
-from tests.hub.routes_accounts import card_metadata
-from tests.hub.state import HubState
-from tests.hub.store import TYPES
-from tests.hub.wire import REPOSITORY, Request, Response, answer_json, next_page, route
+from tests.loopback_hub.discussions import timestamp
+from tests.loopback_hub.errors import HubError, repository_not_found
+from tests.loopback_hub.objects import Commit
+from tests.loopback_hub.repository import Repository
+from tests.loopback_hub.routes_accounts import card_metadata
+from tests.loopback_hub.state import HubState
+from tests.loopback_hub.store import TYPES
+from tests.loopback_hub.wire import REPOSITORY, Request, Response, answer_json, next_page, route
 
 
 def page_of(request: Request, repository: Repository) -> str:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from tests.hub.discussions import STATUSES, Discussion
-from tests.hub.errors import HubError
-from tests.hub.repository import Repository
-from tests.hub.state import HubState
-from tests.hub.wire import REPOSITORY, Request, Response, answer_json, route
+from tests.loopback_hub.discussions import STATUSES, Discussion
+from tests.loopback_hub.errors import HubError
+from tests.loopback_hub.repository import Repository
+from tests.loopback_hub.state import HubState
+from tests.loopback_hub.wire import REPOSITORY, Request, Response, answer_json, route
 
 DISCUSSION = rf"{REPOSITORY}/discussions/(?P<num>\d+)"
 

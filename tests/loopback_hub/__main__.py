@@ -1,4 +1,4 @@
-"""A loopback Hub as a process: `python -m tests.hub [--port N]` prints one line of JSON, {endpoint, admin_token}."""
+"""A loopback Hub as a process: `python -m tests.loopback_hub [--port N]` prints one line of JSON, {endpoint, admin_token}."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import contextlib
 import sys
 import threading
 
-from tests.hub.server import describe, serve
-from tests.hub.state import HubState
+from tests.loopback_hub.server import describe, serve
+from tests.loopback_hub.state import HubState
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m tests.hub", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m tests.loopback_hub", description=__doc__)
     parser.add_argument("--port", type=int, default=0, help="port of the Hub; 0 takes a free one")
     parser.add_argument("--until-stdin-closes", action="store_true", help="end with the process that started this one")
     options = parser.parse_args()

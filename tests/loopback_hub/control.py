@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from tests.hub.repository import Change, Repository
-from tests.hub.state import HubState
+from tests.loopback_hub.repository import Change, Repository
+from tests.loopback_hub.state import HubState
 
 
 class Control:

@@ -1,4 +1,4 @@
-"""Fixtures around the loopback Hub. Elsewhere: `from tests.hub.fixtures import hub, hub_client  # noqa: F401`."""
+"""Fixtures around the loopback Hub. Elsewhere: `from tests.loopback_hub.fixtures import hub, hub_client  # noqa: F401`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub import HfApi, close_session, constants
 
-from tests.hub.loopback import LoopbackHub, RemoteHub
+from tests.loopback_hub.loopback import LoopbackHub, RemoteHub
 
 
 @pytest.fixture
