@@ -2,8 +2,8 @@
 
 Run it from a checkout: `python recipes/benchmarks/hub.py --clients 20 --rounds 10 --layout all`, and with
 `--kills 100` to SIGKILL the coordinator and the clients that many times each. Clients are real sessions with the real
-Hub client; only their training is a pure function. The Hub is `tests/loopback_hub`, in a process of its own. Each layout's final
-adapter is compared with that of the same federation in a folder.
+Hub client; only their training is a pure function. The Hub is `tests/loopback_hub`, in its own process.
+Each layout's final adapter is compared with that of the same federation in a folder.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A loopback Hub as a process: `python -m tests.loopback_hub [--port N]` prints one line of JSON, {endpoint, admin_token}."""
+"""A loopback Hub as a process: `python -m tests.loopback_hub [--port N]` prints {endpoint, admin_token} as JSON."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Fixtures around the loopback Hub. Elsewhere: `from tests.loopback_hub.fixtures import hub, hub_client  # noqa: F401`."""
+"""Fixtures around the loopback Hub. Elsewhere: `from tests.loopback_hub.fixtures import hub`."""
 
 from __future__ import annotations
 

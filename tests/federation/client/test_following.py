@@ -7,8 +7,9 @@ import threading
 import pytest
 import torch
 from light import SCHEMA, LightClient, found, make_spec, pause, run_rounds
+from light_refining import PREVIEW, REFINED, REFINEMENT, RefiningClient, clients
+from light_sessions import finish, make_session, record
 from safetensors.torch import load, save
-from test_session import finish, make_session, record
 
 from fedfstq_hf.codec import get_codec, message
 from fedfstq_hf.errors import BudgetError, MailboxError, MailboxUnavailableError
@@ -20,34 +21,8 @@ from fedfstq_hf.federation.mailbox.folder import FolderMailbox
 from fedfstq_hf.federation.record import RoundRecord
 from fedfstq_hf.federation.server.coordinator import Coordinator
 
-PREVIEW, REFINEMENT = 400, 480
-REFINED = {"codec": "topk", "refinement_budget": REFINEMENT, "preview_step": 0.5, "error_feedback": 0.0}
 SPEC = make_spec(rounds=3, **REFINED)
 PATIENCE = 20  # seconds until a test that hangs fails
-
-
-class RefiningClient(LightClient):
-    """A client with budgets of its own for both messages."""
-
-    def __init__(self, mailbox, client_id, folder, *, preview=PREVIEW, refinement=REFINEMENT):
-        super().__init__(mailbox, client_id, folder, max_bytes=preview)
-        self.participation = MailboxParticipation(
-            mailbox,
-            self.session,
-            budget=MessageBudget(fixed=preview),
-            refinements=MessageBudget(fixed=refinement),
-            sleep=pause,
-        )
-
-    def step(self):
-        """As a client with time to spare: both messages are sent when it returns."""
-        happened = super().step()
-        self.participation._following.wait()
-        return happened
-
-
-def clients(mailbox, path, names):
-    return [RefiningClient(mailbox, name, path / name) for name in names]
 
 
 def refinements(mailbox, round):

@@ -7,8 +7,8 @@ import shutil
 import threading
 
 import pytest
+from failing_disk import fail_at
 from light import found, make_spec
-from test_storage import fail_at
 
 from fedfstq_hf.errors import MailboxError, RoundConflictError, UpdateConflictError
 from fedfstq_hf.federation import storage

@@ -8,6 +8,7 @@ import subprocess
 import time
 
 import pytest
+from failing_disk import fail_at
 
 from fedfstq_hf.errors import MailboxError
 from fedfstq_hf.federation import storage
@@ -15,19 +16,6 @@ from fedfstq_hf.federation import storage
 
 def names(folder):
     return sorted(os.listdir(folder))
-
-
-def fail_at(monkeypatch, name, number, error=errno.ENOSPC):
-    """Make the `number`-th call of `os.<name>` (from 0) fail."""
-    original, calls = getattr(os, name), [0]
-
-    def failing(*args, **kwargs):
-        calls[0] += 1
-        if calls[0] - 1 == number:
-            raise OSError(error, os.strerror(error))
-        return original(*args, **kwargs)
-
-    monkeypatch.setattr(os, name, failing)
 
 
 def test_replace_sets_new_content(tmp_path):

@@ -5,8 +5,18 @@ import hashlib
 import pytest
 import torch
 from light import run_rounds
-from test_following import REFINED, RefiningClient, clients
-from test_refining import close, federation, level, previews, refinements, second_round, write
+from light_refining import (
+    REFINED,
+    RefiningClient,
+    clients,
+    close,
+    federation,
+    level,
+    previews,
+    refinements,
+    second_round,
+    write,
+)
 
 from fedfstq_hf.codec import message
 from fedfstq_hf.errors import MailboxError

@@ -1,7 +1,7 @@
 """How much of a preview counts, for how long, and in which rounds there are any."""
 
 import pytest
-from test_refining import close, federation, previews, refinements
+from light_refining import close, federation, previews, refinements
 
 from fedfstq_hf.federation.server.coordinator import Coordinator
 

@@ -4,74 +4,27 @@ import hashlib
 
 import pytest
 import torch
-from light import SCHEMA, initial_state, make_spec, run_rounds
-from light_updates import SIZE, make_message
-from test_following import PREVIEW, REFINEMENT, RefiningClient
+from light import SCHEMA, run_rounds
+from light_refining import (
+    PREVIEW,
+    REFINEMENT,
+    RefiningClient,
+    S,
+    close,
+    federation,
+    previews,
+    refinements,
+    second_round,
+    write,
+)
+from light_updates import SIZE
 
 from fedfstq_hf.codec import CodecContext, get_codec, message
 from fedfstq_hf.federation import adapter_file, control, history
 from fedfstq_hf.federation.client.session import Caps
-from fedfstq_hf.federation.control import Control, Enrolment
-from fedfstq_hf.federation.founding import found_federation
-from fedfstq_hf.federation.mailbox.folder import FolderMailbox
+from fedfstq_hf.federation.control import Enrolment
 from fedfstq_hf.federation.record import RoundRecord
 from fedfstq_hf.federation.server.coordinator import Coordinator
-
-S = 0.5
-
-
-def federation(path, *, enrolled=None, **changes):
-    """Two messages a round, from an adapter of zeros: levels add up without rounding."""
-    mailbox = FolderMailbox(path, durable=False)
-    settings = {"rounds": 9, "refinement_budget": "1bpp", "preview_step": S, "error_feedback": 0.0, "clip": None}
-    zeros = {name: torch.zeros_like(tensor) for name, tensor in initial_state().items()}
-    spec = make_spec(**(settings | changes))
-    found_federation(mailbox, spec, adapter_file.dump(zeros), b"{}\n", control=Control(clients=enrolled), now=0.0)
-    return mailbox
-
-
-def write(mailbox, client_id, value, round, *, refinement=False, **changes):
-    """A message that says `value` for each coordinate; b has three examples, all others one."""
-    params = message.REFINEMENT_PARAMS if refinement else {}
-    settings = {"num_examples": 3 if client_id == "b" else 1, "params": params, "round": round}
-    return make_message(mailbox, client_id, torch.full((SIZE,), float(value)), **(settings | changes))
-
-
-def previews(mailbox, round, **values):
-    for client_id, value in values.items():
-        mailbox.post_update(round, client_id, write(mailbox, client_id, value, round))
-
-
-def refinements(mailbox, round, **values):
-    for client_id, value in values.items():
-        data = write(mailbox, client_id, value, round, refinement=True)
-        mailbox.post_update(round, client_id, data, refinement=True)
-
-
-def close(coordinator):
-    """The level of the adapter of the round that it publishes."""
-    assert coordinator.ready()
-    assert coordinator.close_round() is not None
-    return level(coordinator)
-
-
-def level(coordinator):
-    (value,) = set(coordinator.adapter.tolist())
-    return value
-
-
-def second_round(path, *, expected=1.75, **changes):
-    """A federation whose first round said a = 2 and b = 4: a quarter and three quarters of P = 3.5, half of it taken.
-
-    The previews of the second round, P = 0, are there: what changes now is what refinements do.
-    """
-    mailbox = federation(path, **changes)
-    coordinator = Coordinator(mailbox)
-    previews(mailbox, 0, a=2, b=4)
-    assert close(coordinator) == expected
-    previews(mailbox, 1, a=0, b=0)
-    return mailbox, coordinator
-
 
 # In numbers
 

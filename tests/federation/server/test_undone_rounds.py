@@ -5,8 +5,8 @@ import dataclasses
 import pytest
 import torch
 from light import SCHEMA, LightClient, found, run_rounds
+from light_sessions import DELTA, finish, make_session, record
 from light_updates import found_enrolled
-from test_session import DELTA, finish, make_session, record
 
 from fedfstq_hf.errors import MailboxError
 from fedfstq_hf.federation.client.participation import LocalResult
