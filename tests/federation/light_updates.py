@@ -6,13 +6,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
-from light import SCHEMA, initial_state, make_spec
+from light import SCHEMA, found_in
 from torch import Tensor
 
 from fedfstq_hf.codec import get_codec, message
-from fedfstq_hf.federation import adapter_file
 from fedfstq_hf.federation.control import Control, Enrolment
-from fedfstq_hf.federation.founding import found_federation
 from fedfstq_hf.federation.mailbox.folder import FolderMailbox
 from fedfstq_hf.federation.mailbox.protocol import Mailbox
 from fedfstq_hf.federation.record import RoundRecord
@@ -64,6 +62,5 @@ def found_enrolled(path: Path, clients: str | Mapping[str, Enrolment], **changes
     if isinstance(clients, str):
         clients = {name: Enrolment() for name in clients}
     mailbox = FolderMailbox(path, durable=False)
-    adapter = adapter_file.dump(initial_state())
-    found_federation(mailbox, make_spec(**changes), adapter, b"{}\n", control=Control(clients=clients), now=0.0)
+    found_in(mailbox, control=Control(clients=clients), **changes)
     return mailbox

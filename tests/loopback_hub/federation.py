@@ -6,11 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from fedfstq_hf.federation import adapter_file
-from fedfstq_hf.federation.founding import found_federation
 from fedfstq_hf.federation.mailbox.hub.mailbox import HubMailbox
 from fedfstq_hf.federation.server.coordinator import Coordinator
-from tests.federation.light import LightClient, initial_state, make_spec
+from tests.federation.light import LightClient, found_in
 from tests.loopback_hub.loopback import LoopbackHub
 
 LAYOUTS = ("own", "shared", "pull-request")
@@ -33,8 +31,7 @@ class HubFederation:
         self.tokens = {name: hub.user(f"user-{name}", role, org="org", member=member) for name in CLIENTS}
         mailbox = self.mailbox(self.owner, create=True, layout=layout)
         settings: dict[str, object] = {"codec": "fp32", "min_clients": 3, "rounds": 3}
-        spec = make_spec(**(settings | changes))
-        found_federation(mailbox, spec, adapter_file.dump(initial_state()), b"{}\n", now=0.0)
+        found_in(mailbox, **(settings | changes))
 
     def mailbox(self, token: str, **options: Any) -> HubMailbox:
         return HubMailbox(self.address, token=token, patience=20.0, **options)

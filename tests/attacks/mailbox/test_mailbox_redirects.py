@@ -13,12 +13,11 @@ from huggingface_hub import CommitOperationAdd, HfApi, ModelInfo
 from fedfstq_hf.errors import ConfigError, MailboxError
 from fedfstq_hf.federation import adapter_file
 from fedfstq_hf.federation.control import Control, Enrolment, change_control, enrol
-from fedfstq_hf.federation.founding import found_federation
 from fedfstq_hf.federation.mailbox.folder import FolderMailbox
 from fedfstq_hf.federation.mailbox.hub import writing
 from fedfstq_hf.federation.mailbox.hub.mailbox import HubMailbox
 from fedfstq_hf.federation.mailbox.open import open_mailbox
-from tests.federation.light import SCHEMA, LightClient, initial_state, make_spec
+from tests.federation.light import SCHEMA, LightClient, found_in
 from tests.loopback_hub.federation import HubFederation
 from tests.loopback_hub.loopback import LoopbackHub
 
@@ -42,8 +41,7 @@ class Trap:
         for version in range(3):
             hub.write(PRECIOUS, {f"v{version}.txt": b"x"}, message=f"Version {version}")
         box = HubMailbox("hf://evil/run", create=True, layout=layout, token=self.evil, patience=5)
-        spec = make_spec(min_clients=1, rounds=500)
-        found_federation(box, spec, adapter_file.dump(initial_state()), b"{}\n", now=0.0, control=control)
+        found_in(box, control=control, min_clients=1, rounds=500)
         self.before = hub.commits(PRECIOUS)
         hub.log.clear()
 
@@ -52,8 +50,7 @@ class Trap:
 
     def assert_untouched(self) -> None:
         assert self.hub.commits(PRECIOUS) == self.before
-        written = [entry for entry in self.hub.log.entries(user="vic") if entry.method not in ("GET", "HEAD")]
-        assert written == []
+        assert all(entry.method in ("GET", "HEAD") for entry in self.hub.log.entries(user="vic"))
 
 
 def redirected(hub: LoopbackHub) -> Trap:

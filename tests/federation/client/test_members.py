@@ -2,15 +2,14 @@
 
 import pytest
 import torch
-from light import LightClient, NothingToDo, fake_training, found, initial_state, make_spec, run_rounds
+from light import LightClient, NothingToDo, fake_training, found, found_in, run_rounds
 from light_updates import found_enrolled, ones, post
 
 from fedfstq_hf.errors import ConfigError, MailboxError
-from fedfstq_hf.federation import adapter_file, control, keys
+from fedfstq_hf.federation import control, keys
 from fedfstq_hf.federation.budgets import MessageBudget
 from fedfstq_hf.federation.client.participation import MailboxParticipation
 from fedfstq_hf.federation.control import Control, Enrolment, change_control
-from fedfstq_hf.federation.founding import found_federation
 from fedfstq_hf.federation.mailbox.folder import FolderMailbox
 from fedfstq_hf.federation.record import RoundRecord
 from fedfstq_hf.federation.server.coordinator import Coordinator
@@ -295,8 +294,7 @@ def test_a_client_whose_clock_is_an_hour_off_takes_part_like_any_other(tmp_path,
         now[0] = 1_000_000.0
         monkeypatch.setattr("time.time", lambda: now[0] + client_skew)
         mailbox = FolderMailbox(path, durable=False)
-        spec = make_spec(rounds=3, round_seconds=60.0, salt="0" * 32)
-        found_federation(mailbox, spec, adapter_file.dump(initial_state()), b"{}", now=now[0])
+        found_in(mailbox, now=now[0], rounds=3, round_seconds=60.0, salt="0" * 32)
         coordinator = Coordinator(mailbox, clock=lambda: now[0])
         patiences = []
         post_update = mailbox.post_update

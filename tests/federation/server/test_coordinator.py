@@ -6,13 +6,12 @@ import shutil
 
 import pytest
 import torch
-from light import SCHEMA, LightClient, adapter_sha256, found, initial_state, make_spec, run_rounds
+from light import SCHEMA, LightClient, adapter_sha256, found, found_in, initial_state, run_rounds
 from light_updates import SIZE, delta, make_message, post
 
 from fedfstq_hf.codec import get_codec, message
 from fedfstq_hf.errors import ConfigError, MailboxError, NonFiniteError, RoundConflictError
 from fedfstq_hf.federation import adapter_file
-from fedfstq_hf.federation.founding import found_federation
 from fedfstq_hf.federation.mailbox.folder import FolderMailbox
 from fedfstq_hf.federation.record import RoundRecord
 from fedfstq_hf.federation.server.coordinator import Coordinator
@@ -176,8 +175,7 @@ def test_it_waits_for_min_clients(tmp_path):
 def test_a_deadline_closes_with_fewer_but_never_with_none(tmp_path):
     now = [100.0]
     mailbox = FolderMailbox(tmp_path, durable=False)
-    spec = make_spec(min_clients=3, round_seconds=60.0)
-    found_federation(mailbox, spec, adapter_file.dump(initial_state()), b"{}", now=now[0])
+    found_in(mailbox, now=now[0], min_clients=3, round_seconds=60.0)
     coordinator = Coordinator(mailbox, clock=lambda: now[0])
     assert coordinator.record.deadline == 160.0
     now[0] = 161.0
