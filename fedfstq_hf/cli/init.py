@@ -147,19 +147,19 @@ def _new_mailbox(address: str, layout: str | None, public: bool) -> Mailbox:
 
 def _public_key(key: str) -> str:
     """The public key itself, or that of the key file."""
-    from fedfstq_hf.federation import keys
+    from fedfstq_hf.federation import key_files, keys
 
     if key.startswith("x25519:") and not Path(key).exists():
         keys.parse_public_key(key, "x25519")
         return key
-    return keys.load_signing_key(key).seal_key
+    return key_files.load_signing_key(key).seal_key
 
 
 def _founder(key: Path, sealing_key: str | None) -> KeyPair:
     """The keys that sign records; `serve` takes one key file, which must open sealed messages too."""
-    from fedfstq_hf.federation import keys
+    from fedfstq_hf.federation import key_files
 
-    pair = keys.load_signing_key(key)
+    pair = key_files.load_signing_key(key)
     if sealing_key not in (None, pair.seal_key):
         raise ConfigError(f"--key and --seal-to are of different key files. Type --seal-to {key} as well.")
     return pair

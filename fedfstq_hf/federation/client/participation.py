@@ -26,8 +26,8 @@ from fedfstq_hf.federation.control import read_control
 from fedfstq_hf.federation.mailbox.posted_metrics import read_metrics
 from fedfstq_hf.federation.mailbox.protocol import ADAPTER_FILE, SALIENCY_FILE, UPDATE_FILE, Mailbox
 from fedfstq_hf.federation.record import RoundRecord
-from fedfstq_hf.federation.records import Records
 from fedfstq_hf.federation.scaffold import read_variate
+from fedfstq_hf.federation.signed_records import Records
 from fedfstq_hf.text import printable
 
 logger = logging.getLogger(__name__)

@@ -25,6 +25,7 @@ from fedfstq_hf.errors import (
 )
 from fedfstq_hf.federation import adapter_file, history, scaffold
 from fedfstq_hf.federation.control import read_control
+from fedfstq_hf.federation.keys import Sign, Unseal
 from fedfstq_hf.federation.mailbox.posted_metrics import read_metrics
 from fedfstq_hf.federation.mailbox.protocol import (
     ADAPTER_CONFIG_FILE,
@@ -37,15 +38,13 @@ from fedfstq_hf.federation.mailbox.protocol import (
     RootFiles,
 )
 from fedfstq_hf.federation.record import RoundRecord
-from fedfstq_hf.federation.records import Records
 from fedfstq_hf.federation.server.aggregation import server_step
 from fedfstq_hf.federation.server.attachments import Joined, SaliencyMaker, join_attachments, sent_bytes
 from fedfstq_hf.federation.server.collecting import Collected
 from fedfstq_hf.federation.server.open_round import OpenRound
 from fedfstq_hf.federation.server.publication import CardMaker, make_record, pack_change, root_files
 from fedfstq_hf.federation.server.refining import Refined
-from fedfstq_hf.federation.server.screening import Unseal
-from fedfstq_hf.federation.signed_records import Sign
+from fedfstq_hf.federation.signed_records import Records
 from fedfstq_hf.federation.spec import FederationSpec
 from fedfstq_hf.federation.travelling import Travelling
 from fedfstq_hf.text import printable, printable_traceback

@@ -9,15 +9,16 @@ from torch import Tensor
 
 from fedfstq_hf.errors import MailboxError
 from fedfstq_hf.federation.control import Control, read_control
+from fedfstq_hf.federation.keys import Unseal
 from fedfstq_hf.federation.mailbox.protocol import Mailbox, UpdateRef
 from fedfstq_hf.federation.record import RefusedUpdate, RoundRecord
-from fedfstq_hf.federation.records import Records
 from fedfstq_hf.federation.server.arrivals import Arrivals
 from fedfstq_hf.federation.server.clipping import Usual
 from fedfstq_hf.federation.server.collecting import Collected, Collector
 from fedfstq_hf.federation.server.lateness import LOOK_BACK
 from fedfstq_hf.federation.server.refining import Refined, refine
-from fedfstq_hf.federation.server.screening import Screening, Unseal
+from fedfstq_hf.federation.server.screening import Screening
+from fedfstq_hf.federation.signed_records import Records
 from fedfstq_hf.federation.spec import FederationSpec
 from fedfstq_hf.federation.travelling import Travelling
 

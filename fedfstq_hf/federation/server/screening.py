@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -13,10 +13,9 @@ from fedfstq_hf.codec.pairs import PAIR_PARAMS, split_pair
 from fedfstq_hf.errors import MessageError
 from fedfstq_hf.federation import keys
 from fedfstq_hf.federation.control import Control
+from fedfstq_hf.federation.keys import Unseal
 from fedfstq_hf.federation.mailbox.protocol import UpdateRef
 from fedfstq_hf.federation.spec import FederationSpec
-
-Unseal = Callable[[bytes], bytes]
 
 
 @dataclass(frozen=True)
