@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fedfstq_hf.errors import MailboxError
+from fedfstq_hf.errors import no_federation
 from fedfstq_hf.federation.control import read_control
 from fedfstq_hf.federation.mailbox.posted_metrics import read_metrics
 from fedfstq_hf.federation.mailbox.protocol import SPEC_FILE, Mailbox
@@ -46,9 +46,7 @@ def render_status(mailbox: Mailbox) -> str:
     """
     head = mailbox.head()
     if head is None:
-        raise MailboxError(
-            f"{mailbox.address} holds no federation. Make one with `fedfstq init {mailbox.address} ...`."
-        )
+        raise no_federation(mailbox.address)
     spec = FederationSpec.from_json(mailbox.read(0, SPEC_FILE))
     name, model, codec = map(printable, (spec.name, spec.model, spec.codec))
     lines = [f"{name}: {model}, codec {codec}, {spec.rounds} rounds of {spec.local_steps} local steps"]

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedfstq_hf.errors import MailboxError
+from fedfstq_hf.errors import MailboxError, no_federation
 from fedfstq_hf.federation import storage
 from fedfstq_hf.federation.mailbox.protocol import ADAPTER_CONFIG_FILE, SPEC_FILE, Mailbox
 from fedfstq_hf.federation.spec import FederationSpec
@@ -54,9 +54,7 @@ def read_terms(mailbox: Mailbox, address: str) -> Terms:
         MailboxError: there is no federation, or what it asks cannot be read or is out of bounds.
     """
     if mailbox.head() is None:
-        raise MailboxError(
-            f"{address} holds no federation. Check the address, or make one with `fedfstq init {address} ...`."
-        )
+        raise no_federation(address)
     spec_bytes, config_bytes = mailbox.read(0, SPEC_FILE), mailbox.read(0, ADAPTER_CONFIG_FILE)
     config = parse_object(config_bytes, f"The mailbox's {ADAPTER_CONFIG_FILE}", max_bytes=MAX_CONFIG_BYTES)
     return Terms(address, FederationSpec.from_json(spec_bytes), spec_bytes, config, config_bytes)

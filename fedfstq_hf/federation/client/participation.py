@@ -6,7 +6,6 @@ import contextlib
 import hashlib
 import logging
 import math
-import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from fedfstq_hf.codec import message
-from fedfstq_hf.errors import BudgetError, FedFSTQError, MailboxError, MailboxUnavailableError
+from fedfstq_hf.errors import BudgetError, FedFSTQError, MailboxError, MailboxUnavailableError, no_federation
 from fedfstq_hf.federation import adapter_file
 from fedfstq_hf.federation.budgets import Budgets, MessageBudget, expected_messages, posted_losses
 from fedfstq_hf.federation.client.downlink import apply_change, cheapest_download
@@ -25,14 +24,13 @@ from fedfstq_hf.federation.client.session_state import Pending
 from fedfstq_hf.federation.control import read_control
 from fedfstq_hf.federation.mailbox.posted_metrics import read_metrics
 from fedfstq_hf.federation.mailbox.protocol import ADAPTER_FILE, SALIENCY_FILE, UPDATE_FILE, Mailbox
+from fedfstq_hf.federation.polling import Polling
 from fedfstq_hf.federation.record import RoundRecord
 from fedfstq_hf.federation.scaffold import read_variate
 from fedfstq_hf.federation.signed_records import Records
 from fedfstq_hf.text import printable
 
 logger = logging.getLogger(__name__)
-
-_GROWTH, _LONGEST_WAIT = 1.3, 8.0  # while nothing happens, polling slows down to that many times its first interval
 
 
 def local_seed(seed: int, client_id: str, round: int) -> int:
@@ -152,7 +150,8 @@ class MailboxParticipation:
 
     def next(self) -> Assignment | None:
         """Wait until a round is open that this client has not trained in."""
-        started, newest, announced, wait = time.monotonic(), -1, "", self._poll_seconds
+        started, newest, announced = time.monotonic(), -1, ""
+        polling = Polling(self._poll_seconds, jitter=0.5, sleep=self._sleep)
         while True:
             record = self._newest_record()
             if record.round > newest:  # it goes on, though perhaps without this client
@@ -186,9 +185,9 @@ class MailboxParticipation:
             state = f"paused: {printable(paused)}" if paused else f"waiting for round {record.round + 1}"
             if state != announced:
                 logger.info("%s: %s.", self.mailbox.address, state)
-                announced, wait = state, self._poll_seconds
-            self._sleep(wait * random.uniform(0.5, 1.5))
-            wait = min(wait * _GROWTH, self._poll_seconds * _LONGEST_WAIT)
+                announced = state
+                polling.reset()
+            polling.pause()
 
     def complete(self, assignment: Assignment, result: LocalResult) -> dict[str, float]:
         """Store the message, then post it."""
@@ -230,10 +229,7 @@ class MailboxParticipation:
     def _newest_record(self) -> RoundRecord:
         head = self.mailbox.head()
         if head is None:
-            raise MailboxError(
-                f"{self.mailbox.address} holds no federation. Check the address, or make one with "
-                f"`fedfstq init {self.mailbox.address} ...`."
-            )
+            raise no_federation(self.mailbox.address)
         return self._record(head)
 
     def _wanted(self, record: RoundRecord) -> bool:

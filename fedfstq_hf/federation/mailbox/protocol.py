@@ -12,7 +12,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
-from fedfstq_hf.errors import MailboxError
+from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+from fedfstq_hf.errors import ConfigError, MailboxError
+from fedfstq_hf.text import printable
 
 ADAPTER_FILE = "adapter_model.safetensors"
 ADAPTER_CONFIG_FILE = "adapter_config.json"
@@ -49,6 +52,23 @@ def checked_name(name: str) -> str:
             "starting with a letter or a digit."
         )
     return name
+
+
+def checked_repo(repo: object) -> str:
+    """`repo`, if it names a repo on the Hub: ORG/NAME.
+
+    Raises:
+        ConfigError: it does not.
+    """
+    try:
+        if not isinstance(repo, str) or repo.count("/") != 1:
+            raise HFValidationError
+        validate_repo_id(repo)
+    except HFValidationError:
+        raise ConfigError(
+            f"{printable(repo)!r} names no repo on the Hub. Type ORG/NAME, such as my-org/med-lora-ward-a."
+        ) from None
+    return repo
 
 
 def is_name(name: str) -> bool:

@@ -8,7 +8,7 @@ any processor).
 from __future__ import annotations
 
 import logging
-import random
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -22,6 +22,7 @@ from fedfstq_hf.errors import (
     MailboxUnavailableError,
     NonFiniteError,
     RoundConflictError,
+    no_federation,
 )
 from fedfstq_hf.federation import adapter_file, history, scaffold
 from fedfstq_hf.federation.control import read_control
@@ -37,6 +38,7 @@ from fedfstq_hf.federation.mailbox.protocol import (
     Mailbox,
     RootFiles,
 )
+from fedfstq_hf.federation.polling import Polling
 from fedfstq_hf.federation.record import RoundRecord
 from fedfstq_hf.federation.server.aggregation import server_step
 from fedfstq_hf.federation.server.attachments import Joined, SaliencyMaker, join_attachments, sent_bytes
@@ -50,8 +52,6 @@ from fedfstq_hf.federation.travelling import Travelling
 from fedfstq_hf.text import printable, printable_traceback
 
 logger = logging.getLogger(__name__)
-
-_PATIENCE_GROWTH, _LONGEST_WAIT = 1.3, 8.0  # polling slows down to that many times its first interval
 
 
 class Coordinator:
@@ -90,9 +90,7 @@ class Coordinator:
         self._history: list[history.HistoryRow] = []
         head = mailbox.head()
         if head is None:
-            raise MailboxError(
-                f"{mailbox.address} holds no federation yet. Make one with `fedfstq init {mailbox.address} ...`."
-            )
+            raise no_federation(mailbox.address)
         self.spec = FederationSpec.from_json(mailbox.read(0, SPEC_FILE))
         self._record = Records(mailbox, self.spec, unseal)
         self._adapter_config = mailbox.read(0, ADAPTER_CONFIG_FILE)
@@ -190,11 +188,11 @@ class Coordinator:
             on_round: is told each new record.
             sleep: a test or simulation passes its own.
         """
-        wait, paused = poll_seconds, False
+        polling, paused = Polling(poll_seconds, jitter=0.2, sleep=sleep), False
         while not self.finished:
             record = self.close_round() if self.ready() else self._other_head()
             if record is not None:
-                wait = poll_seconds
+                polling.reset()
                 if on_round is not None:
                     on_round(record)
             elif once:
@@ -203,8 +201,7 @@ class Coordinator:
                 if (self.paused is not None) != paused:
                     paused = not paused
                     logger.info("Paused: %s" if paused else "Going on.%s", printable(self.paused or ""))
-                sleep(self._until_deadline(wait) * random.uniform(0.8, 1.2))
-                wait = min(wait * _PATIENCE_GROWTH, poll_seconds * _LONGEST_WAIT)
+                polling.pause(self._until_deadline())
         return self.record
 
     def _load_head(self, head: int) -> None:
@@ -237,9 +234,9 @@ class Coordinator:
         late = self.record.deadline is not None and self._clock() >= self.record.deadline
         return count >= (1 if late else self.spec.min_clients)
 
-    def _until_deadline(self, wait: float) -> float:
+    def _until_deadline(self) -> float:
         deadline = self.record.deadline
-        return wait if deadline is None else min(wait, max(deadline - self._clock(), 0.05))
+        return math.inf if deadline is None else max(deadline - self._clock(), 0.05)
 
     def _publish_mean(self, collected: Collected, *, finished: bool) -> RoundRecord:
         server_state: bytes | None

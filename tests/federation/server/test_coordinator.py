@@ -335,7 +335,7 @@ def test_starting_repairs_the_root(tmp_path):
 
 
 def test_no_federation_says_how_to_make_one(tmp_path):
-    with pytest.raises(MailboxError, match=r"holds no federation yet\. Make one with `fedfstq init"):
+    with pytest.raises(MailboxError, match=r"holds no federation\. Check the address, or make one with `fedfstq init"):
         Coordinator(FolderMailbox(tmp_path))
 
 

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from huggingface_hub.utils import HFValidationError, validate_repo_id
-
 from fedfstq_hf.errors import ConfigError
-from fedfstq_hf.federation.mailbox.protocol import ADAPTER_CONFIG_FILE, ADAPTER_FILE
-from fedfstq_hf.text import printable
+from fedfstq_hf.federation.mailbox.protocol import ADAPTER_CONFIG_FILE, ADAPTER_FILE, checked_repo
 
 SCHEME = "hf://"
 FOLDER = "fedfstq"
@@ -52,33 +49,11 @@ def parse_address(address: str) -> HubAddress:
         ConfigError: it does not name one model repo.
     """
     try:
-        return HubAddress(*_repo_id(address.removeprefix(SCHEME)).split("/"))
-    except HFValidationError as error:
+        return HubAddress(*checked_repo(address.removeprefix(SCHEME)).split("/"))
+    except ConfigError:
         raise ConfigError(
-            f"{address} is no address of a federation on the Hub: {error}. Type hf://ORG/REPO, such as "
-            "hf://my-org/med-lora."
+            f"{address} is no address of a federation on the Hub. Type hf://ORG/REPO, such as hf://my-org/med-lora."
         ) from None
-
-
-def checked_repo(repo: object) -> str:
-    """`repo`, if it names a repo on the Hub.
-
-    Raises:
-        ConfigError: it does not.
-    """
-    try:
-        return _repo_id(repo)
-    except HFValidationError:
-        raise ConfigError(
-            f"{printable(repo)!r} names no repo on the Hub. Type ORG/NAME, such as my-org/med-lora-ward-a."
-        ) from None
-
-
-def _repo_id(text: object) -> str:
-    if not isinstance(text, str) or text.count("/") != 1:
-        raise HFValidationError("expected the form ORG/NAME")
-    validate_repo_id(text)
-    return text
 
 
 def head_path(name: str) -> str:
