@@ -241,7 +241,7 @@ class Coordinator:
     def _publish_mean(self, collected: Collected, *, finished: bool) -> RoundRecord:
         server_state: bytes | None
         refined = self._round.refine()
-        stopped = self._round.arrivals.stopped() if finished else ()
+        stopped = self._round.inbox.stopped() if finished else ()
         if collected.accepted or refined is not None:
             part, server_state = server_step(
                 self.travelling.take(self.adapter),

@@ -12,10 +12,9 @@ from fedfstq_hf.federation.control import Control, read_control
 from fedfstq_hf.federation.keys import Unseal
 from fedfstq_hf.federation.mailbox.protocol import Mailbox, UpdateRef
 from fedfstq_hf.federation.record import RefusedUpdate, RoundRecord
-from fedfstq_hf.federation.server.arrivals import Arrivals
 from fedfstq_hf.federation.server.clipping import Usual
 from fedfstq_hf.federation.server.collecting import Collected, Collector
-from fedfstq_hf.federation.server.lateness import LOOK_BACK
+from fedfstq_hf.federation.server.inbox import LOOK_BACK, Inbox
 from fedfstq_hf.federation.server.refining import Refined, refine
 from fedfstq_hf.federation.server.screening import Screening
 from fedfstq_hf.federation.signed_records import Records
@@ -53,7 +52,7 @@ class OpenRound:
         self._schema = travelling.schema
         self._adapter = adapter
         self._unseal = unseal
-        self.arrivals = Arrivals(mailbox, spec, record.round, records, max_bytes=self.screening().max_bytes)
+        self.inbox = Inbox(mailbox, spec, record.round, records, max_bytes=self.screening().max_bytes)
         self._collector = self._collector_of(record.round)
 
     def screening(self) -> Screening:
@@ -62,13 +61,13 @@ class OpenRound:
 
     def heard(self, control: Control) -> int:
         """How many clients have sent something for the round that was not refused before."""
-        usable, _ = self.arrivals.updates(self._spec.max_staleness)
-        return len(self._collector.open([*usable, *self.arrivals.silent(usable)], control))
+        usable, _ = self.inbox.updates(self._spec.max_staleness)
+        return len(self._collector.open([*usable, *self.inbox.silent(usable)], control))
 
     def silent(self) -> int:
         """How many clients have no preview in the round, and a refinement that can be used a round later."""
-        usable, _ = self.arrivals.updates(self._spec.max_staleness)
-        refs = self.arrivals.silent(usable)
+        usable, _ = self.inbox.updates(self._spec.max_staleness)
+        refs = self.inbox.silent(usable)
         return len(self._collector.collect(refs, self.screening()).accepted) if refs else 0
 
     def collect(self, *, finished: bool = False) -> Collected:
@@ -78,13 +77,13 @@ class OpenRound:
             finished: no round follows: whatever arrived and stands in no record is named now.
         """
         usable, late = self._arrived(finished)
-        return dataclasses.replace(self._collector.collect(usable, self.screening()), late=self.arrivals.late(late))
+        return dataclasses.replace(self._collector.collect(usable, self.screening()), late=self.inbox.late(late))
 
     def refuse_all(self, reason: str, *, finished: bool) -> tuple[tuple[RefusedUpdate, ...], tuple[RefusedUpdate, ...]]:
         """Entries of a record that uses none of the messages: those refused for `reason`, and those too late anyway."""
         usable, late = self._arrived(finished)
-        usable = [*usable, *self.arrivals.refinements()]
-        return tuple(self.arrivals.unused(ref, reason) for ref in usable), self.arrivals.late(late)
+        usable = [*usable, *self.inbox.refinements()]
+        return tuple(self.inbox.unused(ref, reason) for ref in usable), self.inbox.late(late)
 
     def refine(self) -> Refined | None:
         """What refinements change about the last round; None where there are none, or that round was rolled back.
@@ -100,14 +99,14 @@ class OpenRound:
                 f"What the updates of round {record.round - 1} weighed is sealed to {self._spec.sealing_key}: start "
                 "the coordinator with its key file."
             )
-        previews = _by_client(self.arrivals.of(record.round - 1))
-        refinements = _by_client(self.arrivals.refinements())
+        previews = _by_client(self.inbox.of(record.round - 1))
+        refinements = _by_client(self.inbox.refinements())
         return refine(self._collector_of(record.round - 1), record, previews, refinements, self.screening())
 
     def _arrived(self, finished: bool) -> tuple[list[UpdateRef], list[UpdateRef]]:
         back = self._record.round if finished else max(self._spec.max_staleness + 1, LOOK_BACK)
-        usable, late = self.arrivals.updates(back)
-        return usable, [*late, *self.arrivals.late_refinements(back)]
+        usable, late = self.inbox.updates(back)
+        return usable, [*late, *self.inbox.late_refinements(back)]
 
     def _collector_of(self, round: int) -> Collector:
         return Collector(

@@ -1,23 +1,25 @@
-"""What lies in the mailbox when a round is closed: messages to use now, and those that came too late."""
+"""The inbox of an open round: messages to use now, and late ones of closed rounds that no record names."""
 
 from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 
 from fedfstq_hf.errors import MailboxError, MailboxUnavailableError, MessageError
 from fedfstq_hf.federation.control import read_control
 from fedfstq_hf.federation.mailbox.protocol import Mailbox, UpdateRef
 from fedfstq_hf.federation.record import RefusedUpdate, RoundRecord
-from fedfstq_hf.federation.server.lateness import unnamed
 from fedfstq_hf.federation.spec import FederationSpec
 from fedfstq_hf.text import printable
 
 logger = logging.getLogger(__name__)
 
+LOOK_BACK = 8
+"""Closed rounds that each new record looks at for messages that came too late; the last record looks at all."""
 
-class Arrivals:
+
+class Inbox:
     """The messages around one open round, without reading them; only what is refused unread is hashed.
 
     Args:
@@ -121,3 +123,28 @@ class Arrivals:
                 printable(error),
             )
             return ""
+
+
+def unnamed(
+    open_round: int,
+    rounds_back: int,
+    refs: Callable[[int, Collection[str]], Sequence[UpdateRef]],
+    record: Callable[[int], RoundRecord],
+    *,
+    refinements: bool = False,
+) -> list[UpdateRef]:
+    """Late updates: those of the last `rounds_back` closed rounds that no record names, oldest round first.
+
+    Args:
+        refs: round and clients to leave out -> the messages of others that lie there.
+        record: round -> its record; each is asked for once.
+        refinements: they are second messages, which are in time for one round more.
+    """
+    closed = open_round - refinements
+    named: dict[int, set[str]] = {round: set() for round in range(max(closed - rounds_back, 0), closed)}
+    for number in range(min(named, default=open_round) + 1, open_round + 1):
+        entry = record(number)
+        for round, clients in named.items():
+            if round < number:
+                clients |= entry.named(round, refinements=refinements)
+    return [ref for round, clients in named.items() for ref in refs(round, clients)]

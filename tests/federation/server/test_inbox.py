@@ -23,8 +23,8 @@ from fedfstq_hf.errors import MailboxError
 from fedfstq_hf.federation import keys
 from fedfstq_hf.federation.control import Enrolment
 from fedfstq_hf.federation.record import RoundRecord
-from fedfstq_hf.federation.server.arrivals import Arrivals
 from fedfstq_hf.federation.server.coordinator import Coordinator
+from fedfstq_hf.federation.server.inbox import Inbox
 from fedfstq_hf.federation.spec import FederationSpec
 
 ALICE, BOSS = keys.KeyPair(b"\1" * 32), keys.KeyPair(b"\2" * 32)
@@ -43,12 +43,12 @@ def named(entries):
 
 def test_a_round_has_the_refinements_of_the_one_before(tmp_path):
     mailbox, coordinator = second_round(tmp_path)
-    assert coordinator._round.arrivals.refinements() == []
+    assert coordinator._round.inbox.refinements() == []
     refinements(mailbox, 0, b=5, a=1)
     refinements(mailbox, 1, a=7)
-    found = coordinator._round.arrivals.refinements()
+    found = coordinator._round.inbox.refinements()
     assert [(ref.client_id, ref.round, ref.refinement) for ref in found] == [("a", 0, True), ("b", 0, True)]
-    first = coordinator._round.arrivals.of(0)
+    first = coordinator._round.inbox.of(0)
     assert [(ref.client_id, ref.refinement) for ref in first] == [
         ("a", False),
         ("b", False),
@@ -58,11 +58,11 @@ def test_a_round_has_the_refinements_of_the_one_before(tmp_path):
 def test_the_first_round_and_a_federation_without_refinements_have_none(tmp_path):
     mailbox, coordinator = second_round(tmp_path / "refines")
     refinements(mailbox, 0, a=1)
-    first = Arrivals(mailbox, coordinator.spec, 0, coordinator._record, max_bytes=4096)
+    first = Inbox(mailbox, coordinator.spec, 0, coordinator._record, max_bytes=4096)
     assert first.refinements() == first.late_refinements(8) == []
     mailbox, coordinator = second_round(tmp_path / "plain", refinement_budget=None, preview_step=1.0, expected=3.5)
     refinements(mailbox, 0, a=1)
-    assert coordinator._round.arrivals.refinements() == []
+    assert coordinator._round.inbox.refinements() == []
     assert close(coordinator) == 3.5
     assert coordinator.record.updates == coordinator.record.accepted
 
