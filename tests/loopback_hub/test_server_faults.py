@@ -8,10 +8,10 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
-import httpx2
 import pytest
 from huggingface_hub import CommitOperationAdd, constants
 from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.utils import httpx
 
 from tests.loopback_hub.conftest import push
 
@@ -108,7 +108,7 @@ def test_the_calls_before_the_commit_are_retried(hub, client, run, naps, path, k
 def test_after_a_lost_response_a_new_operation_makes_no_second_commit_and_the_same_one_does(hub, client, run, kind):
     hub.faults.once(kind, "/commit/")
     operation = CommitOperationAdd("a.bin", BINARY)
-    with pytest.raises((HfHubHTTPError, httpx2.RemoteProtocolError, httpx2.ReadError)):
+    with pytest.raises((HfHubHTTPError, httpx.RemoteProtocolError, httpx.ReadError)):
         client.create_commit(run, [operation], commit_message="push")
     assert (hub.files(run), len(hub.commits(run))) == (["a.bin"], 2)
     push(client, run, **{"a.bin": BINARY})
@@ -200,16 +200,16 @@ def test_all_reads_may_lag_for_a_while(hub, client, run, monkeypatch):
 def test_silence_ends_with_the_clients_timeout_or_a_closed_connection(hub, client, run):
     hub.faults.hang_seconds = 1.0
     hub.faults.once("hang", times=2)
-    with pytest.raises(httpx2.ReadTimeout):
+    with pytest.raises(httpx.ReadTimeout):
         client.repo_info(run, timeout=0.1)
-    with pytest.raises((httpx2.RemoteProtocolError, httpx2.ReadError)):
+    with pytest.raises((httpx.RemoteProtocolError, httpx.ReadError)):
         client.repo_info(run)
     assert client.repo_info(run).id == run
 
 
 def test_a_cut_answer_of_the_api_is_an_error(hub, client, run):
     hub.faults.once("cut", f"/api/models/{run}$")
-    with pytest.raises(httpx2.RemoteProtocolError):
+    with pytest.raises(httpx.RemoteProtocolError):
         client.repo_info(run)
 
 

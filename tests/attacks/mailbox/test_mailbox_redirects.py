@@ -6,9 +6,9 @@ import json
 import logging
 from collections.abc import Callable, Iterator
 
-import httpx2
 import pytest
 from huggingface_hub import CommitOperationAdd, HfApi, ModelInfo
+from huggingface_hub.utils import httpx
 
 from fedfstq_hf.errors import ConfigError, MailboxError
 from fedfstq_hf.federation import adapter_file
@@ -208,7 +208,7 @@ def test_a_named_repo_that_this_package_did_not_make_is_not_squashed(
 def test_a_coordinator_deletes_and_squashes_only_what_the_package_wrote(
     hub_here: LoopbackHub, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, change: str
 ) -> None:
-    monkeypatch.setattr("fedfstq_hf.federation.mailbox.hub.rounds._SQUASH_COMMITS", 1)
+    monkeypatch.setattr("fedfstq_hf.federation.mailbox.hub.layouts._SQUASH_COMMITS", 1)
     run = HubFederation(hub_here, "shared")
     client, owner = run.mailbox(run.tokens["a"]), run.mailbox(run.owner)
     for round in (0, 1, 9):
@@ -232,7 +232,7 @@ def test_a_coordinator_deletes_and_squashes_only_what_the_package_wrote(
 def test_a_shared_repo_that_only_the_package_wrote_is_squashed(
     hub_here: LoopbackHub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fedfstq_hf.federation.mailbox.hub.rounds._SQUASH_COMMITS", 1)
+    monkeypatch.setattr("fedfstq_hf.federation.mailbox.hub.layouts._SQUASH_COMMITS", 1)
     run = HubFederation(hub_here, "shared")
     for name in "ab":
         run.mailbox(run.tokens[name]).post_update(0, name, b"message of " + name.encode())
@@ -355,14 +355,14 @@ def test_a_file_larger_than_any_is_not_downloaded(
     read: Callable[[HubMailbox], object],
 ) -> None:
     run.hub.write("org/run", {path: b" " * size})
-    downloaded, iterate = [0], httpx2.Response.iter_bytes
+    downloaded, iterate = [0], httpx.Response.iter_bytes
 
-    def counted(response: httpx2.Response, *args: int) -> Iterator[bytes]:
+    def counted(response: httpx.Response, *args: int) -> Iterator[bytes]:
         for chunk in iterate(response, *args):
             downloaded[0] += len(chunk) if path in str(response.url) else 0
             yield chunk
 
-    monkeypatch.setattr(httpx2.Response, "iter_bytes", counted)
+    monkeypatch.setattr(httpx.Response, "iter_bytes", counted)
     with pytest.raises(MailboxError, match=rf"{path} of org/run is too large.*{size} bytes"):
         read(run.mailbox(run.tokens["a"]))
     assert downloaded[0] < 1000  # the Hub's redirects

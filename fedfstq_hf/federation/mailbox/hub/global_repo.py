@@ -1,26 +1,26 @@
 """The global repo: published rounds, the control file and the coordinator's metrics, each change one commit.
 
-Whoever has seen a round reads at the commit that held it, and never goes back behind it.
+Whoever has seen a round reads at the commit that held it, and never goes back behind it. A round is one commit on top
+of the commit that it was made from, so two coordinators cannot both publish it.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
-from fedfstq_hf.errors import MailboxError, MailboxUnavailableError
+from fedfstq_hf.errors import MailboxError, MailboxUnavailableError, MessageError, RoundConflictError
 from fedfstq_hf.federation.control import Control
-from fedfstq_hf.federation.mailbox.hub import address as paths
-from fedfstq_hf.federation.mailbox.hub.json_files import layout_in, parse_metrics, round_in, with_metric
-from fedfstq_hf.federation.mailbox.hub.publishing import Reader, Swap, refuse_foreign, round_taken
-from fedfstq_hf.federation.mailbox.hub.repo import FileState, HubRepo
-from fedfstq_hf.federation.mailbox.hub.rounds import find_round, tag_round
-from fedfstq_hf.federation.mailbox.hub.sizes import most_bytes, read_global
-from fedfstq_hf.federation.mailbox.hub.waiting import Patience
+from fedfstq_hf.federation.mailbox.hub import files as paths
+from fedfstq_hf.federation.mailbox.hub.files import layout_in, most_bytes, parse_metrics, round_in, with_metric
+from fedfstq_hf.federation.mailbox.hub.http import TIDYING_SECONDS, Outcome, Patience, diagnose
+from fedfstq_hf.federation.mailbox.hub.repo import FileState, HeadMovedError, HubRepo, RemoteFile, additions
 from fedfstq_hf.federation.mailbox.protocol import (
     ADAPTER_CONFIG_FILE,
     ADAPTER_FILE,
+    CARD_FILE,
     LAYOUTS,
     RECORD_FILE,
     SPEC_FILE,
@@ -30,6 +30,10 @@ from fedfstq_hf.federation.mailbox.protocol import (
 logger = logging.getLogger(__name__)
 
 _FIRST_LOOKS = (0.5, 1.0, 2.0)  # seconds
+_MOST_CANDIDATES = 20  # commits that say they are of one round; a rollback or a lost answer makes a second one
+
+Reader = Callable[[str], bytes | None]
+"""Reads a path at the commit that the new one is put on top of."""
 
 
 class GlobalRepo:
@@ -254,3 +258,129 @@ class GlobalRepo:
             return {}
         most = most_bytes(paths.METRICS_PATH)
         return parse_metrics(None if file is None else file.data, self.address, max_bytes=most)
+
+
+def tag_round(repo: HubRepo, round: int, commit: str | None) -> None:
+    """Keep a round's commit by a tag."""
+    repo.call(
+        "tag",
+        lambda: repo.api.create_tag(repo.repo_id, tag=_tag_name(round), revision=commit, exist_ok=True),
+        seconds=TIDYING_SECONDS,
+    )
+
+
+def find_round(repo: HubRepo, round: int) -> str:
+    """The commit of an earlier round, by its tag or its title; what it holds decides.
+
+    Raises:
+        MailboxError: the repo's history was squashed, and the round had no tag.
+    """
+    tags = repo.call("list the tags of", lambda: repo.api.list_repo_refs(repo.repo_id).tags)
+    named = [tag.target_commit for tag in tags if tag.name == _tag_name(round)]
+    commits = repo.call("list the commits of", lambda: repo.api.list_repo_commits(repo.repo_id))
+    named += [commit.commit_id for commit in commits if commit.title == f"Round {round}"]
+    for commit in named[:_MOST_CANDIDATES]:
+        file = read_global(repo, paths.HEAD_PATH, revision=commit)
+        if file is not None and round_in(file.data, repo.repo_id) == round:
+            return commit
+    raise MailboxError(
+        f"{repo.repo_id} no longer holds round {round}: its history was squashed. Rounds with a tag are kept; there "
+        f"are {', '.join(tag.name for tag in tags) or 'none'}."
+    )
+
+
+def _tag_name(round: int) -> str:
+    return f"round-{round:06d}"
+
+
+def read_global(repo: HubRepo, path: str, *, revision: str = "main", max_bytes: int | None = None) -> RemoteFile | None:
+    """A file of the global repo, None where there is none.
+
+    Args:
+        max_bytes: less than the path allows.
+
+    Raises:
+        MailboxError: it is too large; it was not downloaded.
+    """
+    most = most_bytes(path) if max_bytes is None else min(max_bytes, most_bytes(path))
+    try:
+        return repo.read(path, revision=revision, max_bytes=most)
+    except MessageError as error:
+        raise MailboxError(f"{path} of {repo.repo_id} is too large. {error}") from None
+
+
+@dataclass
+class Swap:
+    """One commit that must come directly after what it was made from.
+
+    Attributes:
+        parent: the commit it is put on top of; None to ask for the newest.
+        files: path -> content, made from what stands at the parent.
+        check: says whether what stands at a newer parent is the commit already made (True), lets it be made on top
+            (False), or raises.
+    """
+
+    repo: HubRepo
+    message: str
+    files: Callable[[Reader], Mapping[str, bytes]]
+    check: Callable[[Reader], bool]
+    parent: str | None = None
+
+    def run(self) -> str:
+        """Make the commit; returns its id.
+
+        Raises:
+            RoundConflictError: whatever `check` raises.
+            MailboxUnavailableError: patience ran out; whether it was made is then unknown.
+        """
+        return self.repo.call("publish to", self._attempt)
+
+    def _attempt(self) -> str:
+        """One attempt. Whatever may have moved the head or hidden an answer makes the next attempt look first."""
+        if self.parent is None:
+            head = self.repo.head()
+            if self.check(self._reader(head)):
+                return head
+            self.parent = head
+        parent, self.parent = self.parent, None
+        try:
+            return self._commit(parent)
+        except HeadMovedError as error:
+            raise ConnectionError(str(error)) from None  # look again, after a while: what is read back may lag
+        except Exception as error:
+            if diagnose(error).outcome is Outcome.BUSY:
+                self.parent = parent  # nothing happened: the same commit may still fit
+            raise
+
+    def _commit(self, parent: str) -> str:
+        files = dict(self.files(self._reader(parent)))
+        try:
+            return self.repo.commit_once(additions(files), self.message, parent=parent)
+        except ValueError as error:  # what the client makes of a card that the Hub refuses
+            if CARD_FILE not in files:
+                raise
+            logger.warning("The Hub refuses the model card (%s); publishing without it.", error)
+            del files[CARD_FILE]
+            return self.repo.commit_once(additions(files), self.message, parent=parent)
+
+    def _reader(self, revision: str) -> Reader:
+        def read(path: str) -> bytes | None:
+            file = read_global(self.repo, path, revision=revision)
+            return None if file is None else file.data
+
+        return read
+
+
+def refuse_foreign(read: Reader, paths: Mapping[str, bytes], address: str) -> None:
+    """Raise `MailboxError` if a new federation would overwrite files that are not its own."""
+    foreign = [path for path in paths if path != CARD_FILE and read(path) is not None]
+    if foreign:
+        raise MailboxError(
+            f"The repo {address} already holds {', '.join(sorted(foreign)[:3])}, which a new federation would "
+            "overwrite. Give a repo of its own to the federation, or remove the files first."
+        )
+
+
+def round_taken(round: int, address: str) -> RoundConflictError:
+    """The error for a round that somebody else published."""
+    return RoundConflictError(f"Round {round} of {address} is published already.")

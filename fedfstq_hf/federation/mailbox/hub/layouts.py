@@ -8,20 +8,31 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
+from collections import defaultdict
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 
-from huggingface_hub import HfApi
+from huggingface_hub import CommitOperationDelete, HfApi
+from huggingface_hub.hf_api import RepoFile
 
 from fedfstq_hf.errors import MailboxError
 from fedfstq_hf.federation.control import Enrolment
-from fedfstq_hf.federation.mailbox.hub.address import HubAddress
-from fedfstq_hf.federation.mailbox.hub.ownership import MARKER_TITLE, Marker, read_marker
-from fedfstq_hf.federation.mailbox.hub.places import MARKER_PATH, PULL_REQUEST_TITLE, Place, round_folder
-from fedfstq_hf.federation.mailbox.hub.posting import push_file
+from fedfstq_hf.federation.mailbox.hub.files import HubAddress
+from fedfstq_hf.federation.mailbox.hub.http import TIDYING_SECONDS, Patience
+from fedfstq_hf.federation.mailbox.hub.places import (
+    MARKER_PATH,
+    MARKER_TITLE,
+    PULL_REQUEST_TITLE,
+    Marker,
+    Place,
+    is_ours,
+    push_file,
+    read_marker,
+    round_folder,
+    squash,
+)
 from fedfstq_hf.federation.mailbox.hub.repo import HubRepo
-from fedfstq_hf.federation.mailbox.hub.waiting import Patience
 from fedfstq_hf.federation.mailbox.protocol import UpdateRef, is_name
 
 logger = logging.getLogger(__name__)
@@ -29,6 +40,9 @@ logger = logging.getLogger(__name__)
 _OPEN = ("open", "draft")
 _MOST_REQUESTS = 20_000  # pull requests that are looked through; anybody who can read the repo may open some
 _CLOSING_SECONDS = 10.0
+TIDY_EVERY = 10
+"""Rounds between two deletions of old messages in a shared repo."""
+_SQUASH_COMMITS = 500
 
 
 class Layout(ABC):
@@ -63,6 +77,9 @@ class Layout(ABC):
     def list_folder(self, round: int, refinements: bool = False) -> list[UpdateRef] | None:
         """All messages of a round in one request; None where each client's place must be looked at."""
         return None
+
+    def tidy(self, round: int, *, clients: int, keep_rounds: int) -> None:  # noqa: B027
+        """After publishing `round`: remove messages that nobody asks for any more, where the layout keeps them."""
 
     def close(self) -> None:  # noqa: B027
         """After the last round: leave nothing open."""
@@ -150,6 +167,39 @@ class SharedRepo(Layout):
                     UpdateRef(name.removesuffix(".safetensors"), round, entry.size, sha256, "main", refinements)
                 )
         return refs
+
+    def tidy(self, round: int, *, clients: int, keep_rounds: int) -> None:
+        """Every `TIDY_EVERY` rounds delete old messages, and now and then the history that still holds them.
+
+        Only what this package wrote is removed, and no history that somebody else is part of.
+        """
+        if not round or round % TIDY_EVERY:
+            return
+        repo, marker, oldest = self.mailbox_repo(), Marker(self.address.repo_id), round - keep_rounds
+        there = read_marker(repo)
+        if there is None or not there.same(marker):
+            logger.warning("%s is not tidied: it was not made for this federation.", repo.repo_id)
+            return
+        entries = repo.call(
+            "list the rounds of",
+            lambda: list(self.api.list_repo_tree(repo.repo_id, "rounds", recursive=True)),
+            seconds=TIDYING_SECONDS,
+        )
+        files = [entry.path for entry in entries if isinstance(entry, RepoFile)]
+        if old := _old_folders(files, oldest):
+            deletions = [CommitOperationDelete(f"{folder}/", is_folder=True) for folder in old]
+            repo.call("tidy", lambda: repo.commit_once(deletions, f"Rounds before {oldest}"), seconds=TIDYING_SECONDS)
+        if round % max(TIDY_EVERY, _SQUASH_COMMITS // (clients + 1)) < TIDY_EVERY:
+            squash(repo, marker, account=None)
+
+
+def _old_folders(files: list[str], oldest: int) -> list[str]:
+    """Folders of rounds before `oldest` in which this package wrote everything."""
+    folders: dict[str, list[str]] = defaultdict(list)
+    for path in files:
+        folders["/".join(path.split("/")[:2])].append(path)
+    ours = {folder for folder, inside in folders.items() if all(is_ours(path, shared=True) for path in inside)}
+    return sorted(folder for folder in ours if int(folder.removeprefix("rounds/")) < oldest)
 
 
 @dataclass(frozen=True)

@@ -27,13 +27,12 @@ from typing import Any
 from huggingface_hub import HfApi
 
 from fedfstq_hf.errors import MailboxError
-from fedfstq_hf.federation.mailbox.hub.address import parse_address
-from fedfstq_hf.federation.mailbox.hub.client_posts import ClientPosts
+from fedfstq_hf.federation.mailbox.hub.files import layout_file, parse_address
 from fedfstq_hf.federation.mailbox.hub.global_repo import GlobalRepo
-from fedfstq_hf.federation.mailbox.hub.json_files import layout_file
+from fedfstq_hf.federation.mailbox.hub.http import DEFAULT_PATIENCE, Patience
 from fedfstq_hf.federation.mailbox.hub.layouts import LAYOUTS, Layout
+from fedfstq_hf.federation.mailbox.hub.posts import ClientPosts
 from fedfstq_hf.federation.mailbox.hub.repo import HubRepo
-from fedfstq_hf.federation.mailbox.hub.waiting import DEFAULT_PATIENCE, Patience
 from fedfstq_hf.federation.mailbox.hub.writing import ClientWriter
 from fedfstq_hf.federation.mailbox.protocol import RootFiles, UpdateRef, checked_name, checked_repo
 

@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
-import httpx2
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants, hf_hub_url
 from huggingface_hub.errors import (
     EntryNotFoundError,
@@ -20,11 +19,16 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from huggingface_hub.hf_api import RepoFile
-from huggingface_hub.utils import build_hf_headers, disable_progress_bars, get_session, hf_raise_for_status
+from huggingface_hub.utils import build_hf_headers, disable_progress_bars, get_session, hf_raise_for_status, httpx
 
 from fedfstq_hf.errors import MailboxError, MessageError
-from fedfstq_hf.federation.mailbox.hub.timeouts import install_timeouts, request_timeout, timeout_seconds
-from fedfstq_hf.federation.mailbox.hub.waiting import DamagedDownloadError, Patience
+from fedfstq_hf.federation.mailbox.hub.http import (
+    DamagedDownloadError,
+    Patience,
+    install_timeouts,
+    request_timeout,
+    timeout_seconds,
+)
 
 T = TypeVar("T")
 
@@ -233,7 +237,7 @@ class HubRepo:
         return RemoteFile(data, told.commit)
 
     @contextmanager
-    def _opened(self, path: str, revision: str, timeout: float) -> Iterator[httpx2.Response]:
+    def _opened(self, path: str, revision: str, timeout: float) -> Iterator[httpx.Response]:
         """The answer to a request for a file, its body unread."""
         headers = {**build_hf_headers(token=self.api.token), "Accept-Encoding": "identity"}
         with get_session().stream(

@@ -15,16 +15,21 @@ from typing import Any
 
 from fedfstq_hf.errors import ConfigError, MailboxError, MessageError
 from fedfstq_hf.federation.control import Enrolment
-from fedfstq_hf.federation.mailbox.hub.address import HubAddress
+from fedfstq_hf.federation.mailbox.hub.files import MAX_METRICS_BYTES, HubAddress, with_metric
 from fedfstq_hf.federation.mailbox.hub.global_repo import GlobalRepo
-from fedfstq_hf.federation.mailbox.hub.json_files import with_metric
 from fedfstq_hf.federation.mailbox.hub.layouts import Layout, PullRequests
-from fedfstq_hf.federation.mailbox.hub.ownership import MARKER_TITLE, read_marker
-from fedfstq_hf.federation.mailbox.hub.places import MARKER_PATH, Place, is_message
-from fedfstq_hf.federation.mailbox.hub.posting import open_pull_request, post, push_file
+from fedfstq_hf.federation.mailbox.hub.places import (
+    MARKER_PATH,
+    MARKER_TITLE,
+    Place,
+    is_message,
+    open_pull_request,
+    post,
+    push_file,
+    read_marker,
+    squash,
+)
 from fedfstq_hf.federation.mailbox.hub.repo import HubRepo, RepoState
-from fedfstq_hf.federation.mailbox.hub.rounds import squash
-from fedfstq_hf.federation.mailbox.hub.sizes import MAX_METRICS_BYTES
 from fedfstq_hf.federation.mailbox.protocol import checked_name
 from fedfstq_hf.text import printable
 

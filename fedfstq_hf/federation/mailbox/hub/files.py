@@ -1,4 +1,4 @@
-"""The small JSON files of a federation's repos: layout, metrics, and what is read of a round record."""
+"""The files of a federation's repos: `hf://org/repo` addresses, paths, largest sizes, and what the small ones hold."""
 
 from __future__ import annotations
 
@@ -6,22 +6,130 @@ import json
 import logging
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
-from fedfstq_hf.errors import MailboxError
-from fedfstq_hf.federation import record
-from fedfstq_hf.federation.mailbox.hub.sizes import MAX_LAYOUT_BYTES
-from fedfstq_hf.federation.mailbox.protocol import is_name
+from fedfstq_hf.errors import ConfigError, MailboxError
+from fedfstq_hf.federation import control, record
+from fedfstq_hf.federation.limits import MAX_SPEC_BYTES
+from fedfstq_hf.federation.mailbox.protocol import (
+    ADAPTER_CONFIG_FILE,
+    ADAPTER_FILE,
+    RECORD_FILE,
+    SPEC_FILE,
+    checked_repo,
+    is_name,
+)
 from fedfstq_hf.federation.untrusted import parse_object
 from fedfstq_hf.text import printable
 
 logger = logging.getLogger(__name__)
+
+SCHEME = "hf://"
+FOLDER = "fedfstq"
+"""Everything of ours that is not for plain PEFT users lies in this folder of the global repo."""
+LAYOUT_PATH = f"{FOLDER}/mailbox.json"
+CONTROL_PATH = f"{FOLDER}/control.json"
+METRICS_PATH = f"{FOLDER}/metrics.json"
+HEAD_PATH = f"{FOLDER}/round.json"
+
+_AT_ROOT = (ADAPTER_FILE, ADAPTER_CONFIG_FILE)
+_PER_ROUND = ("round.json", "update.safetensors")
+_OURS_AT_ROOT = ("history.jsonl",)
 
 _LAYOUT_FORMAT = 1
 _LARGEST_METRIC = 1e30
 """Sums and squares of what is plotted stay finite."""
 _METRIC = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_ ./@-]{0,63}")
 _ROUND = re.compile(r"[0-9]{1,9}")
+
+
+@dataclass(frozen=True)
+class HubAddress:
+    """The global repo of a federation: `org/name`."""
+
+    org: str
+    name: str
+
+    @property
+    def repo_id(self) -> str:
+        """`org/name`."""
+        return f"{self.org}/{self.name}"
+
+    @property
+    def mailbox_repo(self) -> str:
+        """The repo that all clients write to, in the layouts that have one."""
+        return f"{self.org}/{self.name}-mailbox"
+
+    def client_repo(self, client_id: str) -> str:
+        """The repo of one client in the layout with one repo each."""
+        return f"{self.org}/{self.name}-{client_id}"
+
+
+def parse_address(address: str) -> HubAddress:
+    """The repo at an `hf://` address.
+
+    Raises:
+        ConfigError: it does not name one model repo.
+    """
+    try:
+        return HubAddress(*checked_repo(address.removeprefix(SCHEME)).split("/"))
+    except ConfigError:
+        raise ConfigError(
+            f"{address} is no address of a federation on the Hub. Type hf://ORG/REPO, such as hf://my-org/med-lora."
+        ) from None
+
+
+def head_path(name: str) -> str:
+    """Where a file of the newest round lies in the global repo."""
+    return name if name in _AT_ROOT else f"{FOLDER}/{name}"
+
+
+def round_path(round: int, name: str) -> str | None:
+    """Where a file of any round lies at the newest commit; None if only that round's commit has it."""
+    return f"{FOLDER}/rounds/{round:06d}/{name}" if name in _PER_ROUND else None
+
+
+def root_path(name: str) -> str:
+    """Where a file for people lies."""
+    return f"{FOLDER}/{name}" if name in _OURS_AT_ROOT else name
+
+
+def publication(round: int, files: dict[str, bytes]) -> dict[str, bytes]:
+    """Path -> content of what one round's commit writes."""
+    written = {head_path(name): data for name, data in files.items()}
+    for name, data in files.items():
+        path = round_path(round, name)
+        if path is not None:
+            written[path] = data
+    # the change of one round must not be taken for that of a later one that has none
+    written.pop(head_path("update.safetensors"), None)
+    return written
+
+
+MAX_LAYOUT_BYTES = 1000
+MAX_METRICS_BYTES = 10**6
+_MAX_TENSOR_BYTES = 8 * 10**9
+_MAX_ROOT_BYTES = 64 * 10**6
+_MOST = {
+    LAYOUT_PATH: MAX_LAYOUT_BYTES,
+    CONTROL_PATH: control.MAX_BYTES,
+    METRICS_PATH: 16 * MAX_METRICS_BYTES,  # all evaluations of the coordinator, where a client's are its own
+    head_path(SPEC_FILE): MAX_SPEC_BYTES,
+    head_path(ADAPTER_CONFIG_FILE): 10**6,
+}
+
+
+def most_bytes(path: str) -> int:
+    """The most bytes of a file of the global repo; tensors are as large as the adapter, which the reader may know."""
+    if path in _MOST:
+        return _MOST[path]
+    if path.endswith(f"/{RECORD_FILE}"):
+        return record.MAX_BYTES
+    return _MAX_TENSOR_BYTES if path.endswith(".safetensors") else _MAX_ROOT_BYTES
+
+
+# -- what the small ones hold --------------------------------------------------------------------------------------
 
 
 def dump(value: Any) -> bytes:

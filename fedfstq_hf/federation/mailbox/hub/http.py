@@ -1,21 +1,22 @@
-"""Requests that are repeated until a deadline: what an error means, how long to wait, and when to give up.
+"""Requests with a timeout, repeated until a deadline: what an error means, how long to wait, and when to give up.
 
-Retry counts are the wrong measure here. A repo that commits for twenty clients is busy for a minute; a message is worth
-sending until its round closes.
+The Hub client has no timeout of its own, and a silent server would hang it for ever. Retry counts are the wrong measure
+here. A repo that commits for twenty clients is busy for a minute; a message is worth sending until its round closes.
 """
 
 from __future__ import annotations
 
 import logging
+import os
 import random
 import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
-from typing import TypeVar
+from typing import Any, TypeVar
 
-import httpx2
+import huggingface_hub
 from huggingface_hub.errors import (
     DisabledRepoError,
     GatedRepoError,
@@ -26,7 +27,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.utils import parse_ratelimit_headers
+from huggingface_hub.utils import get_session, httpx, parse_ratelimit_headers
 
 from fedfstq_hf.errors import FedFSTQError, MailboxError, MailboxUnavailableError
 
@@ -35,6 +36,10 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 DEFAULT_PATIENCE = 900.0
+TIDYING_SECONDS = 30.0
+DEFAULT_TIMEOUT = 60.0
+_CONNECT = 10.0
+_installed: float | None = None
 _FIRST_WAIT, _MOST_WAIT = 0.3, 8.0
 _LONGEST_ASKED = 300.0  # a server may ask for an hour: look again sooner, the quota may have been raised
 _BUSY = (409, 412, 423, 425, 429)
@@ -78,7 +83,7 @@ def diagnose(error: BaseException) -> Diagnosis:
         if status in _LOST:
             return Diagnosis(Outcome.LOST, _asked_wait(error))
         return Diagnosis(Outcome.FINAL)
-    if isinstance(error, (httpx2.TransportError, httpx2.DecodingError, httpx2.StreamError)):
+    if isinstance(error, (httpx.TransportError, httpx.DecodingError, httpx.StreamError)):
         return Diagnosis(Outcome.LOST)
     if isinstance(error, (DamagedDownloadError, ConnectionError, TimeoutError)):
         return Diagnosis(Outcome.LOST)
@@ -156,9 +161,9 @@ def explain(error: BaseException) -> str:
         return "offline mode is on. Unset HF_HUB_OFFLINE, or give a folder instead of an hf:// address."
     if isinstance(error, LocalTokenNotFoundError):
         return "there is no Hub token here. Type `hf auth login`, or set HF_TOKEN."
-    if isinstance(error, httpx2.TimeoutException):
+    if isinstance(error, httpx.TimeoutException):
         return "the Hub did not answer in time."
-    if isinstance(error, (httpx2.TransportError, ConnectionError)):
+    if isinstance(error, (httpx.TransportError, ConnectionError)):
         return f"the Hub could not be reached ({_clean(str(error)) or type(error).__name__})."
     if isinstance(error, HfHubHTTPError):
         return _explain_status(error)
@@ -213,8 +218,52 @@ def _cause(error: BaseException) -> BaseException:
 
 def _is_foreign(error: BaseException) -> bool:
     """A bug or a full disk, not an answer of the Hub: it keeps its own type and traceback."""
-    return not isinstance(error, (HfHubHTTPError, OfflineModeIsEnabled, LocalTokenNotFoundError, httpx2.HTTPError))
+    return not isinstance(error, (HfHubHTTPError, OfflineModeIsEnabled, LocalTokenNotFoundError, httpx.HTTPError))
 
 
 def _clean(text: str) -> str:
     return " ".join(_TOKEN.sub("hf_***", text).split())
+
+
+# -- timeouts -------------------------------------------------------------------------------------------------------
+
+
+class _TimedClient(httpx.Client):
+    """A client for which `timeout=None` in a call, as the Hub client passes it, means the client's own timeout."""
+
+    def request(self, *args: Any, **kwargs: Any) -> httpx.Response:
+        return super().request(*args, **self._timed(kwargs))
+
+    def stream(self, *args: Any, **kwargs: Any) -> Any:
+        return super().stream(*args, **self._timed(kwargs))
+
+    def _timed(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        if kwargs.get("timeout", ...) is None:
+            del kwargs["timeout"]
+        return kwargs
+
+
+def timeout_seconds() -> float:
+    """Seconds to wait for an answer: `FEDFSTQ_HUB_TIMEOUT`, or 60."""
+    try:
+        return float(os.environ["FEDFSTQ_HUB_TIMEOUT"])
+    except (KeyError, ValueError):
+        return DEFAULT_TIMEOUT
+
+
+def request_timeout(seconds: float | None = None) -> httpx.Timeout:
+    """The timeout of one request, of `timeout_seconds()` where none is given."""
+    seconds = timeout_seconds() if seconds is None else seconds
+    return httpx.Timeout(seconds, connect=min(seconds, _CONNECT))
+
+
+def install_timeouts() -> None:
+    """Give this process's Hub client a default timeout. It touches only requests that have none of their own."""
+    global _installed
+    seconds = timeout_seconds()
+    if _installed != seconds:
+        hooks = get_session().event_hooks  # the Hub client's own
+        huggingface_hub.set_client_factory(
+            lambda: _TimedClient(follow_redirects=True, timeout=request_timeout(), event_hooks=hooks)
+        )
+        _installed = seconds

@@ -8,23 +8,20 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar
 
 from fedfstq_hf.errors import MailboxError, MailboxUnavailableError, MessageError
-from fedfstq_hf.federation.mailbox.hub.address import HubAddress
+from fedfstq_hf.federation.mailbox.hub.files import MAX_METRICS_BYTES, HubAddress, parse_metrics
 from fedfstq_hf.federation.mailbox.hub.global_repo import GlobalRepo
-from fedfstq_hf.federation.mailbox.hub.json_files import parse_metrics
 from fedfstq_hf.federation.mailbox.hub.layouts import Layout
-from fedfstq_hf.federation.mailbox.hub.message_cache import MessageCache
-from fedfstq_hf.federation.mailbox.hub.ownership import Marker, read_marker
-from fedfstq_hf.federation.mailbox.hub.places import MARKER_PATH, Place
+from fedfstq_hf.federation.mailbox.hub.places import MARKER_PATH, Marker, Place, read_marker
 from fedfstq_hf.federation.mailbox.hub.repo import RemoteFile
-from fedfstq_hf.federation.mailbox.hub.rounds import TIDY_EVERY, tidy
-from fedfstq_hf.federation.mailbox.hub.sizes import MAX_METRICS_BYTES
 from fedfstq_hf.federation.mailbox.protocol import UpdateRef, checked_name, is_name
 
 logger = logging.getLogger(__name__)
@@ -108,8 +105,7 @@ class ClientPosts:
         """Remove old messages from a shared repo; after the last round leave nothing open."""
         layout = self._layout()
         try:
-            if layout.name == "shared" and round and round % TIDY_EVERY == 0:
-                tidy(layout.mailbox_repo(), Marker(self._address.repo_id), round, clients, keep_rounds)
+            layout.tidy(round, clients=clients, keep_rounds=keep_rounds)
         except MailboxError as error:
             logger.warning("%s is not tidied: %s", self._address.mailbox_repo, error)
         if finished:
@@ -285,3 +281,41 @@ class ClientPosts:
         if self._warned.get(about) != text:
             logger.warning("%s", text)
             self._warned[about] = text
+
+
+class MessageCache:
+    """Messages by the reference they were listed under, in a temporary folder that goes with the process.
+
+    A round reads each twice, and must hold only one in memory. The second reading is the first one's bytes, whatever
+    the sender did in between.
+    """
+
+    def __init__(self) -> None:
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._names: dict[UpdateRef, str] = {}
+
+    def get(self, ref: UpdateRef) -> bytes | None:
+        """What was kept of a message."""
+        path = self._path(ref)
+        return path.read_bytes() if path is not None and path.is_file() else None
+
+    def keep(self, ref: UpdateRef, data: bytes) -> None:
+        """Keep a message that was read."""
+        if self._folder is None:
+            self._folder = tempfile.TemporaryDirectory(prefix="fedfstq-")
+        self._names[ref] = hashlib.sha256(data).hexdigest()
+        (Path(self._folder.name) / self._names[ref]).write_bytes(data)
+
+    def keep_only(self, wanted: Iterable[UpdateRef]) -> None:
+        """Remove all others."""
+        self._names = {ref: self._names[ref] for ref in wanted if ref in self._names}
+        if self._folder is not None:
+            kept = set(self._names.values())
+            for path in Path(self._folder.name).iterdir():
+                if path.name not in kept:
+                    path.unlink(missing_ok=True)
+
+    def _path(self, ref: UpdateRef) -> Path | None:
+        if self._folder is None or ref not in self._names:
+            return None
+        return Path(self._folder.name) / self._names[ref]
