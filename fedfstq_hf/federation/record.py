@@ -84,7 +84,7 @@ class RoundRecord:
         variate_sha256, variate_bytes: of the published control variate (SCAFFOLD); None and 0 without one.
         attached_bytes: what clients sent beside their updates (token sensitivities), used or not; in the last round.
         unpublished: why nothing was published of it; empty where something was, or nothing was sent.
-        sealed: in a sealed federation a box with the `FIGURES` of its updates (`federation.sealed_figures`), base64.
+        sealed: in a sealed federation a box with the `FIGURES` of its updates (`federation.signed_records`), base64.
         signature: of the founder (`federation.signed_records`), 128 hex digits; empty without one.
         package_version: of the coordinator.
     """

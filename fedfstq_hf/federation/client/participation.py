@@ -19,8 +19,8 @@ from fedfstq_hf.federation import adapter_file
 from fedfstq_hf.federation.budgets import Budgets, MessageBudget, expected_messages, posted_losses
 from fedfstq_hf.federation.client.downlink import apply_change, cheapest_download
 from fedfstq_hf.federation.client.following import Following
+from fedfstq_hf.federation.client.outbox import Pending
 from fedfstq_hf.federation.client.session import ClientSession, Settlement, says_nothing_yet
-from fedfstq_hf.federation.client.session_state import Pending
 from fedfstq_hf.federation.control import read_control
 from fedfstq_hf.federation.mailbox.posted_metrics import read_metrics
 from fedfstq_hf.federation.mailbox.protocol import ADAPTER_FILE, SALIENCY_FILE, UPDATE_FILE, Mailbox

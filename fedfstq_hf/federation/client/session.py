@@ -4,16 +4,11 @@ A client is idle or has one message pending: packed and stored, its fate not yet
 replaced atomically: `finish` stores the message before anybody may push it, `settle` follows what a round record says
 became of it. Killed anywhere, a client therefore neither sends twice nor loses a residual. The session knows no
 Trainer; a simulation drives many of them with one.
-
-The residual is what *accepted* messages left out. A message that was not used (late, refused, lost) leaves it as it
-was: the next local training starts from a newer adapter and says again where this client's data pull. Were the unused
-change kept as well, a client that is late twenty times would pull with the force of twenty.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 import math
 import os
 from collections.abc import Callable
@@ -22,13 +17,15 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
+from filelock import lock_descriptor
 from torch import Tensor
 
 from fedfstq_hf.codec import CodecContext, ErrorFeedback, Schema, get_codec, message
 from fedfstq_hf.codec.pairs import PAIR_OVERHEAD, PAIR_PARAMS, join_pair, split_pair
 from fedfstq_hf.errors import AdapterMismatchError, BudgetError, MailboxError, NonFiniteError, SessionBusyError
 from fedfstq_hf.federation import keys, scaffold, storage
-from fedfstq_hf.federation.client.session_state import FORMAT, STATE_FILE, Pending, SessionState
+from fedfstq_hf.federation.client.outbox import Outbox, Pending
+from fedfstq_hf.federation.client.session_state import FORMAT, STATE_FILE, SessionState
 from fedfstq_hf.federation.record import AcceptedUpdate, RoundRecord
 from fedfstq_hf.federation.spec import FederationSpec
 
@@ -71,8 +68,7 @@ class ClientSession:
         last_round: the round whose local training this client finished last; -1 before the first.
         travelling: which of its tensors the messages are about.
         schema: of those.
-        residual: what error feedback still owes of accepted messages, (schema.num_params,) float32; None stands for
-            zeros. A pending message has no part in it yet.
+        outbox: the pending message, and the residual of accepted ones, (schema.num_params,) float32.
         settled_round: of the record that made the residual and the control variate; -1 before the first.
         carried: other tensors that travel from round to round (token sensitivity, optimizer moments).
     """
@@ -97,9 +93,9 @@ class ClientSession:
         self.spec = spec
         self.travelling = spec.travelling(schema)
         self.schema = self.travelling.schema
-        self._take(SessionState())
+        feedback = ErrorFeedback(decay=spec.error_feedback)
+        self._take(SessionState(Outbox(feedback)))
         self._codec = get_codec(spec.codec, **spec.codec_options)
-        self._feedback = ErrorFeedback(decay=spec.error_feedback)
         self._has_variate = spec.scaffold_clients is not None
         self._identity = {
             "format": FORMAT,
@@ -118,7 +114,7 @@ class ClientSession:
             storage.remove_leftovers(self._folder)
             try:
                 if (self._folder / STATE_FILE).exists():
-                    self._take(SessionState.read(self._folder / STATE_FILE, self._identity))
+                    self._take(SessionState.read(self._folder / STATE_FILE, self._identity, feedback))
             except MailboxError:
                 self.close()
                 raise
@@ -165,7 +161,7 @@ class ClientSession:
                 )
         turn = self.spec.turn(self.schema, self.client_id, round)
         # of tensors whose turn it is not, others send their changes: they must not come again from the residual
-        corrected = self._feedback.corrected(turn.put(turn.take(self.travelling.take(delta))), self.residual)
+        corrected = self.outbox.corrected(turn.put(turn.take(self.travelling.take(delta))))
         kept = {name: value for name, value in self.carried.items() if name == scaffold.CARRIED}
         if variate is not None:
             variate = variate - scaffold.client_variate(kept, self.schema.num_params)
@@ -180,7 +176,8 @@ class ClientSession:
             again = self._pack(*update, refinement_bytes, cap=self._caps.refinement, refines=True)
             refinement = self._sealed(again)
         pending = Pending(round, self._sealed(readable), corrected, readable, refinement)
-        self._store(last_round=round, carried={**(carried or {}), **kept}, pending=pending)
+        outbox = self.outbox.with_pending(pending)
+        self._store(last_round=round, carried={**(carried or {}), **kept}, outbox=outbox)
         return pending
 
     def check_budget(self, max_bytes: int) -> None:
@@ -201,11 +198,11 @@ class ClientSession:
                 f"Client {self.client_id!r} has no message that the record of round {record.round} settles."
             )
         if says_nothing_yet(pending):
-            self._store(pending=None)
+            self._store(outbox=self.outbox.settled(None))
             return Settlement(pending.round, "follows")
         fate = record.fate(self.client_id, pending.sha256)
         if not isinstance(fate, AcceptedUpdate):
-            self._store(pending=None)
+            self._store(outbox=self.outbox.settled(None))
             if fate is not None:
                 return Settlement(pending.round, "refused", fate.reason)
             return Settlement(pending.round, "late", self._why_unused(pending, record))
@@ -219,9 +216,7 @@ class ClientSession:
         turn = self.spec.turn(self.schema, self.client_id, pending.round)
         sent = turn.put_update(self._codec.decode(payload, turn.schema, context))
         # all that was sent, also where the server clipped it: what is cut off for its length is not owed
-        residual = self._feedback.after(pending.corrected, sent)
-        keeps = self.spec.error_feedback > 0 and bool(residual.any())  # a lossless codec leaves nothing to keep
-        self._store(residual=residual if keeps else None, settled_round=record.round, carried=carried, pending=None)
+        self._store(outbox=self.outbox.settled(sent), settled_round=record.round, carried=carried)
         return Settlement(pending.round, "accepted")
 
     def decides(self, record: RoundRecord) -> bool:
@@ -258,17 +253,27 @@ class ClientSession:
         restored = record.restored_from
         if restored is None:
             return False
-        carried, residual = dict(self.carried), self.residual
+        carried, outbox = dict(self.carried), self.outbox
         if restored < self.settled_round < record.round:
-            residual = None
+            outbox = dataclasses.replace(outbox, residual=None)
         if self.settled_round < record.round:
             carried.pop(scaffold.CARRIED, None)
         if restored <= self.last_round < record.round:
             carried = {name: value for name, value in carried.items() if name == scaffold.CARRIED}
-        if residual is self.residual and carried.keys() == self.carried.keys():
+        if outbox.residual is self.residual and carried.keys() == self.carried.keys():
             return False
-        self._store(residual=residual, carried=carried)
+        self._store(outbox=outbox, carried=carried)
         return True
+
+    @property
+    def pending(self) -> Pending | None:
+        """The stored message whose fate is unknown."""
+        return self.outbox.pending
+
+    @property
+    def residual(self) -> Tensor | None:
+        """What is owed of accepted messages; None stands for zeros."""
+        return self.outbox.residual
 
     def residual_norm(self) -> float:
         """L2 norm of the residual."""
@@ -349,15 +354,15 @@ class ClientSession:
 
     def _store(self, **changes: Any) -> None:
         """Make the changes (attribute -> value), on disk first."""
-        now = SessionState(self.last_round, self.settled_round, self.residual, self.carried, self.pending)
+        now = SessionState(self.outbox, self.last_round, self.settled_round, self.carried)
         state = dataclasses.replace(now, **changes)
         if self._folder is not None:
             storage.replace_file(self._folder / STATE_FILE, state.to_bytes(self._identity), durable=self._durable)
         self._take(state)
 
     def _take(self, state: SessionState) -> None:
+        self.outbox, self.carried = state.outbox, dict(state.carried)
         self.last_round, self.settled_round = state.last_round, state.settled_round
-        self.residual, self.carried, self.pending = state.residual, dict(state.carried), state.pending
 
 
 def says_nothing_yet(pending: Pending) -> bool:
@@ -368,16 +373,16 @@ def says_nothing_yet(pending: Pending) -> bool:
 def _lock(folder: Path) -> IO[bytes]:
     file = storage.open_lock(folder / "session.lock")
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
-        raise SessionBusyError(
-            f"Another process uses the client state in {folder}. Stop it first, or give this client another state_dir."
-        ) from None
+        free = lock_descriptor(file.fileno(), blocking=False)  # until the file is closed, or the process ends
     except OSError as error:
         file.close()
         raise MailboxError(
             f"The client state in {folder} cannot be locked: {error.strerror or error}. Put it on a local disk "
             "(state_dir)."
         ) from error
+    if not free:
+        file.close()
+        raise SessionBusyError(
+            f"Another process uses the client state in {folder}. Stop it first, or give this client another state_dir."
+        )
     return file

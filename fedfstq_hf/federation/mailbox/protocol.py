@@ -81,7 +81,7 @@ class UpdateRef:
     """A message that lies in the mailbox: who sent it for which round, and how many bytes it has.
 
     `sha256` is given where the mailbox knows it without reading the message; `location` is the mailbox's own business.
-    `refinement`: it is the client's second message of that round (see `federation.refining`).
+    `refinement`: it is the client's second message of that round (see `federation.server.refining`).
     """
 
     client_id: str

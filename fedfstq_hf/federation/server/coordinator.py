@@ -283,7 +283,7 @@ class Coordinator:
         return self._publish(record, data, files, attached.files)
 
     def _mean_update(self, collected: Collected, refined: Refined | None, finished: bool) -> Tensor:
-        """What the server steps along; see `federation.refining`."""
+        """What the server steps along; see `federation.server.refining`."""
         mean = collected.mean.result() if collected.accepted else torch.zeros(self.travelling.schema.num_params)
         if self.spec.refines(self.record.round) and not finished:  # else nothing follows
             mean = self.spec.preview_step * mean

@@ -122,7 +122,11 @@ def test_a_state_from_before_there_were_refinements_is_read(tmp_path):
 
 def test_without_refinements_a_state_is_stored_as_before(tmp_path):
     finish(make_session(tmp_path))
-    assert set(load((tmp_path / "session.safetensors").read_bytes())) == {"pending.message", "pending.corrected"}
+    assert set(load((tmp_path / "session.safetensors").read_bytes())) == {
+        "pending.round",
+        "pending.message",
+        "pending.corrected",
+    }
 
 
 def test_budgets_are_checked_with_the_longer_header_of_refinements():

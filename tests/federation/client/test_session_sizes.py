@@ -5,10 +5,12 @@ import hashlib
 import pytest
 import torch
 from light import make_spec
+from light_sessions import record
 
 from fedfstq_hf.codec import Schema, message
 from fedfstq_hf.federation import keys
-from fedfstq_hf.federation.client.session import Caps, ClientSession, Pending, says_nothing_yet
+from fedfstq_hf.federation.client.outbox import Pending
+from fedfstq_hf.federation.client.session import Caps, ClientSession, says_nothing_yet
 
 SCHEMA = Schema.from_state_dict({f"layer.{number}": torch.zeros(16, 512) for number in range(4)})
 DELTA = torch.randn(SCHEMA.num_params, generator=torch.Generator().manual_seed(0))
@@ -49,7 +51,7 @@ def test_previews_and_what_follows_them_have_their_own_budgets():
     preview = finish(session, 0, refinement_bytes=900)
     assert 500 - 32 <= len(preview.message) <= 500
     assert 700 - 32 <= len(preview.refinement) <= 700
-    session.pending = None
+    session.settle(record(1))
     last = finish(session, 2, refinement_bytes=900)  # no refinement follows it
     assert last.refinement is None
     assert 700 - 32 <= len(last.message) <= 700

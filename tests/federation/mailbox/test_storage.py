@@ -1,7 +1,6 @@
 """Durable files: whole or absent, whatever fails and whoever else writes."""
 
 import errno
-import fcntl
 import os
 import signal
 import subprocess
@@ -9,6 +8,7 @@ import time
 
 import pytest
 from failing_disk import fail_at
+from filelock import lock_descriptor
 
 from fedfstq_hf.errors import MailboxError
 from fedfstq_hf.federation import storage
@@ -150,8 +150,7 @@ def test_a_lock_keeps_others_out_until_its_holder_dies(tmp_path):
         os._exit(0)
     os.read(read, 1)
     with open(path, "ab") as file:
-        with pytest.raises(BlockingIOError):
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        assert not lock_descriptor(file.fileno(), blocking=False)
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
     with storage.locked(path):
