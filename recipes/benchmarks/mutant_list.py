@@ -256,8 +256,8 @@ MUTANTS: list[tuple[str, tuple[str, ...], Changes]] = [
             ("float(torch.linalg.vector_norm(self.residual))", "float(self.residual.sum())"),
             ("room = (max_bytes - overhead) // (2 if self._has_variate else 1)", "room = max_bytes - overhead"),
             (
-                "corrected(turn.put(turn.take(self.travelling.take(delta))), self",
-                "corrected(self.travelling.take(delta), self",
+                "corrected(turn.put(turn.take(self.travelling.take(delta))))",
+                "corrected(self.travelling.take(delta))",
             ),
             (
                 "self.spec.refinement_budget is not None and not self.spec.refines(round)",

@@ -33,7 +33,7 @@ class RefiningClient(LightClient):
     def step(self):
         """As a client with time to spare: both messages are sent when it returns."""
         happened = super().step()
-        self.participation._following.wait()
+        self.participation.uplink.background.wait()
         return happened
 
 

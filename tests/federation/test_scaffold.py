@@ -126,9 +126,9 @@ def test_bytes_of_both_ways_are_counted(tmp_path):
     assert cheapest_download(None, 1, coordinator._record).num_bytes == record.adapter_bytes + record.variate_bytes
     change = record.adapter_bytes if record.update_bytes is None else record.update_bytes
     assert cheapest_download(0, 1, coordinator._record).num_bytes == change + record.variate_bytes
-    before = client.participation.downlink_bytes
+    before = client.participation.downlink.num_bytes
     client.step()
-    assert client.participation.downlink_bytes - before >= record.variate_bytes
+    assert client.participation.downlink.num_bytes - before >= record.variate_bytes
     assert (
         json.loads((tmp_path / "history.jsonl").read_text().splitlines()[-1])["downlink_bytes"] > record.variate_bytes
     )

@@ -98,7 +98,7 @@ class SharingClient(LightClient):
             assert "momentum" in carried
             return data
 
-        self.participation._saliency = saliency
+        self.participation.uplink.saliency = saliency
 
 
 @pytest.mark.parametrize("asked", [True, False])

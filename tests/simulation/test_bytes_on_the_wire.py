@@ -49,7 +49,7 @@ class Client(LightClient):
 
     def step(self):
         happened = super().step()
-        self.participation._following.wait()
+        self.participation.uplink.background.wait()
         return happened
 
 

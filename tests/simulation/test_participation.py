@@ -115,10 +115,10 @@ def test_it_is_the_federation_of_real_clients(tmp_path):
     clients = [LightClient(mailbox, client_name(i), tmp_path / str(i), max_bytes=400) for i in range(CLIENTS)]
     downloaded = []
     for entry in plan:
-        before = sum(client.participation.downlink_bytes for client in clients)
+        before = sum(client.participation.downlink.num_bytes for client in clients)
         for index in entry.sampled:
             assert clients[index].step()
-        downloaded.append(sum(client.participation.downlink_bytes for client in clients) - before)
+        downloaded.append(sum(client.participation.downlink.num_bytes for client in clients) - before)
         assert coordinator.close_round() is not None
     assert torch.equal(coordinator.adapter, run.participation.final_adapter())
     assert [row["downlink_bytes"] for row in run.rows[1:]] == downloaded

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import logging
 import math
@@ -13,20 +12,17 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from fedfstq_hf.codec import message
-from fedfstq_hf.errors import BudgetError, FedFSTQError, MailboxError, MailboxUnavailableError, no_federation
-from fedfstq_hf.federation import adapter_file
+from fedfstq_hf.errors import BudgetError, MailboxError, no_federation
 from fedfstq_hf.federation.budgets import Budgets, MessageBudget, expected_messages, posted_losses
-from fedfstq_hf.federation.client.downlink import apply_change, cheapest_download
-from fedfstq_hf.federation.client.following import Following
+from fedfstq_hf.federation.client.downlink import Downlink
 from fedfstq_hf.federation.client.outbox import Pending
 from fedfstq_hf.federation.client.session import ClientSession, Settlement, says_nothing_yet
+from fedfstq_hf.federation.client.uplink import PackSaliency, Uplink
 from fedfstq_hf.federation.control import read_control
 from fedfstq_hf.federation.mailbox.posted_metrics import read_metrics
-from fedfstq_hf.federation.mailbox.protocol import ADAPTER_FILE, SALIENCY_FILE, UPDATE_FILE, Mailbox
+from fedfstq_hf.federation.mailbox.protocol import Mailbox
 from fedfstq_hf.federation.polling import Polling
 from fedfstq_hf.federation.record import RoundRecord
-from fedfstq_hf.federation.scaffold import read_variate
 from fedfstq_hf.federation.signed_records import Records
 from fedfstq_hf.text import printable
 
@@ -109,8 +105,7 @@ class MailboxParticipation:
         poll_seconds: mean time between two looks at the mailbox.
         wait_seconds: give up after waiting that long for a round; None waits for ever.
         sleep: a test passes its own.
-        saliency: packs the token sensitivities that the session carries, for a client that agrees to share them; they
-            are sent once, with the last round's message, and only if the federation's spec asks for them.
+        saliency: for a client that agrees to share its token sensitivities (see `Uplink`).
 
     Raises:
         BudgetError: not even an empty message fits into the budget.
@@ -126,25 +121,20 @@ class MailboxParticipation:
         poll_seconds: float = 2.0,
         wait_seconds: float | None = None,
         sleep: Callable[[float], None] = time.sleep,
-        saliency: Callable[[dict[str, Tensor]], bytes | None] | None = None,
+        saliency: PackSaliency | None = None,
     ) -> None:
         self.mailbox = mailbox
         self.session = session
         self.total_steps = session.spec.rounds * session.spec.local_steps
         self.settlements: list[Settlement] = []
-        self.downlink_bytes = 0
         self._budgets = Budgets(budget, refinements or MessageBudget())
-        self._following = Following(mailbox, session.client_id)
         self._poll_seconds = poll_seconds
         self._wait_seconds = wait_seconds
         self._sleep = sleep
-        self._saliency = saliency
-        self._held: tuple[RoundRecord, Tensor] | None = None
-        self._posted_round = -1
         self._undone = -1  # rollbacks up to this round are undone here
         self._record = Records(mailbox, session.spec)
-        self._most_bytes = adapter_file.most_bytes(session.travelling.whole)
-        self._attached_bytes = 0
+        self.uplink = Uplink(mailbox, session, self._record, saliency)
+        self.downlink = Downlink(mailbox, session, self._record)
         self._smallest = math.inf  # bytes of the smallest message that was checked
         self._check_share(session.spec.min_clients)
 
@@ -159,7 +149,7 @@ class MailboxParticipation:
             if self._settled(record):
                 self._undo(record)
                 if record.finished:
-                    self._following.wait()
+                    self.uplink.background.wait()
                     return None
                 if record.round > self.session.last_round and self._wanted(record):
                     spec = self.session.spec
@@ -168,11 +158,11 @@ class MailboxParticipation:
                     return Assignment(
                         round=record.round,
                         session=self.session,
-                        adapter=self._fetch(record),
+                        adapter=self.downlink.adapter(record),
                         adapter_sha256=record.adapter_sha256,
                         seed=local_seed(spec.seed, self.session.client_id, record.round),
                         global_step=record.round * spec.local_steps,
-                        variate=self._fetch_variate(record),
+                        variate=self.downlink.variate(record),
                         messages=messages,
                     )
             if self._wait_seconds is not None and time.monotonic() - started > self._wait_seconds:
@@ -196,10 +186,10 @@ class MailboxParticipation:
         posted = posted_losses(read_metrics(self.mailbox, up_to=assignment.round)) if follows else ()
         owed = self.session.residual_norm()
         pending = store_message(self.session, self._budgets, assignment, result, posted)
-        self._post(self._record(assignment.round))
+        self.uplink.send(self._record(assignment.round))
         return {
             "fed_round": assignment.round,
-            "fed_uplink_bytes": self._attached_bytes
+            "fed_uplink_bytes": self.uplink.attached_bytes
             + (0 if says_nothing_yet(pending) else len(pending.message))
             + len(pending.refinement or b""),
             "fed_residual_norm": owed,  # of what earlier messages left out and this one carried on
@@ -207,7 +197,7 @@ class MailboxParticipation:
 
     def final_adapter(self) -> Tensor | None:
         """The newest published adapter."""
-        return self._fetch(self._newest_record())
+        return self.downlink.adapter(self._newest_record())
 
     def _check_share(self, messages: int) -> None:
         """Raise `BudgetError` unless budgets hold a message where a round has so many: better before training."""
@@ -249,15 +239,15 @@ class MailboxParticipation:
             return True
         if newest.round > pending.round:
             undone = newest.restored_from is not None
-            if pending.refinement is not None and newest.round == pending.round + 1 and not undone:  # after a restart
-                self._following.start(pending.round, pending.refinement)
+            if newest.round == pending.round + 1 and not undone:  # after a restart
+                self.uplink.follow(pending)
             last = pending.round + 1 + self.session.spec.max_staleness
             records = [self._record(round) for round in range(pending.round + 1, min(newest.round, last) + 1)]
             deciding = next((record for record in records if self.session.decides(record)), None)
             if deciding is not None or newest.round >= last or newest.finished:
                 self._settle(deciding or records[-1])
                 return True
-        self._post(newest)  # after a restart it may not have arrived; the same bytes again change nothing
+        self.uplink.send(newest)  # after a restart it may not have arrived; the same bytes again change nothing
         return False
 
     def _settle(self, record: RoundRecord) -> None:
@@ -281,79 +271,6 @@ class MailboxParticipation:
                     back = f"Round {round} went back to round {record.restored_from}"
                     logger.warning("%s: what this client kept of later rounds is dropped.", back)
         self._undone = newest.round
-
-    def _post(self, newest: RoundRecord) -> None:
-        """Send the pending message, for at most as long as the round is open: by then it is late anyway."""
-        pending = self.session.pending
-        if pending is None or pending.round == self._posted_round:
-            return
-        self._following.wait()  # it has the uplink
-        patience = None
-        if newest.deadline is not None and newest.round == pending.round:  # by durations: clocks may differ
-            patience = newest.deadline - newest.opened_at
-        try:
-            self._attach(pending.round)
-            if not says_nothing_yet(pending):
-                self.mailbox.post_update(pending.round, self.session.client_id, pending.message, patience=patience)
-        except MailboxUnavailableError as error:
-            if patience is None:
-                raise
-            logger.warning("The update of round %d could not be sent in time: %s", pending.round, error)
-            return
-        self._posted_round = pending.round
-        if pending.refinement is not None:
-            self._following.start(pending.round, pending.refinement)
-
-    def _attach(self, round: int) -> None:
-        """Send the token sensitivities, once, before the last message: who reads that finds them."""
-        spec = self.session.spec
-        if self._saliency is None or not spec.share_saliency or round != spec.rounds - 1:
-            return
-        data = self._saliency(self.session.carried)
-        if data is None:
-            return
-        try:
-            header = message.attachment_header(
-                SALIENCY_FILE,
-                client_id=self.session.client_id,
-                round=round,
-                base=self._record(round).adapter_sha256,
-                schema=self.session.schema.fingerprint,
-            )
-            sent = self.session.envelope(header, data)
-            self.mailbox.post_attachment(self.session.client_id, SALIENCY_FILE, sent)
-            self._attached_bytes = len(sent)
-        except MailboxError as error:  # the update must not wait for it
-            logger.warning("The token sensitivities could not be sent: %s", error)
-
-    def _fetch(self, record: RoundRecord) -> Tensor:
-        """Θ of a round, by the cheaper way from what is at hand."""
-        held = self._held
-        way = cheapest_download(held[0].round if held else None, record.round, self._record)
-        adapter: Tensor | None = None
-        if held is not None and way.changes is not None:
-            with contextlib.suppress(FedFSTQError):  # a damaged change only costs the download of the whole
-                base, adapter = held
-                for round in way.changes:
-                    data = self.mailbox.read(round, UPDATE_FILE, max_bytes=self._most_bytes)
-                    self.downlink_bytes += len(data)
-                    following = self._record(round)
-                    adapter = apply_change(data, base, adapter, following, self.session.travelling.whole)
-                    base = following
-            if base.round != record.round:
-                adapter = None
-        if adapter is None:
-            data = self.mailbox.read(record.round, ADAPTER_FILE, max_bytes=self._most_bytes)
-            self.downlink_bytes += len(data)
-            schema = self.session.travelling.whole
-            state = adapter_file.load(data, expected_sha256=record.adapter_sha256, schema=schema)
-            adapter = schema.flatten(state)
-        self._held = (record, adapter)
-        return adapter
-
-    def _fetch_variate(self, record: RoundRecord) -> Tensor | None:
-        self.downlink_bytes += record.variate_bytes
-        return read_variate(self.mailbox, record, self.session.spec, self.session.schema.num_params)
 
 
 def store_message(

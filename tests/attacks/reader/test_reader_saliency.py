@@ -25,7 +25,7 @@ def federate(path, tables):
     clients = [LightClient(mailbox, name, None) for name in "abcd"]
     for client in clients:
         if (ids := tables.get(client.session.client_id)) is not None:
-            client.participation._saliency = lambda carried, ids=ids: table(ids)
+            client.participation.uplink.saliency = lambda carried, ids=ids: table(ids)
     run_rounds(Coordinator(mailbox, saliency=join_saliency), clients)
     return mailbox
 

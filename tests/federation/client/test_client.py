@@ -231,7 +231,7 @@ def test_changes_are_fetched_instead_of_adapters_and_give_the_same(tmp_path):
         adapter = client.participation.final_adapter()
         assert torch.equal(adapter, coordinator.adapter)
         expected = records[0].adapter_bytes + sum(record.update_bytes for record in records[1:])
-        assert client.participation.downlink_bytes == expected
+        assert client.participation.downlink.num_bytes == expected
 
 
 @pytest.mark.parametrize("damage", ["flipped", "missing", "of another round"])

@@ -271,7 +271,7 @@ def _restarted(client, mailbox, folder, killed_after):
     if killed_after in ("finish", "post"):
         result = fake_training(assignment.adapter, assignment.seed, client.session.carried)
         if killed_after == "finish":
-            client.participation._post = lambda newest: None
+            client.participation.uplink.send = lambda newest: None
         client.participation.complete(assignment, result)
     client.session.close()
     again = LightClient(mailbox, "a", folder, max_bytes=400)

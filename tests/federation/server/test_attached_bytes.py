@@ -22,7 +22,7 @@ class Sharing(LightClient):
 
     def __init__(self, mailbox, client_id, data):
         super().__init__(mailbox, client_id, None)
-        self.participation._saliency = lambda carried: data
+        self.participation.uplink.saliency = lambda carried: data
         self.logged = []
         complete = self.participation.complete
         self.participation.complete = lambda *args: self.logged.append(complete(*args)) or self.logged[-1]

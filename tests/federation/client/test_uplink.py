@@ -14,9 +14,9 @@ from safetensors.torch import load, save
 from fedfstq_hf.codec import get_codec, message
 from fedfstq_hf.errors import BudgetError, MailboxError, MailboxUnavailableError
 from fedfstq_hf.federation.budgets import MessageBudget, open_budget
-from fedfstq_hf.federation.client.following import Following
 from fedfstq_hf.federation.client.participation import MailboxParticipation
 from fedfstq_hf.federation.client.session import Caps, ClientSession, says_nothing_yet
+from fedfstq_hf.federation.client.uplink import BackgroundUpload
 from fedfstq_hf.federation.mailbox.folder import FolderMailbox
 from fedfstq_hf.federation.record import RoundRecord
 from fedfstq_hf.federation.server.coordinator import Coordinator
@@ -175,7 +175,7 @@ def test_a_refinement_budget_that_a_round_shares_is_divided_by_its_messages(tmp_
         sleep=pause,
     )
     assert client.step()
-    client.participation._following.wait()
+    client.participation.uplink.background.wait()
     assert 438 < len(client.session.pending.refinement) <= 450
 
 
@@ -215,7 +215,7 @@ class Slow(FolderMailbox):
 
 def waiting(client):
     """An event that is set when the client begins to wait for its refinement."""
-    waits, following = threading.Event(), client.participation._following
+    waits, following = threading.Event(), client.participation.uplink.background
     wait = following.wait
     following.wait = lambda: (waits.set(), wait())
     return waits
@@ -274,9 +274,7 @@ def test_one_that_cannot_be_sent_only_costs_a_warning(tmp_path, caplog):
     assert all(client.done for client in members)
     assert [s.outcome for s in members[0].participation.settlements] == ["accepted"] * 3
     assert (refinements(mailbox, 0), coordinator.record.refinements) == ({}, ())
-    warnings = [
-        entry.getMessage() for entry in caplog.records if entry.name == "fedfstq_hf.federation.client.following"
-    ]
+    warnings = [entry.getMessage() for entry in caplog.records if entry.name == "fedfstq_hf.federation.client.uplink"]
     assert warnings == [
         f"The refinement of round {round} could not be sent: The mailbox is away." for round in (0, 0, 1, 1)
     ]
@@ -284,7 +282,7 @@ def test_one_that_cannot_be_sent_only_costs_a_warning(tmp_path, caplog):
 
 def test_it_is_begun_once_and_never_for_an_earlier_round(tmp_path):
     mailbox = found(tmp_path)
-    following = Following(mailbox, "a")
+    following = BackgroundUpload(mailbox, "a")
     for round, data in ((1, b"one"), (1, b"again"), (0, b"zero"), (2, b"two")):
         following.start(round, data)
     following.wait()
@@ -300,7 +298,7 @@ def killed_before_the_refinement(mailbox, path, monkeypatch):
     """The session's folder of a client that posted its preview and no more; returns what it had stored."""
     client = RefiningClient(mailbox, "a", path)
     with monkeypatch.context() as patch:
-        patch.setattr(Following, "start", lambda *arguments: (_ for _ in ()).throw(Killed))
+        patch.setattr(BackgroundUpload, "start", lambda *arguments: (_ for _ in ()).throw(Killed))
         with pytest.raises(Killed):
             LightClient.step(client)
     assert [ref.client_id for ref in mailbox.list_updates(0, ["a"])] == ["a"]
@@ -329,7 +327,7 @@ def test_a_refinement_that_can_no_longer_be_used_is_not_posted(tmp_path, monkeyp
     run_rounds(Coordinator(mailbox), clients(mailbox, tmp_path, "bc"), 2)
     again = RefiningClient(mailbox, "a", tmp_path / "a")
     assert again.participation.next().round == 2
-    again.participation._following.wait()
+    again.participation.uplink.background.wait()
     assert list(refinements(mailbox, 0)) == ["b", "c"]
 
 
@@ -339,14 +337,14 @@ def test_after_a_rollback_no_refinement_of_an_undone_round_is_posted(tmp_path, m
     run_rounds(coordinator, clients(mailbox, tmp_path, "bc"), 1)
     client = RefiningClient(mailbox, "a", tmp_path / "a")
     with monkeypatch.context() as patch:
-        patch.setattr(Following, "start", lambda *arguments: (_ for _ in ()).throw(Killed))
+        patch.setattr(BackgroundUpload, "start", lambda *arguments: (_ for _ in ()).throw(Killed))
         with pytest.raises(Killed):
             LightClient.step(client)
     client.session.close()
     coordinator.rollback(0)
     again = RefiningClient(mailbox, "a", tmp_path / "a")
     assert again.participation.next().round == 2
-    again.participation._following.wait()
+    again.participation.uplink.background.wait()
     assert [s.outcome for s in again.participation.settlements] == ["refused"]
     assert refinements(mailbox, 1).keys() == {"b", "c"}
 
