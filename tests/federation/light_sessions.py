@@ -26,6 +26,7 @@ def record(round, *, accepted=(), refused=()):
     return RoundRecord(
         round=round,
         adapter_sha256=BASE,
+        adapter_digest=BASE,
         adapter_bytes=1,
         schema=SCHEMA.fingerprint,
         opened_at=0.0,

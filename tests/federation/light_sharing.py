@@ -48,7 +48,7 @@ def attachment(
         "client_id": client_id,
         "round": round,
         "num_examples": 0,
-        "base": record_of(mailbox, round).adapter_sha256,
+        "base": record_of(mailbox, round).adapter_digest,
         "schema": SCHEMA.fingerprint,
         "codec": "attachment",
         "params": {"name": SALIENCY_FILE},

@@ -41,7 +41,7 @@ def make_message(
 ) -> bytes:
     """A message for `round`, based on its adapter; `changes` are fields of the header."""
     record = RoundRecord.from_json(mailbox.read(round, "round.json"))
-    settings = {"base": record.adapter_sha256, "schema": SCHEMA.fingerprint, "codec": encoded_by} | changes
+    settings = {"base": record.adapter_digest, "schema": SCHEMA.fingerprint, "codec": encoded_by} | changes
     header = message.Header(round=round, client_id=client_id, num_examples=num_examples, **settings)
     return message.pack(
         header, get_codec(encoded_by).encode(SCHEMA.unflatten(update), max_bytes=max_bytes).payload, sign=sign

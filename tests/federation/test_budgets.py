@@ -123,6 +123,6 @@ def test_a_rounds_budget_that_cannot_be_read_is_refused(budget):
 
 def test_as_many_messages_are_expected_as_the_last_round_took_in():
     update = AcceptedUpdate("a", "", 1, 1, 1.0, 1.0)
-    first = RoundRecord(0, "", 0, "", 0.0, None, False)
+    first = RoundRecord(0, "", "", 0, "", 0.0, None, False)
     assert expected_messages(first, first=10) == 10
     assert expected_messages(replace(first, round=3, accepted=(update,) * 4), first=10) == 4

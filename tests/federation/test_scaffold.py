@@ -214,7 +214,7 @@ def test_refusals(tmp_path):
     # a message of a client that knows nothing of control variates
     plain = ClientSession("b", make_spec(), SCHEMA)
     sent = plain.finish(
-        0, coordinator.record.adapter_sha256, torch.ones(SIZE), fisher=None, num_examples=1, max_bytes=None
+        0, coordinator.record.adapter_digest, torch.ones(SIZE), fisher=None, num_examples=1, max_bytes=None
     )
     mailbox.post_update(0, "b", sent.message)
     assert coordinator.close_round() is None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -43,17 +42,17 @@ def cheapest_download(held: int | None, wanted: int, record: Callable[[int], Rou
 
 
 def apply_change(data: bytes, base: RoundRecord, adapter: Tensor, record: RoundRecord, schema: Schema) -> Tensor:
-    """Θ_{t+1} from Θ_t and the packed global change; exact, which the record's sha256 proves.
+    """Θ_{t+1} from Θ_t and the packed global change; exact, which the record's digest proves.
 
     Raises:
         MailboxError: the change is damaged, or does not lead from `base` to `record`.
     """
     header, payload = message.unpack(data)
-    if header.base != base.adapter_sha256:
+    if header.base != base.adapter_digest:
         raise MailboxError(f"The packed change of round {record.round} starts from another adapter.")
     update = get_codec(header.codec).decode(payload, schema, CodecContext(round=record.round))
-    changed = adapter + update.to_dense()
-    if hashlib.sha256(adapter_file.dump(schema.unflatten(changed))).hexdigest() != record.adapter_sha256:
+    changed = schema.flatten(schema.unflatten(adapter + update.to_dense()))  # rounded as in the file
+    if adapter_file.digest(schema, changed) != record.adapter_digest:
         raise MailboxError(
             f"The packed change of round {record.round} does not give the adapter that its record names."
         )

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from fedfstq_hf.errors import BudgetError, MailboxError, no_federation
+from fedfstq_hf.federation import adapter_file
 from fedfstq_hf.federation.budgets import Budgets, MessageBudget, expected_messages, posted_losses
 from fedfstq_hf.federation.client.downlink import Downlink
 from fedfstq_hf.federation.client.outbox import Pending
@@ -42,7 +43,7 @@ class Assignment:
     Attributes:
         round: the published round that training starts from.
         adapter: Θ_round, (num_params,) float32.
-        adapter_sha256: of its file; messages name it as their base.
+        adapter_sha256: of its file.
         seed: of data order and dropout.
         dataset: what to train on; None for the trainer's own `train_dataset`.
         global_step: where the trainer's step counter stands then; None leaves it alone.
@@ -302,7 +303,7 @@ def store_message(
     )
     return session.finish(
         assignment.round,
-        assignment.adapter_sha256,
+        adapter_file.digest(session.travelling.whole, assignment.adapter),
         result.adapter - assignment.adapter if result.delta is None else result.delta,
         fisher=result.fisher,
         num_examples=result.num_examples,

@@ -26,6 +26,7 @@ from fedfstq_hf.errors import AdapterMismatchError, BudgetError, MailboxError, N
 from fedfstq_hf.federation import keys, scaffold, storage
 from fedfstq_hf.federation.client.outbox import Outbox, Pending
 from fedfstq_hf.federation.client.session_state import FORMAT, STATE_FILE, SessionState
+from fedfstq_hf.federation.envelope import seal_message
 from fedfstq_hf.federation.record import AcceptedUpdate, RoundRecord
 from fedfstq_hf.federation.spec import FederationSpec
 
@@ -122,7 +123,7 @@ class ClientSession:
     def finish(
         self,
         round: int,
-        base_sha256: str,
+        base: str,
         delta: Tensor,
         *,
         fisher: Tensor | None,
@@ -136,7 +137,7 @@ class ClientSession:
 
         Args:
             round: the round that Θ_t was published as; larger than `last_round`.
-            base_sha256: of Θ_t's adapter file.
+            base: digest of Θ_t (`adapter_file.digest`), hex.
             delta: Θ_local - Θ_t, the whole of it, float32.
             fisher: diagonal adapter Fisher in the same order, or None.
             num_examples: N_k, the client's weight in the mean.
@@ -169,10 +170,10 @@ class ClientSession:
         first, cap = max_bytes, self._caps.first
         if self.spec.refinement_budget is not None and not self.spec.refines(round):
             first, cap = refinement_bytes, self._caps.refinement
-        readable = self._pack(round, base_sha256, corrected, weights, num_examples, first, variate, cap=cap)
+        readable = self._pack(round, base, corrected, weights, num_examples, first, variate, cap=cap)
         refinement = None
         if self.spec.refines(round):
-            update = (round, base_sha256, corrected, weights, num_examples)
+            update = (round, base, corrected, weights, num_examples)
             again = self._pack(*update, refinement_bytes, cap=self._caps.refinement, refines=True)
             refinement = self._sealed(again)
         pending = Pending(round, self._sealed(readable), corrected, readable, refinement)
@@ -290,13 +291,12 @@ class ClientSession:
         return self._sealed(message.pack(header, payload, sign=self._sign))
 
     def _sealed(self, readable: bytes) -> bytes:
-        seal_key = self.spec.sealing_key
-        return readable if seal_key is None else keys.seal(seal_key, readable)
+        return seal_message(readable, self.spec.sealing_key)
 
     def _pack(
         self,
         round: int,
-        base_sha256: str,
+        base: str,
         corrected: Tensor,
         fisher: Tensor | None,
         num_examples: int,
@@ -313,7 +313,7 @@ class ClientSession:
             round=round,
             client_id=self.client_id,
             num_examples=num_examples,
-            base=base_sha256,
+            base=base,
             schema=self.schema.fingerprint,
             codec=self._codec.name,
             params=PAIR_PARAMS if self._has_variate else message.REFINEMENT_PARAMS if refines else {},

@@ -89,7 +89,7 @@ class Uplink:
                 SALIENCY_FILE,
                 client_id=session.client_id,
                 round=round,
-                base=self._record(round).adapter_sha256,
+                base=self._record(round).adapter_digest,
                 schema=session.schema.fingerprint,
             )
             sent = session.envelope(header, data)

@@ -81,7 +81,7 @@ def join_attachments(
                 continue
             sent = True
             file = screening.open_attachment(
-                client, SALIENCY_FILE, data, round=record.round, base=record.adapter_sha256, max_bytes=MAX_BYTES
+                client, SALIENCY_FILE, data, round=record.round, base=record.adapter_digest, max_bytes=MAX_BYTES
             )
         except MailboxUnavailableError:
             raise

@@ -78,7 +78,7 @@ class Collector:
     Args:
         round: the open round, or the one that is refined.
         num_params: of what travels.
-        base: round -> sha256 of the adapter that its updates start from.
+        base: round -> digest of the adapter that its updates start from.
         selected: round -> clients whose updates of it are wanted, None for all.
         usual: the lengths that updates are compared with where most of the round say nothing.
     """

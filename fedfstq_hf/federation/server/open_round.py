@@ -113,7 +113,7 @@ class OpenRound:
             self._mailbox,
             round,
             num_params=self._schema.num_params,
-            base=lambda round: self._records(round).adapter_sha256,
+            base=lambda round: self._records(round).adapter_digest,
             selected=lambda round: self._records(round).selected,
             usual=lambda: Usual.of(self._records(round), self._adapter),
         )

@@ -95,12 +95,14 @@ def make_record(
         MailboxError: the adapter has not the spec's schema.
         ConfigError: records are signed, and there is no `sign`.
     """
-    schema = Schema.from_state_dict(adapter_file.load(adapter))
+    state = adapter_file.load(adapter)
+    schema = Schema.from_state_dict(state)
     if schema.fingerprint != spec.schema:
         raise MailboxError("The adapter to publish has other names or shapes than the federation's spec says.")
     record = RoundRecord(
         round=round,
         adapter_sha256=hashlib.sha256(adapter).hexdigest(),
+        adapter_digest=adapter_file.digest(schema, schema.flatten(state)),
         adapter_bytes=len(adapter),
         schema=schema.fingerprint,
         opened_at=now,
@@ -123,7 +125,7 @@ def pack_change(change: Tensor, base: RoundRecord, schema: Schema, num_examples:
         round=base.round + 1,
         client_id="coordinator",
         num_examples=min(num_examples, _MAX_EXAMPLES),
-        base=base.adapter_sha256,
+        base=base.adapter_digest,
         schema=schema.fingerprint,
         codec="sparse32",
         params=encoded.params,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection
 from dataclasses import dataclass
+from functools import partial
 
 from torch import Tensor
 
@@ -13,6 +14,7 @@ from fedfstq_hf.codec.pairs import PAIR_PARAMS, split_pair
 from fedfstq_hf.errors import MessageError
 from fedfstq_hf.federation import keys
 from fedfstq_hf.federation.control import Control
+from fedfstq_hf.federation.envelope import Expected, Opened, open_message
 from fedfstq_hf.federation.keys import Unseal
 from fedfstq_hf.federation.mailbox.protocol import UpdateRef
 from fedfstq_hf.federation.spec import FederationSpec
@@ -74,16 +76,16 @@ class Screening:
 
         Args:
             ref: where it lay: the client it must come from, the round it must be for, and the size it was listed with.
-            base: sha256 of the adapter file that it must be based on.
+            base: digest of the adapter that it must be based on.
 
         Raises:
             MessageError: it is malformed, or not what `ref` and the federation say.
         """
         if len(data) != ref.num_bytes:  # a weight may follow from it
             raise MessageError(f"It has {len(data)} bytes; the mailbox listed it with {ref.num_bytes}.")
-        data = self._unsealed(data)
-        header, payload, digest, signature = message.unpack_signed(data, max_bytes=self.spec.max_message_bytes)
-        self._check_origin(header, ref.client_id, ref.round, base, self.spec.codec)
+        expected = Expected(ref.client_id, ref.round, base, self._schema.fingerprint, self.spec.codec)
+        opened = self._open(data, expected, self.spec.max_message_bytes)
+        header, payload = opened.header, opened.payload
         if header.num_examples < 1:
             raise MessageError(f"It says that it was trained on {header.num_examples} examples; expected at least 1.")
         if (header.params == message.REFINEMENT_PARAMS) != ref.refinement:
@@ -94,7 +96,6 @@ class Screening:
             raise MessageError(
                 f"It has parameters {header.params!r:.80}; this federation's messages have none of these."
             )
-        signed = self._verified(ref.client_id, digest, signature)
         context = CodecContext(round=ref.round)
         variate: SparseUpdate | None = None
         if pair:
@@ -107,7 +108,7 @@ class Screening:
         norm = update.norm()
         if not math.isfinite(norm) or (variate is not None and not math.isfinite(variate.norm())):
             raise MessageError("It decodes to values that are not finite.")
-        return OpenedUpdate(header, update, norm, signed, None if turn.everything else turn.covers(), variate)
+        return OpenedUpdate(header, update, norm, opened.signed, None if turn.everything else turn.covers(), variate)
 
     def open_attachment(
         self, client_id: str, name: str, data: bytes, *, round: int, base: str, max_bytes: int
@@ -118,47 +119,31 @@ class Screening:
             client_id: where it lay.
             name: of the file.
             round: that it must be attached to.
-            base: sha256 of that round's adapter file.
+            base: digest of the adapter that it must be based on, hex.
             max_bytes: of the file.
 
         Raises:
             MessageError: it is malformed, or another attachment than that.
         """
-        data = self._unsealed(data)
-        header, payload, digest, signature = message.unpack_signed(data, max_bytes=max_bytes + message.MAX_CONTAINER)
-        self._check_origin(header, client_id, round, base, message.ATTACHMENT)
-        if header != message.attachment_header(
+        expected = Expected(client_id, round, base, self._schema.fingerprint, message.ATTACHMENT)
+        opened = self._open(data, expected, max_bytes + message.MAX_CONTAINER)
+        if opened.header != message.attachment_header(
             name, client_id=client_id, round=round, base=base, schema=self._schema.fingerprint
         ):
             raise MessageError(f"It is not the attachment {name}, or says more than its name.")
-        if len(payload) > max_bytes:
-            raise MessageError(f"It has {len(payload)} bytes; at most {max_bytes} are taken.")
-        self._verified(client_id, digest, signature)
-        return payload
+        if len(opened.payload) > max_bytes:
+            raise MessageError(f"It has {len(opened.payload)} bytes; at most {max_bytes} are taken.")
+        return opened.payload
 
-    def _check_origin(self, header: message.Header, client_id: str, round: int, base: str, codec: str) -> None:
-        expected = {
-            "client": (header.client_id, client_id),
-            "round": (header.round, round),
-            "base adapter": (header.base, base),
-            "schema": (header.schema, self._schema.fingerprint),
-            "codec": (header.codec, codec),
-        }
-        for what, (given, wanted) in expected.items():
-            if given != wanted:
-                raise MessageError(f"It names {what} {given}; expected {wanted}.")
-
-    def _unsealed(self, data: bytes) -> bytes:
-        sealed = keys.is_sealed(data)
-        if self.spec.sealing_key is None:
-            if sealed:
-                raise MessageError("It is sealed, but this federation has no sealing key.")
-            return data
-        if not sealed:
-            raise MessageError("It is not sealed; this federation takes sealed messages only.")
-        if self._unseal is None:
-            raise MessageError("It is sealed, and this coordinator was started without the key: give --key FILE.")
-        return self._unseal(data)
+    def _open(self, data: bytes, expected: Expected, max_bytes: int) -> Opened:
+        return open_message(
+            data,
+            expected,
+            max_bytes=max_bytes,
+            sealed=self.spec.sealing_key is not None,
+            unseal=self._unseal,
+            verify=partial(self._verified, expected.client_id),
+        )
 
     def _verified(self, client_id: str, digest: bytes, signature: bytes | None) -> bool:
         key = self.control.enrolment(client_id).verify_key

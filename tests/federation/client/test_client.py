@@ -5,6 +5,7 @@ import torch
 from light import SCHEMA, LightClient, NothingToDo, fake_training, found, run_rounds
 
 from fedfstq_hf.errors import BudgetError, MailboxError, UpdateConflictError
+from fedfstq_hf.federation import adapter_file
 from fedfstq_hf.federation.budgets import MessageBudget, open_budget
 from fedfstq_hf.federation.client.downlink import cheapest_download
 from fedfstq_hf.federation.client.participation import MailboxParticipation, local_seed
@@ -26,6 +27,7 @@ def test_an_assignment_says_all_that_training_needs(tmp_path):
     record = RoundRecord.from_json(mailbox.read(0, "round.json"))
     assert (assignment.round, assignment.global_step) == (0, 0)
     assert assignment.adapter_sha256 == record.adapter_sha256
+    assert record.adapter_digest == adapter_file.digest(SCHEMA, assignment.adapter)
     assert assignment.seed == local_seed(0, "a", 0)
     assert torch.equal(assignment.adapter, Coordinator(mailbox).adapter)
 
@@ -194,6 +196,7 @@ def make_record(round, update_bytes):
     return RoundRecord(
         round=round,
         adapter_sha256="",
+        adapter_digest="",
         adapter_bytes=100,
         schema="",
         opened_at=0.0,

@@ -396,4 +396,4 @@ def test_a_message_is_not_settled_by_what_became_of_its_refinement():
 
 def test_an_error_of_another_kind_in_a_record_is_still_told():
     with pytest.raises(MailboxError, match="cannot be read"):
-        RoundRecord.from_json(b'{"format": 2, "accepted": [], "refused": [], "late": [], "refinements": 3}')
+        RoundRecord.from_json(b'{"format": 3, "accepted": [], "refused": [], "late": [], "refinements": 3}')

@@ -222,7 +222,7 @@ def test_work_is_proportional_to_what_was_sent(tmp_path, monkeypatch):
 def test_what_was_refused_is_looked_at_again_when_others_are_enrolled(tmp_path):
     mailbox = found(tmp_path)
     sizes = [len(post(mailbox, name, ones(norm))) for name, norm in (("a", 1), ("b", 2))]
-    base = RoundRecord.from_json(mailbox.read(0, "round.json")).adapter_sha256
+    base = RoundRecord.from_json(mailbox.read(0, "round.json")).adapter_digest
     collector = Collector(mailbox, 0, num_params=SIZE, base=lambda round: base, selected=lambda round: None)
     spec, refs = FederationSpec.from_json(mailbox.read(0, "spec.json")), list(mailbox.list_updates(0))
     before, after = (Control(clients=dict.fromkeys(names, Enrolment())) for names in ("a", "ab"))

@@ -135,7 +135,7 @@ def test_a_message_of_an_older_round_is_refused(tmp_path):
     post(mailbox, "b", delta(1))
     coordinator = Coordinator(mailbox)
     coordinator.close_round()
-    base = coordinator.record.adapter_sha256
+    base = coordinator.record.adapter_digest
     payload = get_codec("fp32").encode(SCHEMA.unflatten(delta(1))).payload
     replayed = message.pack(message.Header(0, "a", 1, base, SCHEMA.fingerprint, "fp32"), payload)
     mailbox.post_update(1, "a", replayed)

@@ -28,7 +28,7 @@ class Box:
     def __init__(self, path, *, enrolments=None, unseal=None, **changes):
         self.mailbox = found_enrolled(path, enrolments or "ab", **changes)
         self.spec = FederationSpec.from_json(self.mailbox.read(0, "spec.json"))
-        self.base = RoundRecord.from_json(self.mailbox.read(0, "round.json")).adapter_sha256
+        self.base = RoundRecord.from_json(self.mailbox.read(0, "round.json")).adapter_digest
         control = Control.from_json(self.mailbox.read_control())
         self.screening = Screening(self.spec, SCHEMA, control, unseal)
 
