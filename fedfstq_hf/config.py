@@ -92,7 +92,9 @@ class FedFSTQConfig(LocalSwitches):
         if self.wait_seconds is not None and self.wait_seconds < 0:
             raise ConfigError(f"wait_seconds must be at least 0, or None to wait for ever; not {self.wait_seconds!r}.")
         if self.repo is not None:
-            from fedfstq_hf.federation.hub.address import checked_repo  # not at the top: it imports the Hub's client
+            from fedfstq_hf.federation.mailbox.protocol import (
+                checked_repo,  # not at the top: it imports the Hub's client
+            )
 
             checked_repo(self.repo)
         if self.uplink_budget is not None:

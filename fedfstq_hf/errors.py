@@ -50,3 +50,10 @@ class UpdateConflictError(MailboxError):
 
 class SessionBusyError(FedFSTQError):
     """Another process works in the same client state folder."""
+
+
+def no_federation(address: str) -> MailboxError:
+    """The error for a mailbox in which no round 0 was published."""
+    return MailboxError(
+        f"{address} holds no federation. Check the address, or make one with `fedfstq init {address} ...`."
+    )

@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 
-from fedfstq_hf.errors import MailboxError
-from fedfstq_hf.federation.coordinator import Coordinator
+from fedfstq_hf.errors import no_federation
 from fedfstq_hf.federation.key_files import coordinator_signer, coordinator_unseal
-from fedfstq_hf.federation.mailbox import SPEC_FILE, Mailbox, open_mailbox
+from fedfstq_hf.federation.mailbox.open import open_mailbox
+from fedfstq_hf.federation.mailbox.protocol import SPEC_FILE, Mailbox
+from fedfstq_hf.federation.server.coordinator import Coordinator
 from fedfstq_hf.federation.spec import FederationSpec
 from fedfstq_hf.reporting.card_maker import card_maker
 
@@ -21,7 +22,7 @@ def open_federation(address: str) -> tuple[Mailbox, FederationSpec]:
     """
     mailbox = open_mailbox(address)
     if mailbox.head() is None:
-        raise MailboxError(f"{address} holds no federation. Make one with `fedfstq init {address} ...`.")
+        raise no_federation(address)
     return mailbox, FederationSpec.from_json(mailbox.read(0, SPEC_FILE))
 
 

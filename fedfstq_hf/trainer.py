@@ -19,9 +19,9 @@ from transformers import Trainer, TrainerCallback, set_seed
 from fedfstq_hf.adapter import AdapterView
 from fedfstq_hf.config import FedFSTQConfig
 from fedfstq_hf.errors import ConfigError, DataError, MailboxError
-from fedfstq_hf.federation.client import Assignment, LocalResult, Participation
+from fedfstq_hf.federation.client.participation import Assignment, LocalResult, Participation
+from fedfstq_hf.federation.client.session import Settlement
 from fedfstq_hf.federation.scaffold import client_variate
-from fedfstq_hf.federation.session import Settlement
 from fedfstq_hf.federation.spec import FederationSpec
 from fedfstq_hf.sensitivity import TokenSensitivity
 from fedfstq_hf.sensitivity.table import SensitivityTable

@@ -79,8 +79,14 @@ def test_recipes(launcher, tmp_path):
         (["simulate", "nowhere.yaml"], "no recipe called 'nowhere.yaml'; Known:"),
         (["init", "box", "--recipe", "quickstart", "--method", "fstk"], "no method 'fstk'; it has fedavg, fstq."),
         (["train", "nowhere.yaml"], "There is no client file nowhere.yaml. Write one with the keys mailbox"),
-        (["serve", "nowhere"], "nowhere holds no federation. Make one with `fedfstq init nowhere ...`."),
-        (["status", "nowhere"], "nowhere holds no federation. Make one with `fedfstq init nowhere ...`."),
+        (
+            ["serve", "nowhere"],
+            "nowhere holds no federation. Check the address, or make one with `fedfstq init",
+        ),
+        (
+            ["status", "nowhere"],
+            "nowhere holds no federation. Check the address, or make one with `fedfstq init",
+        ),
         (["serve", "ftp://org/repo"], "No mailbox serves ftp:// addresses"),
         (["serve", "hf://org"], "hf://"),
         (["stop", "nowhere"], "nowhere holds no federation."),

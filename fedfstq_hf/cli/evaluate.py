@@ -51,7 +51,8 @@ def evaluate(
     if data is not None:
         changes["path"] = data
     quieten()
-    from fedfstq_hf.federation.mailbox import checked_name, open_mailbox
+    from fedfstq_hf.federation.mailbox.open import open_mailbox
+    from fedfstq_hf.federation.mailbox.protocol import checked_name
     from fedfstq_hf.recipe import apply_overrides
     from fedfstq_hf.running_coordinator import make_coordinator, open_federation
     from fedfstq_hf.running_evaluation import measure

@@ -56,7 +56,7 @@ def _ask(lines: Sequence[str], yes: bool) -> None:
 def status(mailbox: Annotated[str, typer.Argument(help="Address of a federation: hf://ORG/REPO or a folder.")]) -> None:
     """Rounds so far: who sent what, how many bytes, which quality."""
     quieten()
-    from fedfstq_hf.federation.mailbox import open_mailbox
+    from fedfstq_hf.federation.mailbox.open import open_mailbox
     from fedfstq_hf.reporting.status import render_status
 
     typer.echo(render_status(open_mailbox(mailbox)))

@@ -12,7 +12,7 @@ from fedfstq_hf.errors import ConfigError
 
 if TYPE_CHECKING:
     from fedfstq_hf.federation.keys import KeyPair
-    from fedfstq_hf.federation.mailbox import Mailbox
+    from fedfstq_hf.federation.mailbox.protocol import Mailbox
     from fedfstq_hf.federation.spec import FederationSpec
 
 app = typer.Typer()
@@ -132,7 +132,7 @@ def init(
 
 
 def _names(clients: str) -> list[str]:
-    from fedfstq_hf.federation.mailbox import checked_name
+    from fedfstq_hf.federation.mailbox.protocol import checked_name
 
     names = [checked_name(name.strip()) for name in clients.split(",") if name.strip()]
     if not names or len(set(names)) != len(names):
@@ -141,7 +141,7 @@ def _names(clients: str) -> list[str]:
 
 
 def _new_mailbox(address: str, layout: str | None, public: bool) -> Mailbox:
-    from fedfstq_hf.federation.mailbox import open_mailbox
+    from fedfstq_hf.federation.mailbox.open import open_mailbox
 
     if public and not address.startswith("hf://"):
         raise ConfigError("--public is for the Hub; who can read a folder is up to its permissions. Leave it out.")
@@ -150,19 +150,19 @@ def _new_mailbox(address: str, layout: str | None, public: bool) -> Mailbox:
 
 def _public_key(key: str) -> str:
     """The public key itself, or that of the key file."""
-    from fedfstq_hf.federation import keys
+    from fedfstq_hf.federation import key_files, keys
 
     if key.startswith("x25519:") and not Path(key).exists():
         keys.parse_public_key(key, "x25519")
         return key
-    return keys.load_signing_key(key).seal_key
+    return key_files.load_signing_key(key).seal_key
 
 
 def _founder(key: Path, sealing_key: str | None) -> KeyPair:
     """The keys that sign records; `serve` takes one key file, which must open sealed messages too."""
-    from fedfstq_hf.federation import keys
+    from fedfstq_hf.federation import key_files
 
-    pair = keys.load_signing_key(key)
+    pair = key_files.load_signing_key(key)
     if sealing_key not in (None, pair.seal_key):
         raise ConfigError(f"--key and --seal-to are of different key files. Type --seal-to {key} as well.")
     return pair

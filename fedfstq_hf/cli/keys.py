@@ -16,20 +16,20 @@ app = typer.Typer(no_args_is_help=True, help="Make and show the keys that sign m
 @app.command("new")
 def keys_new(path: Annotated[Path, typer.Argument(help="Key file to write; must not exist. Never share it.")]) -> None:
     """Make a private key file and print its public keys."""
-    from fedfstq_hf.federation import keys
+    from fedfstq_hf.federation import key_files, keys
 
     pair = keys.new_keypair()
     public = _describe(pair)
-    keys.save_keypair(path, pair)
+    key_files.save_keypair(path, pair)
     typer.echo(f"Wrote {path}. Keep it, and keep it to yourself. The public keys:\n{public}")
 
 
 @app.command("show")
 def keys_show(path: Annotated[Path, typer.Argument(help="Key file that `fedfstq keys new` wrote.")]) -> None:
     """Print the public keys of a key file."""
-    from fedfstq_hf.federation import keys
+    from fedfstq_hf.federation import key_files
 
-    typer.echo(_describe(keys.load_signing_key(path)))
+    typer.echo(_describe(key_files.load_signing_key(path)))
 
 
 def _describe(pair: KeyPair) -> str:

@@ -10,7 +10,7 @@ Byte by byte (H = length of the JSON text, N = payload bytes, no padding anywher
 
 `M` is canonical JSON (ASCII, no spaces, keys sorted), escaped as a JSON string, at most 512 bytes before escaping:
 `[version,round,num_examples,"client_id","codec",{params},"hashes"]`. `hashes` is base85 (RFC 1924 alphabet) of 96
-bytes, or 160 if signed: sha256 of the base adapter, schema fingerprint, digest, Ed25519 signature. The digest is
+bytes, or 160 if signed: digest of the base adapter, schema fingerprint, digest, Ed25519 signature. The digest is
 sha256 over `fedfstq message`, a newline, the canonical JSON of the list without `hashes`, the first two hashes, and the
 payload. There is exactly one byte string per header, payload and signature: anything else is refused.
 
@@ -55,7 +55,7 @@ _NO_SIGNATURE = bytes(SIGNATURE_BYTES)
 
 @dataclass(frozen=True)
 class Header:
-    """Who sent what, relative to what. base: hex sha256 of the published adapter; schema: `Schema.fingerprint`.
+    """Who sent what, relative to what. base: hex digest of the adapter it starts from; schema: `Schema.fingerprint`.
 
     Raises MessageError if a field is out of range (client ids: letters, digits, `.`, `_`, `-`, at most 64).
     """

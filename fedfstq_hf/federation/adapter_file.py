@@ -32,6 +32,15 @@ def dump(state: Mapping[str, Tensor]) -> bytes:
     return _save(contiguous, metadata={"format": "pt"})
 
 
+def digest(schema: Schema, adapter: Tensor) -> str:
+    """What messages name as their base: hex sha256 of the schema's fingerprint and the adapter's little-endian float32.
+
+    It follows from the vector alone, (num_params,) float32, so no file is needed to know it.
+    """
+    vector = adapter.detach().cpu().contiguous().numpy().astype("<f4", copy=False)
+    return hashlib.sha256(b"fedfstq adapter\n" + bytes.fromhex(schema.fingerprint) + vector.tobytes()).hexdigest()
+
+
 def load(data: bytes, *, expected_sha256: str | None = None, schema: Schema | None = None) -> dict[str, Tensor]:
     """The state dict in an adapter file.
 

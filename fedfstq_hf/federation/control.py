@@ -14,7 +14,7 @@ from typing import Any
 
 from fedfstq_hf.errors import ConfigError, MailboxError
 from fedfstq_hf.federation.keys import parse_public_key
-from fedfstq_hf.federation.mailbox import Mailbox, checked_name
+from fedfstq_hf.federation.mailbox.protocol import Mailbox, checked_name, checked_repo
 from fedfstq_hf.federation.untrusted import parse_object
 from fedfstq_hf.text import printable
 
@@ -45,8 +45,6 @@ class Enrolment:
         if self.max_examples is not None and (type(self.max_examples) is not int or self.max_examples < 1):
             raise ConfigError(f"max_examples must be a whole number of at least 1, not {self.max_examples!r}.")
         if self.repo is not None:
-            from fedfstq_hf.federation.hub.address import checked_repo  # not at the top: a folder needs no Hub
-
             checked_repo(self.repo)
         if self.account is not None and not isinstance(self.account, str):
             raise ConfigError(f"account must be the name of a Hub account, not {self.account!r:.40}.")

@@ -7,13 +7,11 @@ anything of the other. PyNaCl (libsodium) does the cryptography; it is imported 
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 import secrets
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 from types import ModuleType
 
 from fedfstq_hf.codec.message import SEALED_PREFIX, SIGNATURE_BYTES
@@ -22,8 +20,13 @@ from fedfstq_hf.errors import ConfigError, MessageError
 SEAL_OVERHEAD = len(SEALED_PREFIX) + 48  # an ephemeral public key and an authentication tag
 _KEY_BYTES = 32
 _DIGEST_BYTES = 32
-_FILE = re.compile(r"fedfstq private key, keep it secret\n([0-9a-f]{64})\n")
 _PUBLIC = re.compile(r"(ed25519|x25519):([0-9a-f]{64})")
+
+
+Sign = Callable[[bytes], bytes]
+"""Signs a digest: 32 bytes -> 64 bytes."""
+Unseal = Callable[[bytes], bytes]
+"""Opens what was sealed to a party's own key."""
 
 
 @dataclass(frozen=True)
@@ -50,43 +53,7 @@ def new_keypair() -> KeyPair:
     return KeyPair(secrets.token_bytes(_KEY_BYTES))
 
 
-def save_keypair(path: Path, keys: KeyPair) -> None:
-    """Write a key file that only its owner can read. Raises ConfigError if `path` exists or cannot be written."""
-    try:
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    except FileExistsError:
-        raise ConfigError(f"{path} exists already; it was left alone. Give the new key another file name.") from None
-    except OSError as error:
-        raise ConfigError(f"The key file {path} cannot be written: {error.strerror or error}.") from error
-    with os.fdopen(descriptor, "w", encoding="ascii") as file:
-        file.write(f"fedfstq private key, keep it secret\n{keys.seed.hex()}\n")
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def load_signing_key(path: Path | str) -> KeyPair:
-    """Read a key file. Raises ConfigError if it is missing, no key file, or readable by anyone but its owner."""
-    try:
-        with open(path, encoding="ascii") as file:
-            mode = os.fstat(file.fileno()).st_mode
-            text = file.read(200)
-    except FileNotFoundError:
-        raise ConfigError(f"There is no key file {path}. Make one: fedfstq keys new {path}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not text"
-        raise ConfigError(f"The key file {path} cannot be read: {reason}. Make one: fedfstq keys new KEYFILE") from None
-    if mode & 0o077:
-        raise ConfigError(
-            f"The key file {path} has mode {mode & 0o777:04o}: others on this machine can get at it. "
-            f"Type: chmod 600 {path}"
-        )
-    match = _FILE.fullmatch(text)
-    if not match:
-        raise ConfigError(f"{path} is no key file of this package. Make one: fedfstq keys new KEYFILE")
-    return KeyPair(bytes.fromhex(match[1]))
-
-
-def signer(keys: KeyPair, federation_id: str) -> Callable[[bytes], bytes]:
+def signer(keys: KeyPair, federation_id: str) -> Sign:
     """The `sign` of `message.pack`: 64-byte Ed25519 signature of a digest, good in one federation only."""
     signing = _nacl("signing").SigningKey(_derive(keys.seed, b"fedfstq sign"))
 

@@ -10,11 +10,11 @@ from typing import Any
 
 from fedfstq_hf import __version__
 from fedfstq_hf.errors import MailboxError
-from fedfstq_hf.federation.mailbox import checked_name
+from fedfstq_hf.federation.mailbox.protocol import checked_name
 from fedfstq_hf.federation.untrusted import parse_object
 from fedfstq_hf.text import printable
 
-FORMAT = 2
+FORMAT = 3
 FIGURES = ("num_examples", "weight", "norm", "scale")
 """Of an `AcceptedUpdate`; public records of sealed federations leave them out."""
 MAX_BYTES = 16 * 10**6
@@ -71,7 +71,8 @@ class RoundRecord:
 
     Attributes:
         round: 0 for the initial adapter; `r` for the adapter after `r` aggregations.
-        adapter_sha256: of the published `adapter_model.safetensors`; the base that updates of this round name.
+        adapter_sha256: of the published `adapter_model.safetensors`.
+        adapter_digest: of the adapter's vector (`adapter_file.digest`); the base that messages of this round name.
         adapter_bytes: its size in bytes.
         update_bytes: size of the packed change from the previous round, None where it was not published.
         opened_at, deadline: seconds since the epoch by the coordinator's clock; no deadline when None.
@@ -84,13 +85,14 @@ class RoundRecord:
         variate_sha256, variate_bytes: of the published control variate (SCAFFOLD); None and 0 without one.
         attached_bytes: what clients sent beside their updates (token sensitivities), used or not; in the last round.
         unpublished: why nothing was published of it; empty where something was, or nothing was sent.
-        sealed: in a sealed federation a box with the `FIGURES` of its updates (`federation.sealed_figures`), base64.
+        sealed: in a sealed federation a box with the `FIGURES` of its updates (`federation.signed_records`), base64.
         signature: of the founder (`federation.signed_records`), 128 hex digits; empty without one.
         package_version: of the coordinator.
     """
 
     round: int
     adapter_sha256: str
+    adapter_digest: str
     adapter_bytes: int
     schema: str
     opened_at: float
@@ -208,7 +210,7 @@ def _checked(kind: type, fields: Any) -> dict[str, Any]:
             raise ValueError(f"{field_.name} is {value!r:.60}, expected {field_.type}")
         if field_.name == "client_id":
             checked_name(value)
-        if field_.name.endswith("sha256") and not _SHA256.fullmatch(value):
+        if field_.name.endswith(("sha256", "digest")) and not _SHA256.fullmatch(value):
             raise ValueError(f"{field_.name} is {value!r:.60}, expected hex digits")
         if field_.name == "reason":
             fields["reason"] = value[:MAX_REASON]

@@ -22,9 +22,9 @@ from torch import Tensor
 
 from fedfstq_hf.codec import SparseUpdate
 from fedfstq_hf.errors import MailboxError
-from fedfstq_hf.federation import clipping
-from fedfstq_hf.federation.mailbox import VARIATE_FILE, Mailbox
+from fedfstq_hf.federation.mailbox.protocol import VARIATE_FILE, Mailbox
 from fedfstq_hf.federation.record import RoundRecord
+from fedfstq_hf.federation.server import clipping
 from fedfstq_hf.federation.spec import FederationSpec
 
 CARRIED = "scaffold.variate"

@@ -1,21 +1,64 @@
-"""Round records signed by who founded the federation, so that clients train from no adapter of somebody else.
+"""Round records as they lie in a mailbox: signed by the founder, with sealed figures, and read back.
 
 The spec names the founder's key and clients keep the spec, so a mailbox cannot change it under them. A record names the
 adapter by its digest, says who is asked, and what became of each message: whoever forges one decides all of that.
+
+A sealed federation's public records do not show examples, weight, norm and scale of single clients: they say what a
+client has and how much its training moved. Only the coordinator needs them again, to take previews back as they were
+counted. So it seals them to its own key, and the record carries the box.
 """
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import hashlib
-from collections.abc import Callable
+import json
+from typing import Any
 
 from fedfstq_hf.errors import ConfigError, MailboxError, MessageError
 from fedfstq_hf.federation import keys
-from fedfstq_hf.federation.record import RoundRecord
+from fedfstq_hf.federation.keys import Sign, Unseal
+from fedfstq_hf.federation.mailbox.protocol import RECORD_FILE, Mailbox
+from fedfstq_hf.federation.record import FIGURES, AcceptedUpdate, RoundRecord
 from fedfstq_hf.federation.spec import FederationSpec
+from fedfstq_hf.federation.untrusted import parse_object
 
-Sign = Callable[[bytes], bytes]
+_ENTRIES = ("accepted", "refinements")
+_MAX_BYTES = 10**8
+_KEPT = 64
+
+
+class Records:
+    """`records(round)` is the round's record, signed as the spec demands.
+
+    unseal: opens what a sealed federation's records hide, for the coordinator.
+    """
+
+    def __init__(self, mailbox: Mailbox, spec: FederationSpec, unseal: Unseal | None = None) -> None:
+        self._mailbox = mailbox
+        self._spec = spec
+        self._unseal = unseal
+        self._kept: dict[int, RoundRecord] = {}
+
+    def __call__(self, round: int) -> RoundRecord:
+        """Raises `MailboxError` if there is no such round, or its record cannot be read or is forged."""
+        if round not in self._kept:
+            record = RoundRecord.from_json(self._mailbox.read(round, RECORD_FILE))
+            if record.round != round:
+                raise MailboxError(
+                    f"{self._mailbox.address} holds the record of round {record.round} where that of round {round} "
+                    "belongs. Restore it from a backup."
+                )
+            check_record(record, self._spec)
+            self.add(record if self._unseal is None else open_figures(record, self._unseal))
+        return self._kept[round]
+
+    def add(self, record: RoundRecord) -> None:
+        """Keep a record that is known already."""
+        self._kept[record.round] = record
+        while len(self._kept) > _KEPT:
+            del self._kept[next(iter(self._kept))]
 
 
 def sign_record(record: RoundRecord, spec: FederationSpec, sign: Sign | None) -> RoundRecord:
@@ -49,3 +92,43 @@ def check_record(record: RoundRecord, spec: FederationSpec) -> None:
 
 def _digest(record: RoundRecord) -> bytes:
     return hashlib.sha256(b"fedfstq record\n" + dataclasses.replace(record, signature="").to_json()).digest()
+
+
+def seal_figures(record: RoundRecord, seal_key: str) -> RoundRecord:
+    """The record with its figures in a box as well; `RoundRecord.to_json` then writes them nowhere else."""
+    content: dict[str, Any] = {
+        name: [[getattr(update, figure) for figure in FIGURES] for update in getattr(record, name)] for name in _ENTRIES
+    }
+    content["adapter"] = record.adapter_sha256  # no box of another record
+    box = keys.seal(seal_key, json.dumps(content, separators=(",", ":")).encode())
+    return dataclasses.replace(record, sealed=base64.b64encode(box).decode())
+
+
+def open_figures(record: RoundRecord, unseal: Unseal) -> RoundRecord:
+    """The record with the figures from its box; as it is where it has none.
+
+    Raises:
+        MailboxError: the box is damaged, of another record, or sealed to another key.
+    """
+    if record.sealed is None:
+        return record
+    what = f"The box of figures in the record of round {record.round}"
+    try:
+        content = parse_object(unseal(base64.b64decode(record.sealed, validate=True)), what, max_bytes=_MAX_BYTES)
+        if content["adapter"] != record.adapter_sha256:
+            raise ValueError("it is another record's")
+        opened: dict[str, Any] = {name: _with_figures(getattr(record, name), content[name]) for name in _ENTRIES}
+    except (MessageError, ValueError, KeyError, TypeError) as error:
+        raise MailboxError(
+            f"{what} cannot be opened: {error}. Restore the record from the mailbox's history."
+        ) from error
+    return dataclasses.replace(record, **opened)
+
+
+def _with_figures(updates: tuple[AcceptedUpdate, ...], rows: list[list[Any]]) -> tuple[AcceptedUpdate, ...]:
+    if any(type(value) not in (int, float) or value < 0 for row in rows for value in row):
+        raise ValueError("it holds something else than figures")
+    return tuple(
+        dataclasses.replace(update, **dict(zip(FIGURES, row, strict=True)))
+        for update, row in zip(updates, rows, strict=True)
+    )

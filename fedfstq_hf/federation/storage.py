@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import logging
 import os
 import re
@@ -23,6 +22,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO
 
+from filelock import lock_descriptor
+
 from fedfstq_hf.errors import MailboxError
 
 logger = logging.getLogger(__name__)
@@ -32,8 +33,11 @@ ASIDE_PREFIX = ".aside-"
 LOCK_SECONDS = 10.0
 """Who waits for a lock of a mailbox waits no longer: anybody who may read its file can hold it for ever."""
 
-_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
-_FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+# Where a system has no such flag, a mailbox can be imported and not opened.
+_NOFOLLOW, _NONBLOCK = getattr(os, "O_NOFOLLOW", 0), getattr(os, "O_NONBLOCK", 0)
+_CLOEXEC = getattr(os, "O_CLOEXEC", 0)
+_FOLDER = os.O_RDONLY | getattr(os, "O_DIRECTORY", 0) | _CLOEXEC
+_FILE = os.O_RDONLY | _NOFOLLOW | _NONBLOCK | getattr(os, "O_NOCTTY", 0) | _CLOEXEC
 _NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK}
 _TRIES = 3
 _KINDS = {
@@ -87,7 +91,7 @@ def opened_folder(path: Path, below: Path | None = None) -> Iterator[int]:
 
 def _opened(name: str, folder: int) -> int:
     try:
-        return os.open(name, _FOLDER | os.O_NOFOLLOW, dir_fd=folder)
+        return os.open(name, _FOLDER | _NOFOLLOW, dir_fd=folder)
     except OSError as error:
         if error.errno not in (errno.ENOTDIR, errno.ELOOP):
             raise
@@ -244,7 +248,7 @@ def create_folder(path: Path, files: Mapping[str, bytes], *, durable: bool = Tru
     """Atomically create a folder with its files: False if a non-empty one, or something else, is there already."""
     with _writing(path, below) as (folder, temporary):
         os.mkdir(temporary, dir_fd=folder)
-        inside = os.open(temporary, _FOLDER | os.O_NOFOLLOW, dir_fd=folder)
+        inside = os.open(temporary, _FOLDER | _NOFOLLOW, dir_fd=folder)
         try:
             for name, data in files.items():
                 _write_file(name, data, inside, durable)
@@ -297,7 +301,7 @@ def open_lock(path: Path, *, below: Path | None = None) -> IO[bytes]:
         if below is None:
             return open(path, "ab")
         with opened_folder(path.parent, below) as folder:
-            return open(path.name, "ab", opener=_opener(folder, os.O_NOFOLLOW | os.O_NONBLOCK))
+            return open(path.name, "ab", opener=_opener(folder, _NOFOLLOW | _NONBLOCK))
     except OSError as error:
         raise MailboxError(f"Could not open {path}: {error.strerror or error}.{_hint(error)}") from error
 
@@ -316,15 +320,13 @@ def locked(path: Path, *, below: Path | None = None) -> Iterator[bool]:
 def _lock(file: IO[bytes], until: float) -> bool:
     while True:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if time.monotonic() > until:
-                return False
-            time.sleep(0.005)
-        except OSError:
+            if lock_descriptor(file.fileno(), blocking=False):
+                return True
+        except OSError:  # locks are not served here
             return True
-        else:
-            return True
+        if time.monotonic() > until:
+            return False
+        time.sleep(0.005)
 
 
 # -- inside -----------------------------------------------------------------------------------------------------------
@@ -349,7 +351,7 @@ def _writing(target: Path, below: Path | None) -> Iterator[tuple[int, str]]:
 
 def _write_file(name: str, data: bytes, folder: int, durable: bool) -> None:
     """Write a file that is not there yet, and whose name nobody reads yet."""
-    with open(name, "wb", opener=_opener(folder, os.O_EXCL | os.O_NOFOLLOW)) as file:
+    with open(name, "wb", opener=_opener(folder, os.O_EXCL | _NOFOLLOW)) as file:
         file.write(data)
         if durable:
             file.flush()

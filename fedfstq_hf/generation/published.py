@@ -12,7 +12,7 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from fedfstq_hf.adapter_config import MAX_BYTES
 from fedfstq_hf.errors import AdapterMismatchError, ConfigError
-from fedfstq_hf.federation.mailbox import ADAPTER_CONFIG_FILE
+from fedfstq_hf.federation.mailbox.protocol import ADAPTER_CONFIG_FILE
 from fedfstq_hf.federation.untrusted import parse_object
 from fedfstq_hf.generation.saliency import Saliency, tokenizer_fingerprint
 from fedfstq_hf.generation.saliency_file import FILE_NAME, unpack

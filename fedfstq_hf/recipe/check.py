@@ -68,7 +68,7 @@ def _check_refinement_budget(method: RecipeMethod) -> None:
 
 
 def _check_server(method: RecipeMethod) -> None:
-    from fedfstq_hf.federation.aggregation import check_server
+    from fedfstq_hf.federation.server.aggregation import check_server
 
     check_server(method.server.to_yaml())
 

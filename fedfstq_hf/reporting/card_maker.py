@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from fedfstq_hf.federation.publication import CardMaker, RoundFacts
+from fedfstq_hf.federation.server.publication import CardMaker, RoundFacts
 from fedfstq_hf.reporting.card import root_files
 
 _HUB = "hf://"

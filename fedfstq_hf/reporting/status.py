@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from fedfstq_hf.errors import MailboxError
+from fedfstq_hf.errors import no_federation
 from fedfstq_hf.federation.control import read_control
-from fedfstq_hf.federation.mailbox import SPEC_FILE, Mailbox
-from fedfstq_hf.federation.posted_metrics import read_metrics
+from fedfstq_hf.federation.mailbox.posted_metrics import read_metrics
+from fedfstq_hf.federation.mailbox.protocol import SPEC_FILE, Mailbox
 from fedfstq_hf.federation.record import RoundRecord
-from fedfstq_hf.federation.records import Records
+from fedfstq_hf.federation.signed_records import Records
 from fedfstq_hf.federation.spec import FederationSpec
 from fedfstq_hf.reporting.units import format_bytes
 from fedfstq_hf.text import printable
@@ -46,9 +46,7 @@ def render_status(mailbox: Mailbox) -> str:
     """
     head = mailbox.head()
     if head is None:
-        raise MailboxError(
-            f"{mailbox.address} holds no federation. Make one with `fedfstq init {mailbox.address} ...`."
-        )
+        raise no_federation(mailbox.address)
     spec = FederationSpec.from_json(mailbox.read(0, SPEC_FILE))
     name, model, codec = map(printable, (spec.name, spec.model, spec.method.codec))
     lines = [f"{name}: {model}, codec {codec}, {spec.rounds} rounds of {spec.local_steps} local steps"]

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import lock_descriptor
 
 from fedfstq_hf.errors import ConfigError
 from fedfstq_hf.federation import storage
@@ -153,16 +154,10 @@ class _alone:
         self._path = root / _LOCK_FILE
 
     def __enter__(self) -> None:
-        import fcntl
-
         self._file = open(self._path, "w")
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        if not lock_descriptor(self._file.fileno(), blocking=False):
             self._file.close()
-            raise ConfigError(
-                f"Another process runs the ledger in {self._path.parent}. Wait for it, or end it."
-            ) from None
+            raise ConfigError(f"Another process runs the ledger in {self._path.parent}. Wait for it, or end it.")
 
     def __exit__(self, *exception: object) -> None:
         self._file.close()

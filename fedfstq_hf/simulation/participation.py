@@ -16,14 +16,14 @@ from torch import Tensor
 
 from fedfstq_hf.errors import FedFSTQError
 from fedfstq_hf.federation import storage
-from fedfstq_hf.federation.client import Assignment, LocalResult, local_seed, store_message
-from fedfstq_hf.federation.coordinator import Coordinator
-from fedfstq_hf.federation.downlink import cheapest_download
-from fedfstq_hf.federation.local import FolderMailbox
-from fedfstq_hf.federation.mailbox import RECORD_FILE
+from fedfstq_hf.federation.client.downlink import cheapest_download
+from fedfstq_hf.federation.client.participation import Assignment, LocalResult, local_seed, store_message
+from fedfstq_hf.federation.client.session import Caps, ClientSession, says_nothing_yet
+from fedfstq_hf.federation.mailbox.folder import FolderMailbox
+from fedfstq_hf.federation.mailbox.protocol import RECORD_FILE
 from fedfstq_hf.federation.record import RoundRecord, expected_messages
 from fedfstq_hf.federation.scaffold import read_variate
-from fedfstq_hf.federation.session import Caps, ClientSession, says_nothing_yet
+from fedfstq_hf.federation.server.coordinator import Coordinator
 from fedfstq_hf.simulation.network import LinkProfile, LinkRates, round_cost
 from fedfstq_hf.simulation.packets import Delivery, deliver
 from fedfstq_hf.simulation.plan import RoundPlan

@@ -25,10 +25,10 @@ from transformers import PrinterCallback
 from fedfstq_hf.errors import ConfigError
 from fedfstq_hf.evaluation import Evaluator
 from fedfstq_hf.federation import storage
+from fedfstq_hf.federation.client.session import Caps
 from fedfstq_hf.federation.founding import found_federation
-from fedfstq_hf.federation.local import FolderMailbox
-from fedfstq_hf.federation.mailbox import ADAPTER_CONFIG_FILE, ADAPTER_FILE, SPEC_FILE
-from fedfstq_hf.federation.session import Caps
+from fedfstq_hf.federation.mailbox.folder import FolderMailbox
+from fedfstq_hf.federation.mailbox.protocol import ADAPTER_CONFIG_FILE, ADAPTER_FILE, SPEC_FILE
 from fedfstq_hf.founding import Founding, found, make_spec, training_arguments
 from fedfstq_hf.recipe import Recipe, validate
 from fedfstq_hf.recipe.method import RecipeMethod, TimeCap

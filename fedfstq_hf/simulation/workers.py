@@ -26,12 +26,12 @@ from torch import Tensor
 from fedfstq_hf.codec.budget import Budgets, open_budget, open_refinement_budget
 from fedfstq_hf.errors import FedFSTQError
 from fedfstq_hf.evaluation import Evaluator
-from fedfstq_hf.federation.client import Assignment, LocalResult, local_seed, store_message
-from fedfstq_hf.federation.local import FolderMailbox
-from fedfstq_hf.federation.mailbox import RECORD_FILE
+from fedfstq_hf.federation.client.participation import Assignment, LocalResult, local_seed, store_message
+from fedfstq_hf.federation.client.session import Caps, ClientSession
+from fedfstq_hf.federation.mailbox.folder import FolderMailbox
+from fedfstq_hf.federation.mailbox.protocol import RECORD_FILE
 from fedfstq_hf.federation.record import RoundRecord
 from fedfstq_hf.federation.scaffold import read_variate
-from fedfstq_hf.federation.session import Caps, ClientSession
 from fedfstq_hf.federation.spec import FederationSpec
 from fedfstq_hf.simulation.processes import start_method, warm_up
 

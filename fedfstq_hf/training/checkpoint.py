@@ -25,8 +25,8 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from fedfstq_hf.errors import ConfigError
 from fedfstq_hf.federation import storage
-from fedfstq_hf.federation.client import Assignment
-from fedfstq_hf.federation.mailbox import ADAPTER_FILE
+from fedfstq_hf.federation.client.participation import Assignment
+from fedfstq_hf.federation.mailbox.protocol import ADAPTER_FILE
 from fedfstq_hf.federation.spec import FederationSpec
 from fedfstq_hf.training.binarisation import Binarisation
 from fedfstq_hf.training.observing import StepObserver

@@ -12,12 +12,12 @@ from fedfstq_hf.adapter import AdapterView, base_fingerprint, check_same_adapter
 from fedfstq_hf.codec.budget import open_budget, open_refinement_budget
 from fedfstq_hf.config import FedFSTQConfig
 from fedfstq_hf.errors import BudgetError, ConfigError, MailboxError
-from fedfstq_hf.federation.agreement import agree, is_agreed, read_terms, summary
-from fedfstq_hf.federation.client import MailboxParticipation
+from fedfstq_hf.federation.client.agreement import agree, is_agreed, read_terms, summary
+from fedfstq_hf.federation.client.participation import MailboxParticipation
+from fedfstq_hf.federation.client.session import ClientSession
 from fedfstq_hf.federation.key_files import client_signer
 from fedfstq_hf.federation.limits import BITSANDBYTES_OPTIMIZERS
-from fedfstq_hf.federation.mailbox import open_mailbox
-from fedfstq_hf.federation.session import ClientSession
+from fedfstq_hf.federation.mailbox.open import open_mailbox
 from fedfstq_hf.federation.spec import FederationSpec
 from fedfstq_hf.training.observing import probe_state, token_table
 from fedfstq_hf.training.private_state import make_state_folder, state_folder

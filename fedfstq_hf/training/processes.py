@@ -18,8 +18,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fedfstq_hf.errors import ConfigError, FedFSTQError
-from fedfstq_hf.federation.client import Assignment, LocalResult, Participation
-from fedfstq_hf.federation.session import ClientSession, Settlement
+from fedfstq_hf.federation.client.participation import Assignment, LocalResult, Participation
+from fedfstq_hf.federation.client.session import ClientSession, Settlement
 from fedfstq_hf.federation.spec import FederationSpec
 
 HEARTBEAT_SECONDS = 30.0

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from fedfstq_hf.config import FedFSTQConfig
-from fedfstq_hf.federation.client import Assignment, Participation
+from fedfstq_hf.federation.client.participation import Assignment, Participation
 from fedfstq_hf.federation.spec import FederationSpec
 from fedfstq_hf.training.binarisation import Binarisation
 from fedfstq_hf.training.checkpoint import CheckpointStates, Place, Saved

@@ -13,7 +13,7 @@ from transformers import Trainer
 from fedfstq_hf.adapter import AdapterView
 from fedfstq_hf.config import FedFSTQConfig
 from fedfstq_hf.errors import ConfigError, NonFiniteError
-from fedfstq_hf.federation.client import Assignment
+from fedfstq_hf.federation.client.participation import Assignment
 from fedfstq_hf.federation.spec import FederationSpec
 from fedfstq_hf.methods import LocalSwitches
 from fedfstq_hf.sensitivity import AdapterFisher

@@ -22,9 +22,9 @@ import torch
 
 from fedfstq_hf.codec import CodecContext, Schema, get_codec, message
 from fedfstq_hf.federation import adapter_file
-from fedfstq_hf.federation.coordinator import Coordinator
 from fedfstq_hf.federation.founding import found_federation
-from fedfstq_hf.federation.local import FolderMailbox
+from fedfstq_hf.federation.mailbox.folder import FolderMailbox
+from fedfstq_hf.federation.server.coordinator import Coordinator
 from fedfstq_hf.federation.spec import FederationSpec
 
 ROWS = 4096
@@ -80,7 +80,7 @@ def fill(folder: Path, clients: int, num_params: int, bpp: float) -> tuple[Folde
     delta = {name: torch.randn(tensor.shape, generator=generator) * 1e-3 for name, tensor in state.items()}
     encoded = get_codec("fstq").encode(delta, max_bytes=int(bpp * schema.num_params / 8))
     for index in range(clients):
-        header = message.Header(0, f"c{index:05d}", 10, record.adapter_sha256, schema.fingerprint, "fstq", {})
+        header = message.Header(0, f"c{index:05d}", 10, record.adapter_digest, schema.fingerprint, "fstq", {})
         mailbox.post_update(0, header.client_id, message.pack(header, encoded.payload))
     return mailbox, encoded.payload, schema
 

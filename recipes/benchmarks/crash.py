@@ -31,8 +31,8 @@ import torch
 import fedfstq_hf.running_client  # noqa: F401 - imported once here, for all processes that are forked
 from fedfstq_hf.cli import main as fedfstq
 from fedfstq_hf.demo import make_examples  # noqa: F401
-from fedfstq_hf.federation.local import FolderMailbox
-from fedfstq_hf.federation.mailbox import RECORD_FILE
+from fedfstq_hf.federation.mailbox.folder import FolderMailbox
+from fedfstq_hf.federation.mailbox.protocol import RECORD_FILE
 from fedfstq_hf.federation.record import RoundRecord
 
 COORDINATOR = "coordinator"

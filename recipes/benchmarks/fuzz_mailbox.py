@@ -67,11 +67,11 @@ def make_stage(root: Path) -> Stage:
     """Found the honest federations that cases start from: plain, with refinements, with control variates, ..."""
     import fedfstq_hf.recipe as recipes
     from fedfstq_hf.codec.budget import MessageBudget
-    from fedfstq_hf.federation.client import LocalResult, MailboxParticipation
-    from fedfstq_hf.federation.coordinator import Coordinator
+    from fedfstq_hf.federation.client.participation import LocalResult, MailboxParticipation
+    from fedfstq_hf.federation.client.session import ClientSession
     from fedfstq_hf.federation.founding import found_federation
-    from fedfstq_hf.federation.local import FolderMailbox
-    from fedfstq_hf.federation.session import ClientSession
+    from fedfstq_hf.federation.mailbox.folder import FolderMailbox
+    from fedfstq_hf.federation.server.coordinator import Coordinator
     from fedfstq_hf.founding import found, make_spec
 
     root.mkdir(parents=True, exist_ok=True)

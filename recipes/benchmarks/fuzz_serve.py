@@ -84,12 +84,12 @@ def _template(root: Path, name: str, state: dict[str, Any], rounds: int) -> Temp
     from fedfstq_hf.codec import Schema
     from fedfstq_hf.codec.budget import MessageBudget
     from fedfstq_hf.federation import adapter_file
-    from fedfstq_hf.federation.client import LocalResult, MailboxParticipation
+    from fedfstq_hf.federation.client.participation import LocalResult, MailboxParticipation
+    from fedfstq_hf.federation.client.session import ClientSession
     from fedfstq_hf.federation.control import Control, Enrolment
-    from fedfstq_hf.federation.coordinator import Coordinator
     from fedfstq_hf.federation.founding import found_federation
-    from fedfstq_hf.federation.local import FolderMailbox
-    from fedfstq_hf.federation.session import ClientSession
+    from fedfstq_hf.federation.mailbox.folder import FolderMailbox
+    from fedfstq_hf.federation.server.coordinator import Coordinator
     from fedfstq_hf.federation.spec import FederationSpec
     from fedfstq_hf.methods import MethodSettings
 
@@ -177,8 +177,8 @@ def run_case(stage: Stage, seed: int) -> str:
 def _serve(box: Path, template: Template, *, card: bool) -> str:
     """What `fedfstq serve --once` does, started anew; the deadline of the round has not passed."""
     from fedfstq_hf.federation import adapter_file
-    from fedfstq_hf.federation.coordinator import Coordinator
-    from fedfstq_hf.federation.local import FolderMailbox
+    from fedfstq_hf.federation.mailbox.folder import FolderMailbox
+    from fedfstq_hf.federation.server.coordinator import Coordinator
     from fedfstq_hf.generation.federated import join_saliency
     from fedfstq_hf.reporting.card_maker import card_maker
 

@@ -2,8 +2,8 @@
 
 Run it from a checkout: `python recipes/benchmarks/hub.py --clients 20 --rounds 10 --layout all`, and with
 `--kills 100` to SIGKILL the coordinator and the clients that many times each. Clients are real sessions with the real
-Hub client; only their training is a pure function. The Hub is `tests/hub`, in a process of its own. Each layout's final
-adapter is compared with that of the same federation in a folder.
+Hub client; only their training is a pure function. The Hub is `tests/loopback_hub`, in its own process.
+Each layout's final adapter is compared with that of the same federation in a folder.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 CHECKOUT = Path(__file__).parents[2]
-sys.path.insert(0, str(CHECKOUT))
+sys.path[:0] = [str(CHECKOUT), str(CHECKOUT / "tests" / "federation")]
 
 LAYOUTS = ("own", "shared", "pull-request")
 ADDRESS = "hf://lab/run"
@@ -61,7 +61,7 @@ def main() -> None:
 def run_layout(layout: str, options: argparse.Namespace) -> dict[str, Any]:
     """One federation on a Hub of its own; returns its figures."""
     from tests.federation.light import make_spec
-    from tests.hub.loopback import RemoteHub
+    from tests.loopback_hub.loopback import RemoteHub
 
     names = [f"c{index:02d}" for index in range(options.clients)]
     spec = make_spec(
@@ -135,9 +135,9 @@ def run_layout(layout: str, options: argparse.Namespace) -> dict[str, Any]:
 def folder_adapter(spec: Any, names: list[str], folder: Path) -> bytes:
     """The final adapter of the same federation in a folder mailbox."""
     from fedfstq_hf.federation import adapter_file
-    from fedfstq_hf.federation.coordinator import Coordinator
     from fedfstq_hf.federation.founding import found_federation
-    from fedfstq_hf.federation.local import FolderMailbox
+    from fedfstq_hf.federation.mailbox.folder import FolderMailbox
+    from fedfstq_hf.federation.server.coordinator import Coordinator
     from tests.federation.light import LightClient, initial_state, run_rounds
 
     mailbox = FolderMailbox(folder, durable=False)
@@ -176,7 +176,7 @@ class Crew:
 
     def mailbox(self, token: str, **options: Any) -> Any:
         """The federation's mailbox, seen with a token."""
-        from fedfstq_hf.federation.hub.mailbox import HubMailbox
+        from fedfstq_hf.federation.mailbox.hub.mailbox import HubMailbox
 
         return HubMailbox(ADDRESS, token=token, **options)
 
@@ -224,15 +224,15 @@ class Crew:
 
     def coordinate(self) -> None:
         """The coordinator's process."""
-        from fedfstq_hf.federation.coordinator import Coordinator
+        from fedfstq_hf.federation.server.coordinator import Coordinator
 
         Coordinator(self.mailbox(self.work["owner"])).serve(poll_seconds=self.work["poll"])
 
     def take_part(self, name: str) -> None:
         """A client's process."""
         from fedfstq_hf.codec.budget import MessageBudget
-        from fedfstq_hf.federation.client import MailboxParticipation
-        from fedfstq_hf.federation.session import ClientSession
+        from fedfstq_hf.federation.client.participation import MailboxParticipation
+        from fedfstq_hf.federation.client.session import ClientSession
         from tests.federation.light import SCHEMA, fake_training
 
         session = ClientSession(name, self.spec, SCHEMA, folder=Path(self.work["folder"]) / name)

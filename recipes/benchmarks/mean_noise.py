@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 
-from fedfstq_hf.federation.mailbox import RECORD_FILE
+from fedfstq_hf.federation.mailbox.protocol import RECORD_FILE
 from fedfstq_hf.federation.record import AcceptedUpdate, RoundRecord
 
 COLUMNS = ("noise", "by examples", "by bytes", "off")

@@ -12,20 +12,20 @@ _OBJECTIVE = ("tests/sensitivity/test_objective.py",)
 _LOSS = ("tests/sensitivity/test_cross_entropy.py",)
 _OPTIONS = ("tests/test_config.py", "tests/sensitivity/test_objective.py", "tests/training/test_fisher_options.py")
 _SELECTION = ("tests/generation/test_selection.py",)
-_SERVER = ("tests/federation/test_server_optimizers.py", "tests/federation/test_aggregation.py")
+_SERVER = ("tests/federation/server/test_server_optimizers.py", "tests/federation/server/test_aggregation.py")
 _UPDATE = ("tests/codec/test_update.py",)
 _MESSAGE = ("tests/codec/test_message.py", "tests/codec/test_format.py", "tests/attacks/test_container.py")
 _SCALE = ("tests/training/test_sensitivity_scale.py",)
 _SESSION = (
-    "tests/federation/test_session.py",
-    "tests/federation/test_session_sizes.py",
+    "tests/federation/client/test_session.py",
+    "tests/federation/client/test_session_sizes.py",
     "tests/federation/test_budget_share.py",
 )
 _VARIATES = ("tests/federation/test_scaffold.py",)
-_SCREENING = ("tests/federation/test_screening.py", "tests/attacks/client/test_client_attachments.py")
-_CLIPPING = ("tests/attacks/client/test_client_clipping.py", "tests/federation/test_collecting.py")
+_SCREENING = ("tests/federation/server/test_screening.py", "tests/attacks/client/test_client_attachments.py")
+_CLIPPING = ("tests/attacks/client/test_client_clipping.py", "tests/federation/server/test_collecting.py")
 _COLLECTING = (
-    "tests/federation/test_collecting.py",
+    "tests/federation/server/test_collecting.py",
     "tests/federation/test_weights.py",
     "tests/attacks/client/test_client_changing.py",
     "tests/attacks/client/test_client_clipping.py",
@@ -143,7 +143,7 @@ MUTANTS: list[tuple[str, tuple[str, ...], Changes]] = [
         ],
     ),
     (
-        "federation/aggregation.py",
+        "federation/server/aggregation.py",
         _SERVER,
         [
             ("update.add_to(self._sum, weight * scale)", "update.add_to(self._sum, weight)"),
@@ -164,7 +164,7 @@ MUTANTS: list[tuple[str, tuple[str, ...], Changes]] = [
         ],
     ),
     (
-        "federation/server_optimizers.py",
+        "federation/server/server_optimizers.py",
         _SERVER,
         [
             ("gradient = -parameter.grad if group", "gradient = parameter.grad if group"),
@@ -234,15 +234,13 @@ MUTANTS: list[tuple[str, tuple[str, ...], Changes]] = [
         ],
     ),
     (
-        "federation/session.py",
+        "federation/client/session.py",
         _SESSION,
         [
             ("or round <= self.last_round", "or round < self.last_round"),
             ("self.pending is not None or round <= self.last_round", "round <= self.last_round"),
             ("not bool(tensor.isfinite().all())", "bool(tensor.isnan().any())"),
             ("pending is None or record.round <= pending.round", "pending is None or record.round < pending.round"),
-            ("residual = self._feedback.after(pending.corrected, sent)", "residual = pending.corrected"),
-            ("self.spec.error_feedback > 0 and bool(residual.any())", "bool(residual.any())"),
             ("room = math.floor(room * self.spec.budget_share(num_examples))", "pass"),
             ("overhead += keys.SEAL_OVERHEAD if self.spec.sealing_key is not None else 0", "pass"),
             ("room = max(0, min(room, (cap", "room = max(0, max(room, (cap"),
@@ -252,23 +250,22 @@ MUTANTS: list[tuple[str, tuple[str, ...], Changes]] = [
                 "return pending.refinement is not None and not message",
                 "return pending.refinement is None and not message",
             ),
-            ("fcntl.LOCK_EX | fcntl.LOCK_NB", "fcntl.LOCK_SH | fcntl.LOCK_NB"),
+            ("lock_descriptor(file.fileno(), blocking=False)", "True"),
             ("if schema.fingerprint != spec.schema:", "if False:"),
-            ("return readable if seal_key is None else keys.seal(seal_key, readable)", "return readable"),
             ("float(torch.linalg.vector_norm(self.residual))", "float(self.residual.sum())"),
             ("room = (max_bytes - overhead) // (2 if self._has_variate else 1)", "room = max_bytes - overhead"),
             (
-                "corrected(turn.put(turn.take(self.travelling.take(delta))), self",
-                "corrected(self.travelling.take(delta), self",
+                "corrected(turn.put(turn.take(self.trained.take(delta))))",
+                "corrected(self.trained.take(delta))",
             ),
             (
-                "self.spec.refinement_budget is not None and not self.spec.refines(round)",
-                "self.spec.refinement_budget is not None",
+                "self.spec.method.refinement_budget is not None and not self.spec.refines(round)",
+                "self.spec.method.refinement_budget is not None",
             ),
         ],
     ),
     (
-        "federation/session.py",
+        "federation/client/session.py",
         _VARIATES,
         [
             (
@@ -280,18 +277,13 @@ MUTANTS: list[tuple[str, tuple[str, ...], Changes]] = [
         ],
     ),
     (
-        "federation/screening.py",
+        "federation/server/screening.py",
         _SCREENING,
         [
             ("if not self.control.enrolled(ref.client_id):", "if False:"),
             ("if selected is not None and ref.client_id not in selected:", "if False:"),
             ("if ref.num_bytes > self.max_bytes:", "if ref.num_bytes > self.spec.max_message_bytes - 1:"),
             ("+ (keys.SEAL_OVERHEAD if self.spec.sealing_key else 0)", ""),
-            ('"client": (header.client_id, client_id)', '"client": (client_id, client_id)'),
-            ('"round": (header.round, round),', ""),
-            ('"base adapter": (header.base, base),', ""),
-            ('"schema": (header.schema, self._schema.fingerprint),', ""),
-            ('"codec": (header.codec, codec),', ""),
             ("if header.num_examples < 1:", "if header.num_examples < 0:"),
             ("if (header.params == message.REFINEMENT_PARAMS) != ref.refinement:", "if False:"),
             ("if not math.isfinite(norm) or (", "if ("),
@@ -299,18 +291,29 @@ MUTANTS: list[tuple[str, tuple[str, ...], Changes]] = [
             ("if self.spec.signatures:", "if False:"),
             ("if signature is None:", "if False:"),
             ("        keys.verify(key, self.spec.id, digest, signature)\n", ""),
-            ("            if sealed:\n", "            if False:\n"),
-            ("if not sealed:", "if False:"),
-            ("if self._unseal is None:", "if False:"),
             ("if header.params != PAIR_PARAMS:", "if False:"),
             ("if len(data) != ref.num_bytes:", "if False:"),
             ("if not pair and header.params not in ({}, message.REFINEMENT_PARAMS):", "if False:"),
-            ("if len(payload) > max_bytes:", "if False:"),
-            ("        self._verified(client_id, digest, signature)\n        return payload", "        return payload"),
+            ("if len(opened.payload) > max_bytes:", "if False:"),
         ],
     ),
     (
-        "federation/clipping.py",
+        "federation/envelope.py",
+        _SCREENING,
+        [
+            ('"client": (header.client_id, expected.client_id),', ""),
+            ('"round": (header.round, expected.round),', ""),
+            ('"base adapter": (header.base, expected.base),', ""),
+            ('"schema": (header.schema, expected.schema),', ""),
+            ('"codec": (header.codec, expected.codec),', ""),
+            ("if keys.is_sealed(data) != sealed:", "if sealed and not keys.is_sealed(data):"),
+            ("if keys.is_sealed(data) != sealed:", "if keys.is_sealed(data) and not sealed:"),
+            ("if unseal is None:", "if False:"),
+            ("verify is not None and verify(digest, signature)", "False"),
+        ],
+    ),
+    (
+        "federation/server/clipping.py",
         _CLIPPING,
         [
             ("norm <= longest else longest / norm", "norm <= longest else norm / longest"),
@@ -326,27 +329,36 @@ MUTANTS: list[tuple[str, tuple[str, ...], Changes]] = [
         ],
     ),
     (
-        "federation/session_state.py",
+        "federation/envelope.py",
         _SESSION,
         [
+            ("return readable if sealing_key is None else keys.seal(sealing_key, readable)", "return readable"),
+        ],
+    ),
+    (
+        "federation/client/outbox.py",
+        _SESSION,
+        [
+            ("residual = self.feedback.after(self.pending.corrected, sent)", "residual = self.pending.corrected"),
+            ("self.feedback.decay > 0 and bool(residual.any())", "bool(residual.any())"),
             ("return hashlib.sha256(self.message).hexdigest()", "return hashlib.sha256(self.readable).hexdigest()"),
         ],
     ),
     (
-        "federation/collecting.py",
+        "federation/server/collecting.py",
         _COLLECTING,
         [
             ("if hashlib.sha256(data).hexdigest() != sha256:", "if False:"),
             ("weight=entry.weight / total)", "weight=entry.weight)"),
-            ("spec.weight_cap * statistics.median_low(raw)", "spec.weight_cap * max(raw)"),
+            ("spec.method.weight_cap * statistics.median_low(raw)", "spec.method.weight_cap * max(raw)"),
             ("scale=clipping.scale(entry.norm, longest)", "scale=1.0"),
-            ("[entry.norm for entry in entries], spec.clip", "[0.0 for entry in entries], spec.clip"),
+            ("[entry.norm for entry in entries], spec.method.clip", "[0.0 for entry in entries], spec.method.clip"),
             ("known.tries >= _MOST_TRIES or known.stamp == _stamp(ref)", "known.tries >= _MOST_TRIES"),
             ("known.tries >= _MOST_TRIES or known.stamp == _stamp(ref)", "known.stamp == _stamp(ref)"),
             ("tries += 0 if known is None else known.tries", "pass"),
             ("> _MAX_NORM:", "< 0:"),
             ("num_bytes=len(data),", "num_bytes=ref.num_bytes + 1,"),
-            ("weight *= spec.staleness_discount**entry.staleness", "pass"),
+            ("weight *= spec.method.staleness_discount**entry.staleness", "pass"),
             ("min(1.0, own / max(1, entry.num_examples))", "1.0"),
             ("weights.append(min(value * trusted, most))", "weights.append(value * trusted)"),
             ("staleness=self.round - ref.round", "staleness=0"),
@@ -375,17 +387,6 @@ EQUIVALENT: list[tuple[str, tuple[str, ...], Reasoned]] = [
                 "if type(version) is not int or version != VERSION:",
                 "if version != VERSION:",
                 "true and 1.0 equal 1, and are not in canonical form",
-            ),
-        ],
-    ),
-    (
-        "federation/screening.py",
-        _SCREENING,
-        [
-            (
-                "self._check_origin(header, client_id, round, base, message.ATTACHMENT)",
-                "pass",
-                "the comparison of the whole header below it refuses the same, in fewer words",
             ),
         ],
     ),

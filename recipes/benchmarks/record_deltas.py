@@ -26,7 +26,7 @@ from torch import Tensor
 
 from fedfstq_hf.adapter import AdapterView
 from fedfstq_hf.cli.options import parse_overrides, quieten
-from fedfstq_hf.federation.client import Assignment, LocalResult
+from fedfstq_hf.federation.client.participation import Assignment, LocalResult
 from fedfstq_hf.founding import Founding
 from fedfstq_hf.recipe import load_recipe
 from fedfstq_hf.simulation import runner

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from tests.hub.fixtures import hub, hub_here
+from tests.loopback_hub.fixtures import hub, hub_here
 
 __all__ = ["hub", "hub_here"]

@@ -32,10 +32,10 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1]), str(
 import light  # noqa: E402
 from light import SCHEMA, LightClient, found  # noqa: E402
 
-from fedfstq_hf.federation.coordinator import Coordinator  # noqa: E402
-from fedfstq_hf.federation.local import FolderMailbox  # noqa: E402
+from fedfstq_hf.federation.client.session import ClientSession  # noqa: E402
+from fedfstq_hf.federation.mailbox.folder import FolderMailbox  # noqa: E402
 from fedfstq_hf.federation.record import RoundRecord  # noqa: E402
-from fedfstq_hf.federation.session import ClientSession  # noqa: E402
+from fedfstq_hf.federation.server.coordinator import Coordinator  # noqa: E402
 from fedfstq_hf.federation.spec import FederationSpec  # noqa: E402
 
 WRITING = ("replace", "rename", "link", "unlink", "remove", "rmdir", "mkdir", "fsync")

@@ -13,12 +13,13 @@ from torch import Tensor
 from fedfstq_hf.codec import Schema
 from fedfstq_hf.codec.budget import MessageBudget
 from fedfstq_hf.federation import adapter_file
-from fedfstq_hf.federation.client import LocalResult, MailboxParticipation
-from fedfstq_hf.federation.coordinator import Coordinator
+from fedfstq_hf.federation.client.participation import LocalResult, MailboxParticipation
+from fedfstq_hf.federation.client.session import ClientSession
+from fedfstq_hf.federation.control import Control
 from fedfstq_hf.federation.founding import found_federation
-from fedfstq_hf.federation.local import FolderMailbox
-from fedfstq_hf.federation.mailbox import Mailbox
-from fedfstq_hf.federation.session import ClientSession
+from fedfstq_hf.federation.mailbox.folder import FolderMailbox
+from fedfstq_hf.federation.mailbox.protocol import Mailbox
+from fedfstq_hf.federation.server.coordinator import Coordinator
 from fedfstq_hf.federation.spec import FederationSpec
 
 SHAPES = {"layer.lora_A.weight": (4, 24), "layer.lora_B.weight": (24, 4)}
@@ -47,9 +48,14 @@ def make_spec(**changes: object) -> FederationSpec:
     return flat_spec(**(settings | changes))
 
 
+def found_in(mailbox: Mailbox, *, control: Control | None = None, now: float = 0.0, **changes: object) -> None:
+    adapter = adapter_file.dump(initial_state())
+    found_federation(mailbox, make_spec(**changes), adapter, b"{}\n", control=control, now=now)
+
+
 def found(path: Path, *, durable: bool = False, **changes: object) -> FolderMailbox:
     mailbox = FolderMailbox(path, durable=durable)
-    found_federation(mailbox, make_spec(**changes), adapter_file.dump(initial_state()), b"{}\n", now=0.0)
+    found_in(mailbox, **changes)
     return mailbox
 
 

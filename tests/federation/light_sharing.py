@@ -10,11 +10,11 @@ from light import SCHEMA, fake_training, pause
 from fedfstq_hf.codec import message
 from fedfstq_hf.codec.budget import MessageBudget
 from fedfstq_hf.federation import keys
-from fedfstq_hf.federation.client import MailboxParticipation
-from fedfstq_hf.federation.coordinator import Coordinator
-from fedfstq_hf.federation.mailbox import SALIENCY_FILE, Mailbox
+from fedfstq_hf.federation.client.participation import MailboxParticipation
+from fedfstq_hf.federation.client.session import ClientSession
+from fedfstq_hf.federation.mailbox.protocol import SALIENCY_FILE, Mailbox
 from fedfstq_hf.federation.record import RoundRecord
-from fedfstq_hf.federation.session import ClientSession
+from fedfstq_hf.federation.server.coordinator import Coordinator
 from fedfstq_hf.federation.spec import FederationSpec
 
 
@@ -48,7 +48,7 @@ def attachment(
         "client_id": client_id,
         "round": round,
         "num_examples": 0,
-        "base": record_of(mailbox, round).adapter_sha256,
+        "base": record_of(mailbox, round).adapter_digest,
         "schema": SCHEMA.fingerprint,
         "codec": "attachment",
         "params": {"name": SALIENCY_FILE},

@@ -6,15 +6,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
-from light import SCHEMA, initial_state, make_spec
+from light import SCHEMA, found_in
 from torch import Tensor
 
 from fedfstq_hf.codec import get_codec, message
-from fedfstq_hf.federation import adapter_file
 from fedfstq_hf.federation.control import Control, Enrolment
-from fedfstq_hf.federation.founding import found_federation
-from fedfstq_hf.federation.local import FolderMailbox
-from fedfstq_hf.federation.mailbox import Mailbox
+from fedfstq_hf.federation.mailbox.folder import FolderMailbox
+from fedfstq_hf.federation.mailbox.protocol import Mailbox
 from fedfstq_hf.federation.record import RoundRecord
 
 SIZE = SCHEMA.num_params
@@ -43,7 +41,7 @@ def make_message(
 ) -> bytes:
     """A message for `round`, based on its adapter; `changes` are fields of the header."""
     record = RoundRecord.from_json(mailbox.read(round, "round.json"))
-    settings = {"base": record.adapter_sha256, "schema": SCHEMA.fingerprint, "codec": encoded_by} | changes
+    settings = {"base": record.adapter_digest, "schema": SCHEMA.fingerprint, "codec": encoded_by} | changes
     header = message.Header(round=round, client_id=client_id, num_examples=num_examples, **settings)
     return message.pack(
         header, get_codec(encoded_by).encode(SCHEMA.unflatten(update), max_bytes=max_bytes).payload, sign=sign
@@ -64,6 +62,5 @@ def found_enrolled(path: Path, clients: str | Mapping[str, Enrolment], **changes
     if isinstance(clients, str):
         clients = {name: Enrolment() for name in clients}
     mailbox = FolderMailbox(path, durable=False)
-    adapter = adapter_file.dump(initial_state())
-    found_federation(mailbox, make_spec(**changes), adapter, b"{}\n", control=Control(clients=clients), now=0.0)
+    found_in(mailbox, control=Control(clients=clients), **changes)
     return mailbox

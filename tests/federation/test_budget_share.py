@@ -8,7 +8,7 @@ import torch
 
 from fedfstq_hf.codec import Schema, message
 from fedfstq_hf.errors import BudgetError, ConfigError
-from fedfstq_hf.federation.session import ClientSession
+from fedfstq_hf.federation.client.session import ClientSession
 from fedfstq_hf.federation.spec import FederationSpec
 from tests.federation.light import make_spec
 

@@ -7,7 +7,7 @@ import torch
 
 from fedfstq_hf.codec.budget import MessageBudget, open_budget
 from fedfstq_hf.errors import BudgetError
-from fedfstq_hf.federation.posted_metrics import posted_losses
+from fedfstq_hf.federation.mailbox.posted_metrics import posted_losses
 from fedfstq_hf.federation.record import AcceptedUpdate, RoundRecord, expected_messages
 
 PARAMS = 80_000
@@ -124,6 +124,6 @@ def test_a_rounds_budget_that_cannot_be_read_is_refused(budget):
 
 def test_as_many_messages_are_expected_as_the_last_round_took_in():
     update = AcceptedUpdate("a", "", 1, 1, 1.0, 1.0)
-    first = RoundRecord(0, "", 0, "", 0.0, None, False)
+    first = RoundRecord(0, "", "", 0, "", 0.0, None, False)
     assert expected_messages(first, first=10) == 10
     assert expected_messages(replace(first, round=3, accepted=(update,) * 4), first=10) == 4

@@ -10,7 +10,7 @@ from light_updates import found_enrolled
 from fedfstq_hf.errors import ConfigError, MailboxError
 from fedfstq_hf.federation import control, keys
 from fedfstq_hf.federation.control import Control, Enrolment, change_control, read_control
-from fedfstq_hf.federation.local import FolderMailbox
+from fedfstq_hf.federation.mailbox.folder import FolderMailbox
 
 KEY = keys.new_keypair().verify_key
 

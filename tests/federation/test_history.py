@@ -36,6 +36,7 @@ def record(round: int, *, accepted: int = 0, reasons: tuple[str, ...] = (), **ch
     fields: dict[str, object] = {
         "round": round,
         "adapter_sha256": "a" * 64,
+        "adapter_digest": "d" * 64,
         "adapter_bytes": 1000,
         "schema": "b" * 64,
         "opened_at": 10.0 * round,

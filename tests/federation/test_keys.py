@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from fedfstq_hf.cli import app
 from fedfstq_hf.codec import message
 from fedfstq_hf.errors import ConfigError, MessageError
-from fedfstq_hf.federation import keys
+from fedfstq_hf.federation import key_files, keys
 
 DIGEST = bytes(range(32))
 ALICE, BOB = keys.KeyPair(b"\1" * 32), keys.KeyPair(b"\2" * 32)
@@ -123,23 +123,23 @@ def test_a_key_file_round_trips_and_belongs_to_its_owner(tmp_path):
     path = tmp_path / "client.key"
     old = os.umask(0)
     try:
-        keys.save_keypair(path, ALICE)
+        key_files.save_keypair(path, ALICE)
     finally:
         os.umask(old)
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
-    assert keys.load_signing_key(path) == ALICE
+    assert key_files.load_signing_key(path) == ALICE
     with pytest.raises(ConfigError, match="exists already"):
-        keys.save_keypair(path, BOB)
-    assert keys.load_signing_key(path) == ALICE
+        key_files.save_keypair(path, BOB)
+    assert key_files.load_signing_key(path) == ALICE
 
 
 @pytest.mark.parametrize("mode", [0o644, 0o640, 0o604, 0o620])
 def test_a_key_file_that_others_can_get_at_is_refused_with_the_remedy(tmp_path, mode):
     path = tmp_path / "client.key"
-    keys.save_keypair(path, ALICE)
+    key_files.save_keypair(path, ALICE)
     path.chmod(mode)
     with pytest.raises(ConfigError, match=f"chmod 600 {path}") as caught:
-        keys.load_signing_key(path)
+        key_files.load_signing_key(path)
     assert ALICE.seed.hex() not in str(caught.value)
 
 
@@ -149,13 +149,13 @@ def test_what_is_no_key_file_is_refused_without_repeating_it(tmp_path, content):
     path.write_bytes(content)
     path.chmod(0o600)
     with pytest.raises(ConfigError, match="fedfstq keys new") as caught:
-        keys.load_signing_key(path)
+        key_files.load_signing_key(path)
     assert ALICE.seed.hex() not in str(caught.value)
 
 
 def test_a_missing_key_file_names_the_command(tmp_path):
     with pytest.raises(ConfigError, match="fedfstq keys new"):
-        keys.load_signing_key(tmp_path / "none.key")
+        key_files.load_signing_key(tmp_path / "none.key")
 
 
 def test_no_private_key_in_a_repr():
@@ -178,7 +178,7 @@ def test_without_pynacl_the_remedy_is_named(monkeypatch):
 def test_commands_make_and_show_keys(tmp_path):
     path, runner = tmp_path / "client.key", CliRunner()
     made = runner.invoke(app, ["keys", "new", str(path)])
-    pair = keys.load_signing_key(path)
+    pair = key_files.load_signing_key(path)
     shown = runner.invoke(app, ["keys", "show", str(path)])
     for result in (made, shown):
         assert result.exit_code == 0
@@ -187,4 +187,4 @@ def test_commands_make_and_show_keys(tmp_path):
         assert pair.seed.hex() not in result.output
     again = runner.invoke(app, ["keys", "new", str(path)])
     assert isinstance(again.exception, ConfigError)
-    assert keys.load_signing_key(path) == pair
+    assert key_files.load_signing_key(path) == pair

@@ -10,11 +10,11 @@ from fedfstq_hf.codec import message
 from fedfstq_hf.codec.message import join_pair, split_pair
 from fedfstq_hf.errors import ConfigError, MailboxError, MessageError
 from fedfstq_hf.federation import adapter_file, scaffold
-from fedfstq_hf.federation.client import LocalResult
-from fedfstq_hf.federation.coordinator import Coordinator
-from fedfstq_hf.federation.downlink import cheapest_download
-from fedfstq_hf.federation.mailbox import VARIATE_FILE
-from fedfstq_hf.federation.session import ClientSession
+from fedfstq_hf.federation.client.downlink import cheapest_download
+from fedfstq_hf.federation.client.participation import LocalResult
+from fedfstq_hf.federation.client.session import ClientSession
+from fedfstq_hf.federation.mailbox.protocol import VARIATE_FILE
+from fedfstq_hf.federation.server.coordinator import Coordinator
 
 SIZE = SCHEMA.num_params
 SHARED = {"rounds": 9, "min_clients": 1, "scaffold": True, "num_clients": 4, "max_message_bytes": 9000}
@@ -126,9 +126,9 @@ def test_bytes_of_both_ways_are_counted(tmp_path):
     assert cheapest_download(None, 1, coordinator._record).num_bytes == record.adapter_bytes + record.variate_bytes
     change = record.adapter_bytes if record.update_bytes is None else record.update_bytes
     assert cheapest_download(0, 1, coordinator._record).num_bytes == change + record.variate_bytes
-    before = client.participation.downlink_bytes
+    before = client.participation.downlink.num_bytes
     client.step()
-    assert client.participation.downlink_bytes - before >= record.variate_bytes
+    assert client.participation.downlink.num_bytes - before >= record.variate_bytes
     assert (
         json.loads((tmp_path / "history.jsonl").read_text().splitlines()[-1])["downlink_bytes"] > record.variate_bytes
     )
@@ -216,7 +216,7 @@ def test_refusals(tmp_path):
     # a message of a client that knows nothing of control variates
     plain = ClientSession("b", make_spec(), SCHEMA)
     sent = plain.finish(
-        0, coordinator.record.adapter_sha256, torch.ones(SIZE), fisher=None, num_examples=1, max_bytes=None
+        0, coordinator.record.adapter_digest, torch.ones(SIZE), fisher=None, num_examples=1, max_bytes=None
     )
     mailbox.post_update(0, "b", sent.message)
     assert coordinator.close_round() is None

@@ -52,7 +52,7 @@ def test_a_spec_of_another_format_says_which_version_to_install():
         data = json.dumps(fields | {"package_version": version}).encode()
         with pytest.raises(MailboxError, match=rf"spec has format 99; fedfstq_hf .* reads format 4\. {remedy}"):
             FederationSpec.from_json(data)
-        with pytest.raises(MailboxError, match=rf"round record has format 99; .* reads format 2\. {remedy}"):
+        with pytest.raises(MailboxError, match=rf"round record has format 99; .* reads format 3\. {remedy}"):
             RoundRecord.from_json(data)
 
 
@@ -82,6 +82,7 @@ def test_record_round_trip_and_fate():
     record = RoundRecord(
         round=3,
         adapter_sha256="ab",
+        adapter_digest="cd",
         adapter_bytes=10,
         schema="cd",
         opened_at=1.5,
@@ -99,7 +100,7 @@ def test_record_round_trip_and_fate():
     assert record.fate("c", "1") is None
 
 
-@pytest.mark.parametrize("data", [b"", b"[]", b"null", b'{"format": 1}', b'{"format": 2}', b"\xff\xfe"])
+@pytest.mark.parametrize("data", [b"", b"[]", b"null", b'{"format": 1}', b'{"format": 3}', b"\xff\xfe"])
 def test_foreign_records_are_named(data):
     with pytest.raises(MailboxError, match="round record"):
         RoundRecord.from_json(data)

@@ -9,8 +9,8 @@ import torch
 
 from fedfstq_hf.codec import message
 from fedfstq_hf.errors import DataError
-from fedfstq_hf.federation.coordinator import Coordinator
-from fedfstq_hf.federation.local import FolderMailbox
+from fedfstq_hf.federation.mailbox.folder import FolderMailbox
+from fedfstq_hf.federation.server.coordinator import Coordinator
 from fedfstq_hf.generation.federated import client_saliency, join_saliency
 from fedfstq_hf.generation.saliency_file import unpack
 from fedfstq_hf.sensitivity import TokenSensitivity
@@ -98,7 +98,7 @@ class SharingClient(LightClient):
             assert "momentum" in carried
             return data
 
-        self.participation._saliency = saliency
+        self.participation.uplink.saliency = saliency
 
 
 @pytest.mark.parametrize("asked", [True, False])

@@ -2,9 +2,9 @@
 
 import pytest
 
-from fedfstq_hf.federation.mailbox import SALIENCY_FILE
-from tests.hub.federation import LAYOUTS, HubFederation
-from tests.hub.loopback import LoopbackHub
+from fedfstq_hf.federation.mailbox.protocol import SALIENCY_FILE
+from tests.loopback_hub.federation import LAYOUTS, HubFederation
+from tests.loopback_hub.loopback import LoopbackHub
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

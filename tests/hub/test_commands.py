@@ -15,7 +15,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from fedfstq_hf.demo import make_examples, model_path
-from tests.hub.loopback import RemoteHub
+from tests.loopback_hub.loopback import RemoteHub
 
 ADDRESS = "hf://lab/med"
 SMALL = ["--rounds", "2", "--training.local_steps", "2"]

@@ -13,12 +13,13 @@ from huggingface_hub import CommitOperationAdd, HfApi
 
 from fedfstq_hf.errors import ConfigError, MailboxError, MailboxUnavailableError, UpdateConflictError
 from fedfstq_hf.federation.control import change_control, dismiss, enrol, pause, resume
-from fedfstq_hf.federation.coordinator import Coordinator
-from fedfstq_hf.federation.hub.mailbox import HubMailbox
-from fedfstq_hf.federation.mailbox import ADAPTER_FILE, RECORD_FILE, open_mailbox
+from fedfstq_hf.federation.mailbox.hub.mailbox import HubMailbox
+from fedfstq_hf.federation.mailbox.open import open_mailbox
+from fedfstq_hf.federation.mailbox.protocol import ADAPTER_FILE, RECORD_FILE
+from fedfstq_hf.federation.server.coordinator import Coordinator
 from tests.federation.light import LightClient, found, run_rounds
-from tests.hub.federation import CLIENTS, LAYOUTS, HubFederation
-from tests.hub.loopback import LoopbackHub
+from tests.loopback_hub.federation import CLIENTS, LAYOUTS, HubFederation
+from tests.loopback_hub.loopback import LoopbackHub
 
 ADAPTER = "adapter_model.safetensors"
 

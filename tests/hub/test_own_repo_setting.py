@@ -12,8 +12,8 @@ from fedfstq_hf.client_file import load_client_file
 from fedfstq_hf.config import FedFSTQConfig
 from fedfstq_hf.errors import ConfigError, MailboxError
 from fedfstq_hf.training import joining
-from tests.hub.federation import HubFederation
-from tests.hub.loopback import LoopbackHub
+from tests.loopback_hub.federation import HubFederation
+from tests.loopback_hub.loopback import LoopbackHub
 
 
 def test_a_client_is_refused_before_it_trains(hub_here: LoopbackHub, monkeypatch: pytest.MonkeyPatch) -> None:

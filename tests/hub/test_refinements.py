@@ -8,12 +8,12 @@ import pytest
 
 from fedfstq_hf.codec.budget import MessageBudget
 from fedfstq_hf.errors import UpdateConflictError
-from fedfstq_hf.federation.client import MailboxParticipation
-from fedfstq_hf.federation.coordinator import Coordinator
-from fedfstq_hf.federation.mailbox import Mailbox
+from fedfstq_hf.federation.client.participation import MailboxParticipation
+from fedfstq_hf.federation.mailbox.protocol import Mailbox
+from fedfstq_hf.federation.server.coordinator import Coordinator
 from tests.federation.light import LightClient, found, pause, run_rounds
-from tests.hub.federation import CLIENTS, LAYOUTS, HubFederation
-from tests.hub.loopback import LoopbackHub
+from tests.loopback_hub.federation import CLIENTS, LAYOUTS, HubFederation
+from tests.loopback_hub.loopback import LoopbackHub
 
 ADAPTER = "adapter_model.safetensors"
 REFINED = {

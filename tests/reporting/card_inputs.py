@@ -56,6 +56,7 @@ def make_record(round: int, **changes: Any) -> RoundRecord:
     fields: dict[str, Any] = {
         "round": round,
         "adapter_sha256": "b" * 64,
+        "adapter_digest": "d" * 64,
         "adapter_bytes": ADAPTER_BYTES,
         "schema": "a" * 64,
         "opened_at": 60.0 * round,

@@ -12,7 +12,7 @@ from torch import nn
 
 from fedfstq_hf.sharing.compress import compress_adapter
 from fedfstq_hf.sharing.packed import CompressedAdapter
-from tests.hub.fixtures import hub, hub_client, hub_here
+from tests.loopback_hub.fixtures import hub, hub_client, hub_here
 
 __all__ = ["hub", "hub_client", "hub_here"]
 

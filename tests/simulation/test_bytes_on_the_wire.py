@@ -13,9 +13,9 @@ from test_participation import CLIENTS, Run, plan_of
 
 from fedfstq_hf.codec.budget import MessageBudget
 from fedfstq_hf.federation import history
-from fedfstq_hf.federation.client import MailboxParticipation
-from fedfstq_hf.federation.coordinator import Coordinator
-from fedfstq_hf.federation.session import Caps, ClientSession
+from fedfstq_hf.federation.client.participation import MailboxParticipation
+from fedfstq_hf.federation.client.session import Caps, ClientSession
+from fedfstq_hf.federation.server.coordinator import Coordinator
 from fedfstq_hf.simulation.workers import client_name
 
 PREVIEW, REFINEMENT, ROUNDS = 400, 480, 3
@@ -49,7 +49,7 @@ class Client(LightClient):
 
     def step(self):
         happened = super().step()
-        self.participation._following.wait()
+        self.participation.uplink.background.wait()
         return happened
 
 

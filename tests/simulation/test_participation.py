@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "federation"))
 from light import SCHEMA, LightClient, fake_training, found, run_rounds
 
 from fedfstq_hf.errors import FedFSTQError
-from fedfstq_hf.federation.coordinator import Coordinator
+from fedfstq_hf.federation.server.coordinator import Coordinator
 from fedfstq_hf.simulation.network import draw_rates, get_link
 from fedfstq_hf.simulation.participation import SimulatedParticipation
 from fedfstq_hf.simulation.plan import RoundPlan, make_plan
@@ -115,10 +115,10 @@ def test_it_is_the_federation_of_real_clients(tmp_path):
     clients = [LightClient(mailbox, client_name(i), tmp_path / str(i), max_bytes=400) for i in range(CLIENTS)]
     downloaded = []
     for entry in plan:
-        before = sum(client.participation.downlink_bytes for client in clients)
+        before = sum(client.participation.downlink.num_bytes for client in clients)
         for index in entry.sampled:
             assert clients[index].step()
-        downloaded.append(sum(client.participation.downlink_bytes for client in clients) - before)
+        downloaded.append(sum(client.participation.downlink.num_bytes for client in clients) - before)
         assert coordinator.close_round() is not None
     assert torch.equal(coordinator.adapter, run.participation.final_adapter())
     assert [row["downlink_bytes"] for row in run.rows[1:]] == downloaded

@@ -10,9 +10,9 @@ from test_participation import ALL, CLIENTS, Run, plan_of, without_clock
 from test_runner import adapters, rows
 
 from fedfstq_hf.codec import message
-from fedfstq_hf.federation.mailbox import RECORD_FILE
+from fedfstq_hf.federation.client.session import Caps
+from fedfstq_hf.federation.mailbox.protocol import RECORD_FILE
 from fedfstq_hf.federation.record import RoundRecord
-from fedfstq_hf.federation.session import Caps
 from fedfstq_hf.recipe import load_recipe
 from fedfstq_hf.simulation.network import LinkProfile, LinkRates, draw_rates
 from fedfstq_hf.simulation.packets import deliver

@@ -6,7 +6,7 @@ from tiny_federation import found, make_trainer, run, serve, snapshot, take_part
 from transformers import TrainerCallback
 
 from fedfstq_hf.errors import MailboxError
-from fedfstq_hf.federation.coordinator import Coordinator
+from fedfstq_hf.federation.server.coordinator import Coordinator
 
 
 @pytest.mark.parametrize("name", ["linear", "cosine"])

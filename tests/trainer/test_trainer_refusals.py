@@ -10,8 +10,8 @@ from transformers import TrainerCallback
 
 from fedfstq_hf import FedFSTQTrainer
 from fedfstq_hf.errors import AdapterMismatchError, BudgetError, ConfigError, DataError, MailboxError, NonFiniteError
-from fedfstq_hf.federation.local import FolderMailbox
-from fedfstq_hf.federation.session import ClientSession
+from fedfstq_hf.federation.client.session import ClientSession
+from fedfstq_hf.federation.mailbox.folder import FolderMailbox
 from fedfstq_hf.federation.spec import FederationSpec
 
 

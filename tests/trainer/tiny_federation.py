@@ -15,11 +15,11 @@ from tiny import make_arguments, make_tiny_data, make_tiny_model
 from fedfstq_hf import FedFSTQConfig, FedFSTQTrainer
 from fedfstq_hf.adapter import AdapterView, base_fingerprint, config_json
 from fedfstq_hf.federation import adapter_file
-from fedfstq_hf.federation.client import Assignment, local_seed
-from fedfstq_hf.federation.coordinator import Coordinator
+from fedfstq_hf.federation.client.participation import Assignment, local_seed
+from fedfstq_hf.federation.client.session import ClientSession
 from fedfstq_hf.federation.founding import found_federation
-from fedfstq_hf.federation.local import FolderMailbox
-from fedfstq_hf.federation.session import ClientSession
+from fedfstq_hf.federation.mailbox.folder import FolderMailbox
+from fedfstq_hf.federation.server.coordinator import Coordinator
 from fedfstq_hf.federation.spec import FederationSpec
 
 

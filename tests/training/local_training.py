@@ -11,8 +11,8 @@ from transformers import TrainerCallback
 
 from fedfstq_hf import FedFSTQConfig, FedFSTQTrainer
 from fedfstq_hf.adapter import AdapterView, base_fingerprint
-from fedfstq_hf.federation.client import Assignment, local_seed
-from fedfstq_hf.federation.session import ClientSession
+from fedfstq_hf.federation.client.participation import Assignment, local_seed
+from fedfstq_hf.federation.client.session import ClientSession
 
 
 def ragged_data(num: int = 16, length: int = 12, seed: int = 0) -> list[dict[str, list[int]]]:

@@ -16,9 +16,9 @@ from transformers import TrainerCallback
 from fedfstq_hf import FedFSTQConfig
 from fedfstq_hf.adapter import AdapterView, base_fingerprint, config_json
 from fedfstq_hf.federation import adapter_file
-from fedfstq_hf.federation.coordinator import Coordinator
 from fedfstq_hf.federation.founding import found_federation
-from fedfstq_hf.federation.local import FolderMailbox
+from fedfstq_hf.federation.mailbox.folder import FolderMailbox
+from fedfstq_hf.federation.server.coordinator import Coordinator
 
 
 def found(path: Path, model: Any, **changes: Any) -> FolderMailbox:

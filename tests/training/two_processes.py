@@ -21,7 +21,7 @@ from transformers import AutoTokenizer, TrainerCallback
 from fedfstq_hf import FedFSTQConfig, FedFSTQTrainer
 from fedfstq_hf.demo import model_path
 from fedfstq_hf.errors import MailboxError
-from fedfstq_hf.federation.local import FolderMailbox
+from fedfstq_hf.federation.mailbox.folder import FolderMailbox
 from fedfstq_hf.methods import OBJECTIVES
 
 KINDS = (*OBJECTIVES, "sft") if importlib.util.find_spec("trl") else OBJECTIVES

@@ -6,9 +6,10 @@ from light_sharing import Joining, attachment, spec_of, take_part
 from light_updates import delta, found_enrolled, make_message
 
 from fedfstq_hf.codec import message
-from fedfstq_hf.federation import attachments, keys
+from fedfstq_hf.federation import keys
 from fedfstq_hf.federation.control import Enrolment
-from fedfstq_hf.federation.mailbox import SALIENCY_FILE
+from fedfstq_hf.federation.mailbox.protocol import SALIENCY_FILE
+from fedfstq_hf.federation.server import attachments
 
 ALICE, BOB, BOSS = (keys.KeyPair(bytes([seed]) * 32) for seed in (1, 2, 3))
 SIGNED = {"a": Enrolment(verify_key=ALICE.verify_key), "b": Enrolment(verify_key=BOB.verify_key)}

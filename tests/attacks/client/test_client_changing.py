@@ -11,9 +11,9 @@ from planting import KINDS
 
 from fedfstq_hf.codec import get_codec
 from fedfstq_hf.errors import MailboxError, MailboxUnavailableError, MessageError
-from fedfstq_hf.federation.collecting import Collector
-from fedfstq_hf.federation.coordinator import Coordinator
-from fedfstq_hf.federation.mailbox import UpdateRef
+from fedfstq_hf.federation.mailbox.protocol import UpdateRef
+from fedfstq_hf.federation.server.collecting import Collector
+from fedfstq_hf.federation.server.coordinator import Coordinator
 
 pytestmark = pytest.mark.timeout(20)
 

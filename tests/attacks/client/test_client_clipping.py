@@ -9,12 +9,12 @@ from light_updates import SIZE, found_enrolled, make_message, ones, post
 
 from fedfstq_hf.codec import SparseUpdate
 from fedfstq_hf.federation import adapter_file, scaffold
-from fedfstq_hf.federation.client import LocalResult
-from fedfstq_hf.federation.clipping import Usual, longest, scale
+from fedfstq_hf.federation.client.participation import LocalResult
 from fedfstq_hf.federation.control import Control
-from fedfstq_hf.federation.coordinator import Coordinator
 from fedfstq_hf.federation.founding import found_federation
 from fedfstq_hf.federation.scaffold import VariateChanges
+from fedfstq_hf.federation.server.clipping import Usual, longest, scale
+from fedfstq_hf.federation.server.coordinator import Coordinator
 
 ADAPTER = math.sqrt(sum(float(tensor.square().sum()) for tensor in initial_state().values()))  # about 13
 NAMES = "abcdefgh"

@@ -12,9 +12,9 @@ from light import LightClient, found
 from light_updates import make_message, ones
 from planting import FILES, KINDS, odd_names
 
-from fedfstq_hf.federation.coordinator import Coordinator
-from fedfstq_hf.federation.mailbox import SALIENCY_FILE
+from fedfstq_hf.federation.mailbox.protocol import SALIENCY_FILE
 from fedfstq_hf.federation.record import RoundRecord
+from fedfstq_hf.federation.server.coordinator import Coordinator
 from fedfstq_hf.reporting.card_maker import card_maker
 
 ALL = {**KINDS, **FILES}

@@ -8,7 +8,7 @@ from light_sharing import attachment
 from light_updates import found_enrolled, ones, post
 from planting import FILES, KINDS, odd_names
 
-from fedfstq_hf.federation.coordinator import Coordinator
+from fedfstq_hf.federation.server.coordinator import Coordinator
 
 pytestmark = pytest.mark.timeout(20)
 

@@ -6,10 +6,10 @@ from light_updates import SIZE, found_enrolled, ones, post
 
 from fedfstq_hf.codec.budget import open_budget
 from fedfstq_hf.federation import keys
-from fedfstq_hf.federation.client import MailboxParticipation
+from fedfstq_hf.federation.client.participation import MailboxParticipation
+from fedfstq_hf.federation.client.session import ClientSession
 from fedfstq_hf.federation.control import Enrolment
-from fedfstq_hf.federation.coordinator import Coordinator
-from fedfstq_hf.federation.session import ClientSession
+from fedfstq_hf.federation.server.coordinator import Coordinator
 from fedfstq_hf.federation.spec import FederationSpec
 from fedfstq_hf.reporting.status import render_status
 

@@ -11,10 +11,10 @@ from huggingface_hub import HfApi
 
 from fedfstq_hf.errors import MailboxUnavailableError, MessageError
 from fedfstq_hf.federation.control import change_control, enrol
-from fedfstq_hf.federation.hub import client_posts
-from fedfstq_hf.federation.hub.mailbox import HubMailbox
-from tests.hub.federation import CLIENTS, HubFederation
-from tests.hub.loopback import LoopbackHub
+from fedfstq_hf.federation.mailbox.hub import posts
+from fedfstq_hf.federation.mailbox.hub.mailbox import HubMailbox
+from tests.loopback_hub.federation import CLIENTS, HubFederation
+from tests.loopback_hub.loopback import LoopbackHub
 
 
 @pytest.fixture
@@ -157,7 +157,7 @@ def test_a_closed_pull_request_is_looked_for_anew(hub_here: LoopbackHub) -> None
 def test_a_place_that_does_not_answer_holds_nobody(
     run: HubFederation, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(client_posts, "CLIENT_SECONDS", 0.5)
+    monkeypatch.setattr(posts, "CLIENT_SECONDS", 0.5)
     posted(run)
     run.hub.faults.once("500", path="run-c/resolve", times=10**6)
     mailbox = run.mailbox(run.owner)
@@ -172,7 +172,7 @@ def test_a_place_that_does_not_answer_holds_nobody(
 
 
 def test_a_message_that_never_arrives_is_refused(run: HubFederation, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(client_posts, "CLIENT_SECONDS", 0.3)
+    monkeypatch.setattr(posts, "CLIENT_SECONDS", 0.3)
     for name in CLIENTS:
         run.client(name).step()
     coordinator = run.coordinator()
@@ -186,7 +186,7 @@ def test_a_message_that_never_arrives_is_refused(run: HubFederation, monkeypatch
 
 
 def test_nobody_is_refused_while_the_whole_hub_is_out(run: HubFederation, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(client_posts, "CLIENT_SECONDS", 0.3)
+    monkeypatch.setattr(posts, "CLIENT_SECONDS", 0.3)
     posted(run)
     mailbox = HubMailbox("hf://org/run", token=run.owner, patience=1.0)
     refs = mailbox.list_updates(0, CLIENTS)
@@ -208,7 +208,7 @@ def test_nobody_is_refused_while_the_whole_hub_is_out(run: HubFederation, monkey
 def test_bytes_of_attachments_are_counted_without_waiting_for_one_client(
     run: HubFederation, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(client_posts, "CLIENT_SECONDS", 0.3)
+    monkeypatch.setattr(posts, "CLIENT_SECONDS", 0.3)
     for name in "ab":
         run.mailbox(run.tokens[name]).post_attachment(name, "saliency.safetensors", bytes(100))
     run.hub.faults.once("500", path="run-b/", times=10**6)
@@ -274,7 +274,7 @@ def test_metrics_that_did_not_change_cost_one_request_a_client(run: HubFederatio
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e308, "2", None, True, 10**400])
-def test_a_client_posts_no_metric_that_readers_leave_out(run: HubFederation, value: object) -> None:
+def test_a_posts_no_metric_that_readers_leave_out(run: HubFederation, value: object) -> None:
     mailbox = run.mailbox(run.tokens["a"])
     mailbox.post_metric(0, "test", {"eval_loss": 2.0}, client_id="a")
     with pytest.raises(Exception, match=r"eval_loss = .* cannot be posted") as caught:

@@ -10,9 +10,9 @@ import yaml
 from light import found
 from light_updates import ones, post
 
-from fedfstq_hf.federation import posted_metrics
-from fedfstq_hf.federation.coordinator import Coordinator
-from fedfstq_hf.federation.posted_metrics import posted_losses
+from fedfstq_hf.federation.mailbox import posted_metrics
+from fedfstq_hf.federation.mailbox.posted_metrics import posted_losses
+from fedfstq_hf.federation.server.coordinator import Coordinator
 from fedfstq_hf.reporting import card, card_plot
 from fedfstq_hf.reporting.card_maker import card_maker
 

@@ -15,7 +15,7 @@ from transformers import dynamic_module_utils
 from fedfstq_hf.demo import load_model
 from fedfstq_hf.generation.hub_function import HUB_PATH, custom_generate_source
 from fedfstq_hf.generation.reducer import TokenReducer
-from tests.hub.fixtures import hub, hub_here
+from tests.loopback_hub.fixtures import hub, hub_here
 
 __all__ = ["hub", "hub_here"]
 REPO = "lab/adapter"

@@ -22,7 +22,7 @@ from fedfstq_hf.adapter_config import MAX_BYTES, believed
 from fedfstq_hf.errors import AdapterMismatchError, MailboxError
 from fedfstq_hf.federation import adapter_file
 from fedfstq_hf.federation.founding import found_federation
-from fedfstq_hf.federation.local import FolderMailbox
+from fedfstq_hf.federation.mailbox.folder import FolderMailbox
 from fedfstq_hf.founding import wrap_base
 from fedfstq_hf.module_patterns import is_bounded
 from tests.attacks.peak import peak_bytes

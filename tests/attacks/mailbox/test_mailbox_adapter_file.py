@@ -11,8 +11,8 @@ import torch
 
 from fedfstq_hf.errors import MailboxError
 from fedfstq_hf.federation import adapter_file
-from fedfstq_hf.federation.local import FolderMailbox
-from fedfstq_hf.federation.mailbox import ADAPTER_FILE, RECORD_FILE
+from fedfstq_hf.federation.mailbox.folder import FolderMailbox
+from fedfstq_hf.federation.mailbox.protocol import ADAPTER_FILE, RECORD_FILE
 from fedfstq_hf.federation.record import RoundRecord
 from tests.attacks.peak import peak_bytes
 from tests.federation.light import SCHEMA, LightClient, found, initial_state

@@ -10,10 +10,10 @@ from light_updates import found_enrolled
 from fedfstq_hf.codec.budget import MessageBudget
 from fedfstq_hf.errors import MailboxError
 from fedfstq_hf.federation import keys
-from fedfstq_hf.federation.client import MailboxParticipation
+from fedfstq_hf.federation.client.participation import MailboxParticipation
+from fedfstq_hf.federation.client.session import ClientSession
 from fedfstq_hf.federation.control import Enrolment
-from fedfstq_hf.federation.coordinator import Coordinator
-from fedfstq_hf.federation.session import ClientSession
+from fedfstq_hf.federation.server.coordinator import Coordinator
 from fedfstq_hf.federation.spec import FederationSpec
 
 ALICE = keys.KeyPair(b"\1" * 32)

@@ -12,9 +12,9 @@ from planting import KINDS
 from fedfstq_hf.errors import MailboxError, UpdateConflictError
 from fedfstq_hf.federation import storage
 from fedfstq_hf.federation.control import change_control, pause
-from fedfstq_hf.federation.coordinator import Coordinator
-from fedfstq_hf.federation.local import FolderMailbox
-from fedfstq_hf.federation.mailbox import SALIENCY_FILE
+from fedfstq_hf.federation.mailbox.folder import FolderMailbox
+from fedfstq_hf.federation.mailbox.protocol import SALIENCY_FILE
+from fedfstq_hf.federation.server.coordinator import Coordinator
 
 pytestmark = pytest.mark.timeout(20)
 

@@ -10,12 +10,12 @@ import torch
 from light import LightClient, initial_state, make_spec
 
 from fedfstq_hf.errors import ConfigError, MailboxError
-from fedfstq_hf.federation import adapter_file, keys
-from fedfstq_hf.federation.coordinator import Coordinator
+from fedfstq_hf.federation import adapter_file, key_files, keys
 from fedfstq_hf.federation.founding import found_federation
 from fedfstq_hf.federation.key_files import coordinator_signer
-from fedfstq_hf.federation.local import FolderMailbox
+from fedfstq_hf.federation.mailbox.folder import FolderMailbox
 from fedfstq_hf.federation.record import RoundRecord
+from fedfstq_hf.federation.server.coordinator import Coordinator
 from fedfstq_hf.federation.signed_records import sign_record
 from fedfstq_hf.federation.spec import FederationSpec
 from fedfstq_hf.reporting.status import render_status
@@ -152,7 +152,7 @@ def test_without_the_key_nothing_is_published(tmp_path):
 def test_key_files_are_checked_before_anything_is_done(tmp_path):
     spec = spec_of(founded(tmp_path / "box"))
     for name, pair in (("founder", FOUNDER), ("mallory", MALLORY)):
-        keys.save_keypair(tmp_path / name, pair)
+        key_files.save_keypair(tmp_path / name, pair)
     digest = bytes(32)
     assert coordinator_signer("box", spec, tmp_path / "founder")(digest) == keys.signer(FOUNDER, spec.id)(digest)
     with pytest.raises(ConfigError, match=r"Records of box are signed with .*Type --key KEYFILE"):

@@ -13,6 +13,7 @@ from fedfstq_hf.federation.record import AcceptedUpdate, RefusedUpdate, RoundRec
 RECORD = RoundRecord(
     round=3,
     adapter_sha256="a" * 64,
+    adapter_digest="d" * 64,
     adapter_bytes=10,
     schema="c" * 64,
     opened_at=1.5,
@@ -53,6 +54,8 @@ def test_what_a_coordinator_writes_is_read():
         (["adapter_sha256"], "../../etc/passwd"),
         (["adapter_sha256"], None),
         (["adapter_sha256"], "a" * 65),
+        (["adapter_digest"], "../../etc/passwd"),
+        (["adapter_digest"], None),
         (["adapter_bytes"], -1),
         (["schema"], 7),
         (["opened_at"], "now"),

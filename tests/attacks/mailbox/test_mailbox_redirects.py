@@ -6,21 +6,20 @@ import json
 import logging
 from collections.abc import Callable, Iterator
 
-import httpx2
 import pytest
 from huggingface_hub import CommitOperationAdd, HfApi, ModelInfo
+from huggingface_hub.utils import httpx
 
 from fedfstq_hf.errors import ConfigError, MailboxError
 from fedfstq_hf.federation import adapter_file
 from fedfstq_hf.federation.control import Control, Enrolment, change_control, enrol
-from fedfstq_hf.federation.founding import found_federation
-from fedfstq_hf.federation.hub import writing
-from fedfstq_hf.federation.hub.mailbox import HubMailbox
-from fedfstq_hf.federation.local import FolderMailbox
-from fedfstq_hf.federation.mailbox import open_mailbox
-from tests.federation.light import SCHEMA, LightClient, initial_state, make_spec
-from tests.hub.federation import HubFederation
-from tests.hub.loopback import LoopbackHub
+from fedfstq_hf.federation.mailbox.folder import FolderMailbox
+from fedfstq_hf.federation.mailbox.hub import writing
+from fedfstq_hf.federation.mailbox.hub.mailbox import HubMailbox
+from fedfstq_hf.federation.mailbox.open import open_mailbox
+from tests.federation.light import SCHEMA, LightClient, found_in
+from tests.loopback_hub.federation import HubFederation
+from tests.loopback_hub.loopback import LoopbackHub
 
 PRECIOUS = "victim/precious-model"
 
@@ -42,8 +41,7 @@ class Trap:
         for version in range(3):
             hub.write(PRECIOUS, {f"v{version}.txt": b"x"}, message=f"Version {version}")
         box = HubMailbox("hf://evil/run", create=True, layout=layout, token=self.evil, patience=5)
-        spec = make_spec(min_clients=1, rounds=500)
-        found_federation(box, spec, adapter_file.dump(initial_state()), b"{}\n", now=0.0, control=control)
+        found_in(box, control=control, min_clients=1, rounds=500)
         self.before = hub.commits(PRECIOUS)
         hub.log.clear()
 
@@ -52,8 +50,7 @@ class Trap:
 
     def assert_untouched(self) -> None:
         assert self.hub.commits(PRECIOUS) == self.before
-        written = [entry for entry in self.hub.log.entries(user="vic") if entry.method not in ("GET", "HEAD")]
-        assert written == []
+        assert all(entry.method in ("GET", "HEAD") for entry in self.hub.log.entries(user="vic"))
 
 
 def redirected(hub: LoopbackHub) -> Trap:
@@ -211,7 +208,7 @@ def test_a_named_repo_that_this_package_did_not_make_is_not_squashed(
 def test_a_coordinator_deletes_and_squashes_only_what_the_package_wrote(
     hub_here: LoopbackHub, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, change: str
 ) -> None:
-    monkeypatch.setattr("fedfstq_hf.federation.hub.rounds._SQUASH_COMMITS", 1)
+    monkeypatch.setattr("fedfstq_hf.federation.mailbox.hub.layouts._SQUASH_COMMITS", 1)
     run = HubFederation(hub_here, "shared")
     client, owner = run.mailbox(run.tokens["a"]), run.mailbox(run.owner)
     for round in (0, 1, 9):
@@ -235,7 +232,7 @@ def test_a_coordinator_deletes_and_squashes_only_what_the_package_wrote(
 def test_a_shared_repo_that_only_the_package_wrote_is_squashed(
     hub_here: LoopbackHub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fedfstq_hf.federation.hub.rounds._SQUASH_COMMITS", 1)
+    monkeypatch.setattr("fedfstq_hf.federation.mailbox.hub.layouts._SQUASH_COMMITS", 1)
     run = HubFederation(hub_here, "shared")
     for name in "ab":
         run.mailbox(run.tokens[name]).post_update(0, name, b"message of " + name.encode())
@@ -358,14 +355,14 @@ def test_a_file_larger_than_any_is_not_downloaded(
     read: Callable[[HubMailbox], object],
 ) -> None:
     run.hub.write("org/run", {path: b" " * size})
-    downloaded, iterate = [0], httpx2.Response.iter_bytes
+    downloaded, iterate = [0], httpx.Response.iter_bytes
 
-    def counted(response: httpx2.Response, *args: int) -> Iterator[bytes]:
+    def counted(response: httpx.Response, *args: int) -> Iterator[bytes]:
         for chunk in iterate(response, *args):
             downloaded[0] += len(chunk) if path in str(response.url) else 0
             yield chunk
 
-    monkeypatch.setattr(httpx2.Response, "iter_bytes", counted)
+    monkeypatch.setattr(httpx.Response, "iter_bytes", counted)
     with pytest.raises(MailboxError, match=rf"{path} of org/run is too large.*{size} bytes"):
         read(run.mailbox(run.tokens["a"]))
     assert downloaded[0] < 1000  # the Hub's redirects

@@ -9,8 +9,8 @@ from light import SCHEMA, make_spec
 
 from fedfstq_hf.codec import codec_names
 from fedfstq_hf.errors import ConfigError, FedFSTQError, MailboxError
+from fedfstq_hf.federation.client.session import ClientSession
 from fedfstq_hf.federation.limits import MAX_SPEC_BYTES
-from fedfstq_hf.federation.session import ClientSession
 from fedfstq_hf.federation.spec import FederationSpec
 
 HUGE = 10**9

@@ -3,8 +3,8 @@
 import torch
 from light import LightClient, found, run_rounds
 
-from fedfstq_hf.federation.coordinator import Coordinator
 from fedfstq_hf.federation.record import RoundRecord
+from fedfstq_hf.federation.server.coordinator import Coordinator
 from fedfstq_hf.generation.federated import join_saliency
 from fedfstq_hf.generation.saliency import Saliency
 from fedfstq_hf.generation.saliency_file import pack, unpack
@@ -25,7 +25,7 @@ def federate(path, tables):
     clients = [LightClient(mailbox, name, None) for name in "abcd"]
     for client in clients:
         if (ids := tables.get(client.session.client_id)) is not None:
-            client.participation._saliency = lambda carried, ids=ids: table(ids)
+            client.participation.uplink.saliency = lambda carried, ids=ids: table(ids)
     run_rounds(Coordinator(mailbox, saliency=join_saliency), clients)
     return mailbox
 

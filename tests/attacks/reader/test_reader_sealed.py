@@ -7,7 +7,7 @@ from light_updates import found_enrolled
 from fedfstq_hf.codec import message
 from fedfstq_hf.errors import MessageError
 from fedfstq_hf.federation import keys
-from fedfstq_hf.federation.mailbox import SALIENCY_FILE
+from fedfstq_hf.federation.mailbox.protocol import SALIENCY_FILE
 
 BOSS, OTHER = keys.KeyPair(b"\1" * 32), keys.KeyPair(b"\2" * 32)
 SEALED = {"rounds": 1, "min_clients": 2, "sealing_key": BOSS.seal_key}

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from fedfstq_hf import cli
 from fedfstq_hf.errors import MailboxError
 from fedfstq_hf.federation.control import change_control, pause
-from fedfstq_hf.federation.coordinator import Coordinator
+from fedfstq_hf.federation.server.coordinator import Coordinator
 from fedfstq_hf.reporting.status import render_status
 
 EVIL = "\x1b]0;owned\x07\x1b[2J\u202e\n fedfstq: fine"

@@ -14,8 +14,8 @@ from transformers import AutoTokenizer
 from fedfstq_hf import FedFSTQConfig, FedFSTQTrainer
 from fedfstq_hf.demo import model_path
 from fedfstq_hf.errors import ConfigError
-from tests.hub.fixtures import hub, hub_here  # noqa: F401
-from tests.hub.loopback import LoopbackHub
+from tests.loopback_hub.fixtures import hub, hub_here  # noqa: F401
+from tests.loopback_hub.loopback import LoopbackHub
 from tests.trainer.tiny_federation import found, serve
 
 REPO = "lab/adapter"

@@ -1,0 +1,1 @@
+"""The server: what arrived, what of it is used, and the adapter that it makes."""

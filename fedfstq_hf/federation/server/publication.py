@@ -1,0 +1,133 @@
+"""What a coordinator publishes: the round record, the packed global change, and the files at the mailbox's root."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from fedfstq_hf.codec import Schema, get_codec, message
+from fedfstq_hf.errors import MailboxError, MailboxUnavailableError
+from fedfstq_hf.federation import adapter_file, history
+from fedfstq_hf.federation.keys import Sign
+from fedfstq_hf.federation.mailbox.protocol import CARD_FILE, HISTORY_FILE, RootFiles, RootReader
+from fedfstq_hf.federation.record import RoundRecord
+from fedfstq_hf.federation.signed_records import seal_figures, sign_record
+from fedfstq_hf.federation.spec import FederationSpec
+from fedfstq_hf.text import printable, printable_traceback
+
+logger = logging.getLogger(__name__)
+
+MAX_CARD_BYTES = 10**6
+_MAX_EXAMPLES = 2**53 - 1  # of a message; what clients say of themselves may add up to more
+
+
+@dataclass(frozen=True)
+class RoundFacts:
+    """What a card is made from: see `fedfstq_hf.reporting.card.root_files`."""
+
+    spec: FederationSpec
+    record: RoundRecord
+    history: Sequence[history.HistoryRow]
+    metrics: Mapping[int, Mapping[str, Mapping[str, Any]]]
+    adapter_config: Mapping[str, Any]
+    existing_card: bytes | None
+
+
+CardMaker = Callable[[RoundFacts], Mapping[str, bytes]]
+"""Makes the root's readable files from a round; the federation itself knows no plots and no templates."""
+
+
+def root_files(
+    spec: FederationSpec,
+    record: RoundRecord,
+    rows: Sequence[history.HistoryRow],
+    metrics: Mapping[int, Mapping[str, Mapping[str, Any]]],
+    adapter_config: bytes,
+    card: CardMaker | None,
+    attached: Mapping[str, bytes] | None = None,
+) -> RootFiles:
+    """What makes the root's files of a round, from what stands there.
+
+    A card that cannot be made holds up no round: what stands there stays.
+    """
+
+    def files(read: RootReader) -> dict[str, bytes]:
+        made = {HISTORY_FILE: history.dump(rows), **(attached or {})}
+        if card is None:
+            return made
+        try:
+            existing = read(CARD_FILE)
+            if existing is not None and len(existing) > MAX_CARD_BYTES:
+                raise MailboxError(f"{CARD_FILE} has {len(existing)} bytes, more than {MAX_CARD_BYTES}.")
+        except MailboxUnavailableError:
+            raise
+        except MailboxError as error:
+            logger.warning("The card is left as it is: %s", printable(error, 500))
+            return made
+        try:
+            made.update(card(RoundFacts(spec, record, rows, metrics, json.loads(adapter_config), existing)))
+        except Exception as error:
+            logger.warning("No card was made for round %d:\n%s", record.round, printable_traceback(error))
+        return made
+
+    return files
+
+
+def make_record(
+    spec: FederationSpec,
+    adapter: bytes,
+    round: int,
+    now: float,
+    *,
+    finished: bool = False,
+    sign: Sign | None = None,
+    **fields: Any,
+) -> RoundRecord:
+    """The record of an adapter to publish, sealed and signed as the spec says.
+
+    Raises:
+        MailboxError: the adapter has not the spec's schema.
+        ConfigError: records are signed, and there is no `sign`.
+    """
+    state = adapter_file.load(adapter)
+    schema = Schema.from_state_dict(state)
+    if schema.fingerprint != spec.schema:
+        raise MailboxError("The adapter to publish has other names or shapes than the federation's spec says.")
+    record = RoundRecord(
+        round=round,
+        adapter_sha256=hashlib.sha256(adapter).hexdigest(),
+        adapter_digest=adapter_file.digest(schema, schema.flatten(state)),
+        adapter_bytes=len(adapter),
+        schema=schema.fingerprint,
+        opened_at=now,
+        deadline=now + spec.round_seconds if spec.round_seconds is not None and not finished else None,
+        finished=finished,
+        **fields,
+    )
+    if spec.sealing_key is not None and (record.accepted or record.refinements):
+        record = seal_figures(record, spec.sealing_key)
+    return sign_record(record, spec, sign)
+
+
+def pack_change(change: Tensor, base: RoundRecord, schema: Schema, num_examples: int) -> bytes:
+    """The global change of a round, (num_params,), as a lossless message based on the adapter before it.
+
+    num_examples: behind it, 0 where that is not published.
+    """
+    encoded = get_codec("sparse32").encode(schema.unflatten(change))
+    header = message.Header(
+        round=base.round + 1,
+        client_id="coordinator",
+        num_examples=min(num_examples, _MAX_EXAMPLES),
+        base=base.adapter_digest,
+        schema=schema.fingerprint,
+        codec="sparse32",
+        params=encoded.params,
+    )
+    return message.pack(header, encoded.payload)
