@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import get_scheduler
 
-from fedfstq_hf.training.rounds import RoundSampler, dump_optimizer, load_optimizer, set_schedule
+from fedfstq_hf.trainer.rounds import RoundSampler, dump_optimizer, load_optimizer, set_schedule
 
 
 def test_each_pass_sees_every_example_once_in_an_order_of_its_own():

@@ -217,7 +217,7 @@ MUTANTS: list[tuple[str, tuple[str, ...], Changes]] = [
         ],
     ),
     (
-        "training/steps.py",
+        "trainer/steps.py",
         _SCALE,
         [
             ("return num_items / (self._processes.count if", "return 1 / (self._processes.count if"),
@@ -227,7 +227,7 @@ MUTANTS: list[tuple[str, tuple[str, ...], Changes]] = [
         ],
     ),
     (
-        "training/observing.py",
+        "trainer/gradient_hooks.py",
         _SCALE,
         [
             ("(gradient.detach().float() * divisor).square()", "gradient.detach().float().square() * divisor"),

@@ -35,8 +35,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PrinterCallback, Trainer
 
 from fedfstq_hf import FedFSTQConfig, FedFSTQTrainer
 from fedfstq_hf.sensitivity import AdapterFisher
-from fedfstq_hf.training.filtering import TokenFilter
-from fedfstq_hf.training.observing import StepObserver
+from fedfstq_hf.trainer.gradient_hooks import StepObserver
+from fedfstq_hf.trainer.token_filter import TokenFilter
 
 OUT = Path(__file__).parents[1] / "results" / "step.json"
 BATCH, LENGTH = 4, 256

@@ -293,7 +293,7 @@ def main(victim: str, folder: Path, every: int) -> None:
     if victim == "trainer":
         import tiny  # noqa: F401 - imports transformers and peft once, for all children
 
-        import fedfstq_hf.trainer  # noqa: F401
+        import fedfstq_hf.trainer.trainer  # noqa: F401
     gc.freeze()  # the children share these pages
     crash = Crash()
     reference = federation(victim, folder, crash, [])

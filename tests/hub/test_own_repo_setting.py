@@ -11,7 +11,7 @@ from fedfstq_hf.cli import app
 from fedfstq_hf.client_file import load_client_file
 from fedfstq_hf.config import FedFSTQConfig
 from fedfstq_hf.errors import ConfigError, MailboxError
-from fedfstq_hf.training import joining
+from fedfstq_hf.trainer import joining
 from tests.hub.federation import HubFederation
 from tests.hub.loopback import LoopbackHub
 

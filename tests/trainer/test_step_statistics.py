@@ -8,7 +8,7 @@ from transformers import Trainer, TrainerCallback
 
 from fedfstq_hf.adapter import AdapterView
 from fedfstq_hf.errors import ConfigError
-from fedfstq_hf.trainer import FedFSTQMixin
+from fedfstq_hf.trainer.trainer import FedFSTQMixin
 
 
 def ragged_data(num=16, length=12):

@@ -12,7 +12,7 @@ from transformers import TrainerCallback
 from fedfstq_hf import FedFSTQTrainer
 from fedfstq_hf.codec import message
 from fedfstq_hf.errors import ConfigError
-from fedfstq_hf.training.checkpoint import CheckpointStates
+from fedfstq_hf.trainer.checkpoint import CheckpointStates
 
 FEDERATION = {
     "rounds": 3,

@@ -14,9 +14,9 @@ from fedfstq_hf import FedFSTQConfig, FedFSTQTrainer
 from fedfstq_hf.adapter import AdapterView
 from fedfstq_hf.errors import ConfigError
 from fedfstq_hf.sensitivity import TokenSensitivity
-from fedfstq_hf.trainer import FedFSTQMixin
-from fedfstq_hf.training import filtering
-from fedfstq_hf.training.filtering import TOKEN_WEIGHTS, TokenFilter
+from fedfstq_hf.trainer import token_filter
+from fedfstq_hf.trainer.token_filter import TOKEN_WEIGHTS, TokenFilter
+from fedfstq_hf.trainer.trainer import FedFSTQMixin
 
 FILTERED = ("hard", "soft", "unbiased")
 
@@ -318,7 +318,7 @@ def test_a_model_that_cannot_project_single_positions(tmp_path, monkeypatch, cap
 
     reference = train()
     assert "cannot project" not in caplog.text
-    monkeypatch.setattr(filtering, "_takes_mask", lambda base: False)
+    monkeypatch.setattr(token_filter, "_takes_mask", lambda base: False)
     fallback = train()
     assert caplog.text.count("weights the full logits and saves neither time nor memory") == 1
     for a, b in zip(reference, fallback, strict=True):
@@ -327,14 +327,14 @@ def test_a_model_that_cannot_project_single_positions(tmp_path, monkeypatch, cap
 
 def test_which_forward_takes_a_mask():
     base = make_tiny_model().get_base_model()
-    assert filtering._takes_mask(base)
+    assert token_filter._takes_mask(base)
     assert "logits_to_keep" in inspect.signature(base.forward).parameters
 
     class Fused:
         def forward(self, input_ids, labels=None, logits_to_keep=0):
             """Another library's."""
 
-    assert not filtering._takes_mask(Fused())
+    assert not token_filter._takes_mask(Fused())
 
 
 def test_a_loss_that_is_not_divided_by_tokens(tmp_path):

@@ -8,7 +8,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from fedfstq_hf.errors import ConfigError, DataError
 from fedfstq_hf.recipe.method import MethodSettings
-from fedfstq_hf.training.merging import TokenMerging, match, merge, mergeable_tokens, rectangular
+from fedfstq_hf.trainer.methods.fedtome import TokenMerging, match, merge, mergeable_tokens, rectangular
 
 # Cosines of these keys are those of their angles, in degrees.
 ANGLES = torch.tensor([[0.0, 90.0, 5.0, 100.0, 98.0, 4.0, 180.0, 181.0]])

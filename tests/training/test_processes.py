@@ -15,8 +15,8 @@ from two_processes import KINDS, NORMALISED, federated, watched, watched_sft
 
 from fedfstq_hf import FedFSTQTrainer
 from fedfstq_hf.errors import ConfigError, FedFSTQError
-from fedfstq_hf.training import processes as module
-from fedfstq_hf.training.processes import Processes, check_shared
+from fedfstq_hf.trainer import processes as module
+from fedfstq_hf.trainer.processes import Processes, check_shared
 
 HERE = Path(__file__).parent
 FEDERATION = {"rounds": 2, "local_steps": 3, "training": {"learning_rate": 1e-2}}

@@ -7,7 +7,7 @@ from tiny import make_tiny_model
 from transformers import Trainer
 
 from fedfstq_hf.errors import ConfigError
-from fedfstq_hf.training.processes import open_processes
+from fedfstq_hf.trainer.processes import open_processes
 
 MINE = list(range(1, 10))
 """Ids of the example that is looked at; none of the others has them."""

@@ -205,11 +205,11 @@ def test_token_sensitivity_is_the_gradient_at_the_embeddings(base, tmp_path, che
 
 
 def test_without_trl_it_says_what_to_type(monkeypatch):
-    for name in [name for name in sys.modules if name == "fedfstq_hf.sft" or name.split(".")[0] == "trl"]:
+    for name in [name for name in sys.modules if name == "fedfstq_hf.trainer.sft" or name.split(".")[0] == "trl"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "trl", None)
     with pytest.raises(ImportError, match=r"Type: pip install 'fedfstq_hf\[trl\]'"):
-        importlib.import_module("fedfstq_hf.sft")
+        importlib.import_module("fedfstq_hf.trainer.sft")
 
 
 def test_the_package_does_not_import_trl():

@@ -17,13 +17,13 @@ from fedfstq_hf.federation.client import Assignment
 from fedfstq_hf.federation.spec import FederationSpec
 from fedfstq_hf.sensitivity import AdapterFisher
 from fedfstq_hf.sensitivity.adapter import second_moments
-from fedfstq_hf.training.binarisation import Binarisation
-from fedfstq_hf.training.filtering import FISHER_WEIGHTS, TOKEN_WEIGHTS, TokenFilter, count_targets, open_filter
-from fedfstq_hf.training.merging import TokenMerging
-from fedfstq_hf.training.observing import StepObserver
-from fedfstq_hf.training.processes import Processes
-from fedfstq_hf.training.proximal import Proximal
-from fedfstq_hf.training.scaffold import Correction
+from fedfstq_hf.trainer.gradient_hooks import StepObserver
+from fedfstq_hf.trainer.methods.fedbat import Binarisation
+from fedfstq_hf.trainer.methods.fedprox import Proximal
+from fedfstq_hf.trainer.methods.fedtome import TokenMerging
+from fedfstq_hf.trainer.methods.scaffold_client import Correction
+from fedfstq_hf.trainer.processes import Processes
+from fedfstq_hf.trainer.token_filter import FISHER_WEIGHTS, TOKEN_WEIGHTS, TokenFilter, count_targets, open_filter
 
 logger = logging.getLogger(__name__)
 

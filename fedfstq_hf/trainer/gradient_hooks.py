@@ -13,8 +13,8 @@ from fedfstq_hf.adapter import AdapterView
 from fedfstq_hf.errors import NonFiniteError
 from fedfstq_hf.sensitivity import AdapterFisher, TokenSensitivity
 from fedfstq_hf.sensitivity.adapter import check_finite
-from fedfstq_hf.training.processes import Processes
-from fedfstq_hf.training.scaffold import MeanGradient
+from fedfstq_hf.trainer.methods.scaffold_client import MeanGradient
+from fedfstq_hf.trainer.processes import Processes
 
 if TYPE_CHECKING:
     from fedfstq_hf.generation.scorers.probe import ProbeFit

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from fedfstq_hf.trainer import FedFSTQMixin
+from fedfstq_hf.trainer.trainer import FedFSTQMixin
 
 try:
     from trl import SFTTrainer

@@ -11,11 +11,11 @@ from transformers import Trainer
 from fedfstq_hf.config import FedFSTQConfig
 from fedfstq_hf.federation.client import Assignment, Participation
 from fedfstq_hf.federation.spec import FederationSpec
-from fedfstq_hf.training.binarisation import Binarisation
-from fedfstq_hf.training.checkpoint import CheckpointStates, Place, Saved
-from fedfstq_hf.training.observing import StepObserver
-from fedfstq_hf.training.private_state import state_folder
-from fedfstq_hf.training.processes import Processes
+from fedfstq_hf.trainer.checkpoint import CheckpointStates, Place, Saved
+from fedfstq_hf.trainer.gradient_hooks import StepObserver
+from fedfstq_hf.trainer.methods.fedbat import Binarisation
+from fedfstq_hf.trainer.private_state import state_folder
+from fedfstq_hf.trainer.processes import Processes
 
 logger = logging.getLogger(__name__)
 

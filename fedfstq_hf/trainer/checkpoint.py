@@ -28,9 +28,9 @@ from fedfstq_hf.federation import storage
 from fedfstq_hf.federation.client import Assignment
 from fedfstq_hf.federation.mailbox import ADAPTER_FILE
 from fedfstq_hf.federation.spec import FederationSpec
-from fedfstq_hf.training.binarisation import Binarisation
-from fedfstq_hf.training.observing import StepObserver
-from fedfstq_hf.training.private_state import make_state_folder, state_folder
+from fedfstq_hf.trainer.gradient_hooks import StepObserver
+from fedfstq_hf.trainer.methods.fedbat import Binarisation
+from fedfstq_hf.trainer.private_state import make_state_folder, state_folder
 
 logger = logging.getLogger(__name__)
 

@@ -25,15 +25,15 @@ from fedfstq_hf.federation.session import Settlement
 from fedfstq_hf.federation.spec import FederationSpec
 from fedfstq_hf.sensitivity import TokenSensitivity
 from fedfstq_hf.sensitivity.table import SensitivityTable
-from fedfstq_hf.training.arguments import announce, replaced, typed
-from fedfstq_hf.training.checkpoint import find_state
-from fedfstq_hf.training.joining import check_arguments, join
-from fedfstq_hf.training.packing import pack_local
-from fedfstq_hf.training.processes import check_shared, join_together, open_processes
-from fedfstq_hf.training.resuming import ResumableRounds
-from fedfstq_hf.training.rounds import RoundSampler, dump_optimizer, load_optimizer, set_schedule, skip_batches
-from fedfstq_hf.training.steps import LocalSteps
-from fedfstq_hf.training.uploading import AllowListedUploads
+from fedfstq_hf.trainer.arguments import announce, replaced, typed
+from fedfstq_hf.trainer.checkpoint import find_state
+from fedfstq_hf.trainer.joining import check_arguments, join
+from fedfstq_hf.trainer.packing import pack_local
+from fedfstq_hf.trainer.processes import check_shared, join_together, open_processes
+from fedfstq_hf.trainer.resuming import ResumableRounds
+from fedfstq_hf.trainer.rounds import RoundSampler, dump_optimizer, load_optimizer, set_schedule, skip_batches
+from fedfstq_hf.trainer.steps import LocalSteps
+from fedfstq_hf.trainer.uploading import AllowListedUploads
 
 logger = logging.getLogger(__name__)
 

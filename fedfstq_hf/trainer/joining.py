@@ -19,8 +19,8 @@ from fedfstq_hf.federation.limits import BITSANDBYTES_OPTIMIZERS
 from fedfstq_hf.federation.mailbox import open_mailbox
 from fedfstq_hf.federation.session import ClientSession
 from fedfstq_hf.federation.spec import FederationSpec
-from fedfstq_hf.training.observing import probe_state, token_table
-from fedfstq_hf.training.private_state import make_state_folder, state_folder
+from fedfstq_hf.trainer.gradient_hooks import probe_state, token_table
+from fedfstq_hf.trainer.private_state import make_state_folder, state_folder
 
 logger = logging.getLogger(__name__)
 

@@ -20,8 +20,8 @@ from transformers.trainer_utils import HubStrategy, SaveStrategy
 from transformers.utils import PushInProgress
 
 from fedfstq_hf.config import FedFSTQConfig
-from fedfstq_hf.training.arguments import replaced
-from fedfstq_hf.training.private_state import check_not_uploaded
+from fedfstq_hf.trainer.arguments import replaced
+from fedfstq_hf.trainer.private_state import check_not_uploaded
 
 logger = logging.getLogger(__name__)
 
