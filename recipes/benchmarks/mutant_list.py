@@ -10,12 +10,12 @@ _TOKENS = ("tests/sensitivity/test_tokens.py",)
 _FISHER = ("tests/sensitivity/test_adapter.py",)
 _OBJECTIVE = ("tests/sensitivity/test_objective.py",)
 _LOSS = ("tests/sensitivity/test_cross_entropy.py",)
-_OPTIONS = ("tests/test_config.py", "tests/sensitivity/test_objective.py", "tests/training/test_fisher_options.py")
+_OPTIONS = ("tests/test_config.py", "tests/sensitivity/test_objective.py", "tests/trainer/test_fisher_options.py")
 _SELECTION = ("tests/generation/test_selection.py",)
 _SERVER = ("tests/federation/test_server_optimizers.py", "tests/federation/test_aggregation.py")
 _UPDATE = ("tests/codec/test_update.py",)
 _MESSAGE = ("tests/codec/test_message.py", "tests/codec/test_format.py", "tests/attacks/test_container.py")
-_SCALE = ("tests/training/test_sensitivity_scale.py",)
+_SCALE = ("tests/trainer/test_sensitivity_scale.py",)
 _SESSION = (
     "tests/federation/test_session.py",
     "tests/federation/test_session_sizes.py",

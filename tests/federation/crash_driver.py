@@ -27,7 +27,8 @@ import numpy as np
 import torch
 
 torch.set_num_threads(1)
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
+_TESTS = Path(__file__).parents[1]
+sys.path[:0] = [str(_TESTS / "federation"), str(_TESTS / "helpers"), str(_TESTS.parent)]
 
 import light  # noqa: E402
 from light import SCHEMA, LightClient, found  # noqa: E402

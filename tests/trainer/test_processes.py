@@ -30,7 +30,7 @@ def free_port():
 
 def launch(folder):
     """`accelerate launch` of two processes; gloo, as the script asks for the CPU."""
-    paths = os.pathsep.join([str(HERE.parents[1]), str(HERE.parent), str(HERE)])
+    paths = os.pathsep.join([str(HERE.parents[1]), str(HERE.parent / "helpers"), str(HERE)])
     options = ["--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"]
     options += ["--dynamo_backend", "no", "--main_process_port", str(free_port())]
     return subprocess.run(
