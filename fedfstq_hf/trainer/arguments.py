@@ -1,4 +1,4 @@
-"""`TrainingArguments` while a federation lasts: its values in the types that the Trainer expects, then the user's."""
+"""`TrainingArguments` in a federation: which are refused, and its values in their place while it lasts."""
 
 from __future__ import annotations
 
@@ -7,11 +7,28 @@ import dataclasses
 import logging
 from collections.abc import Iterator, Mapping
 from enum import Enum
+from importlib.util import find_spec
 from typing import Any
 
 from fedfstq_hf.errors import ConfigError
+from fedfstq_hf.federation.limits import BITSANDBYTES_OPTIMIZERS
 
 logger = logging.getLogger(__name__)
+
+
+def check_arguments(args: Any) -> None:
+    """Refuse `TrainingArguments` that have no meaning in a federation.
+
+    Raises:
+        ConfigError: saying what to do instead.
+    """
+    if args.load_best_model_at_end:
+        raise ConfigError(
+            "load_best_model_at_end=True would put this client's best checkpoint in the place of the federation's "
+            "adapter. Leave it out; `fedfstq evaluate` measures published rounds, `fedfstq rollback` goes back to one."
+        )
+    if args.optim in BITSANDBYTES_OPTIMIZERS and find_spec("bitsandbytes") is None:
+        raise ConfigError(f"The optimizer {args.optim} needs bitsandbytes. Type: pip install bitsandbytes")
 
 
 def typed(args: Any, values: Mapping[str, Any]) -> dict[str, Any]:

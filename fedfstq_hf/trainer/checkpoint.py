@@ -1,8 +1,8 @@
-"""What a Trainer checkpoint needs besides model, optimizer, schedule and random numbers to go on within a round.
+"""A client's private state on disk: its folder, and what a Trainer checkpoint needs besides to go on within a round.
 
-One file for each checkpoint: the averages over steps, the losses of the round so far, and as JSON in its metadata which
-step of which round of which federation it is. It lies in the client's state folder, as a checkpoint folder may be
-uploaded. The residual is not in it: it lies in the client's session, which changes between rounds only.
+The folder lies where the Trainer never uploads from. Beside the client's session it holds a file for each checkpoint:
+the averages over steps, the losses of the round so far, and as JSON in its metadata which step of which round of which
+federation it is. The residual is not in it: it lies in the session, which changes between rounds only.
 """
 
 from __future__ import annotations
@@ -11,33 +11,80 @@ import dataclasses
 import hashlib
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
-from fedfstq_hf.errors import ConfigError
+from fedfstq_hf.errors import ConfigError, MailboxError
 from fedfstq_hf.federation import storage
 from fedfstq_hf.federation.client import Assignment
 from fedfstq_hf.federation.mailbox import ADAPTER_FILE
 from fedfstq_hf.federation.spec import FederationSpec
-from fedfstq_hf.trainer.gradient_hooks import StepObserver
-from fedfstq_hf.trainer.methods.fedbat import Binarisation
-from fedfstq_hf.trainer.private_state import make_state_folder, state_folder
 
 logger = logging.getLogger(__name__)
 
-_BINARISATION = "binarisation."
+SUFFIX = ".fedfstq"
+START = "start"
 _FOLDER = "checkpoints"
-_SUFFIX = ".safetensors"
-_FORMAT = 2
+_STATE = ".safetensors"
+_FORMAT = 3
+
+
+def state_folder(state_dir: str | None, output_dir: str) -> Path:
+    """`state_dir`, or the folder `OUTPUT_DIR.fedfstq` beside the output folder where none is given.
+
+    A link counts as what it points to, so that the same output folder by another name has the same state.
+
+    Raises:
+        ConfigError: nothing lies beside the output folder, as it is the root of the file system.
+    """
+    if state_dir is not None:
+        return Path(state_dir)
+    folder = Path(output_dir).resolve()
+    if not folder.name:
+        raise ConfigError(
+            f"No folder can lie beside output_dir={output_dir!r}, to hold this client's private state. Type "
+            "FedFSTQConfig(state_dir=FOLDER), or another output_dir."
+        )
+    return folder.with_name(folder.name + SUFFIX)
+
+
+def make_state_folder(folder: Path) -> None:
+    """Create it where it is missing.
+
+    Raises:
+        ConfigError: that cannot be done there.
+    """
+    try:
+        storage.make_folder(folder)
+    except MailboxError as error:
+        raise ConfigError(
+            f"{error} It is for this client's private state: type FedFSTQConfig(state_dir=FOLDER) with another folder."
+        ) from error
+
+
+def check_not_uploaded(state_dir: str | None, output_dir: str) -> None:
+    """Refuse a state folder in an output folder that is pushed to the Hub.
+
+    Raises:
+        ConfigError: saying what to type.
+    """
+    if state_dir is None:
+        return
+    folder, uploaded = Path(state_dir).resolve(), Path(output_dir).resolve()
+    if folder.is_relative_to(uploaded):
+        raise ConfigError(
+            f"state_dir={state_dir!r} lies in output_dir={output_dir!r}, and push_to_hub=True uploads from there: the "
+            "state holds the sensitivities of this client's tokens and updates that were not sent. Type "
+            f"FedFSTQConfig(state_dir={str(uploaded) + SUFFIX!r}), or leave state_dir out."
+        )
 
 
 @dataclass(frozen=True)
@@ -85,22 +132,10 @@ class Saved:
         done = self.place.local_step if self.within(assignment) else 0
         return mine and self.place.global_step <= assignment.global_step + done
 
-    def restore(
-        self, observer: StepObserver, device: torch.device | None = None, binarisation: Binarisation | None = None
-    ) -> list[Tensor]:
-        """Set averages and step sizes; returns, on `device`, the losses of the round's micro-batches so far."""
-        observer.load_state_dict(self.tensors)
-        if binarisation is not None:
-            binarisation.load_state(self._named(_BINARISATION))
-        return list(self.tensors["losses"].to(device).unbind())
-
-    def _named(self, prefix: str) -> dict[str, Tensor]:
-        return {key.removeprefix(prefix): value for key, value in self.tensors.items() if key.startswith(prefix)}
-
     @property
     def start(self) -> Tensor | None:
         """The adapter that local training started from, (num_params,)."""
-        return self.tensors.get("start")
+        return self.tensors.get(START)
 
 
 class CheckpointStates:
@@ -115,35 +150,18 @@ class CheckpointStates:
         self._root = folder / _FOLDER
         self._output_dir = Path(output_dir).resolve()
 
-    def save(
-        self,
-        checkpoint: str | Path,
-        place: Place,
-        observer: StepObserver,
-        *,
-        losses: Sequence[Tensor],
-        start: Tensor | None,
-        binarisation: Binarisation | None = None,
-    ) -> None:
+    def save(self, checkpoint: str | Path, place: Place, tensors: Mapping[str, Tensor]) -> None:
         """Write the state of a checkpoint, and delete those whose checkpoint folders are gone.
 
         Args:
             checkpoint: its folder, already written.
-            losses: of the micro-batches of the round so far, scalars.
-            start: the adapter that local training started from, (num_params,).
-            binarisation: of the round, where its update is trained in binary form.
         """
-        tensors = {"losses": torch.stack(list(losses)).cpu() if losses else torch.zeros(0), **observer.state_dict()}
-        if start is not None:
-            tensors["start"] = start
-        if binarisation is not None:
-            tensors |= {f"{_BINARISATION}{key}": value.cpu() for key, value in binarisation.state().items()}
         place = dataclasses.replace(place, checkpoint_sha256=_sha256(checkpoint))
         metadata = {"fedfstq": json.dumps({"format": _FORMAT, **dataclasses.asdict(place)}, sort_keys=True)}
         path = self.path(checkpoint)
         make_state_folder(path.parent)
-        storage.replace_file(path, save(tensors, metadata=metadata), durable=False)
-        for state in self._root.rglob(f"*{_SUFFIX}"):
+        storage.replace_file(path, save(dict(tensors), metadata=metadata), durable=False)
+        for state in self._root.rglob(f"*{_STATE}"):
             if not (self._output_dir / state.relative_to(self._root).with_suffix("")).is_dir():
                 state.unlink(missing_ok=True)
 
@@ -175,7 +193,7 @@ class CheckpointStates:
         folder = Path(checkpoint).resolve()
         inside = folder.is_relative_to(self._output_dir)
         name = folder.relative_to(self._output_dir) if inside else Path(folder.name)
-        return self._root / name.with_name(name.name + _SUFFIX)
+        return self._root / name.with_name(name.name + _STATE)
 
 
 def find_state(

@@ -13,7 +13,6 @@ from fedfstq_hf.adapter import AdapterView
 from fedfstq_hf.errors import NonFiniteError
 from fedfstq_hf.sensitivity import AdapterFisher, TokenSensitivity
 from fedfstq_hf.sensitivity.adapter import check_finite
-from fedfstq_hf.trainer.methods.scaffold_client import MeanGradient
 from fedfstq_hf.trainer.processes import Processes
 
 if TYPE_CHECKING:
@@ -22,10 +21,9 @@ if TYPE_CHECKING:
 _FISHER = "fisher."
 _TOKENS = "tokens."
 _PROBE = "probe."
-_MEAN = "mean."
 
 
-class StepObserver:
+class GradientObserver:
     """Keeps the two Fisher averages of one client, and the fit of its saliency probe.
 
     Args:
@@ -38,13 +36,11 @@ class StepObserver:
             that the optimizer sees.
         keep_fisher: False where the Fisher information is read elsewhere; gradients are then only checked.
         fit_probe: fit a saliency probe at refresh steps, for a client that shares it.
-        mean_gradient: keep the mean of a round's gradients.
 
     Attributes:
         fisher: of the adapter's coordinates, from gradients before clipping.
         tokens: per token id.
         probe: from early hidden states; None where none is fitted.
-        mean: of the round's gradients before clipping, and before anything is added to them; None where not kept.
     """
 
     def __init__(
@@ -58,7 +54,6 @@ class StepObserver:
         own_gradients: bool = False,
         keep_fisher: bool = True,
         fit_probe: bool = False,
-        mean_gradient: bool = False,
     ) -> None:
         self._model, self._view, self._processes = model, view, processes or Processes()
         self.rho, self.refresh_steps = rho, refresh_steps
@@ -66,18 +61,17 @@ class StepObserver:
         self.fisher = AdapterFisher(view.parameters, rho=rho)
         self.tokens = self._new_tokens()
         self.probe = self._new_probe()
-        self.mean = MeanGradient(view.schema.num_params) if mean_gradient else None
         # of the step's micro-batches: ids, g and the hidden states for the probe, (tokens,), (tokens,), (tokens, H)
         self._seen: list[tuple[Tensor, Tensor, Tensor | None]] = []
         self._taken: list[Tensor | None] = []
 
-    def begin(self, carried: Mapping[str, Tensor]) -> None:
-        """Start a round: a new Fisher average, and the token table and probe that `carried` holds."""
+    def begin(self, carried: Mapping[str, Tensor] | None) -> None:
+        """Start a round: a new Fisher average, and the token table and probe of `carried`; None keeps those here."""
         self.fisher.reset()
-        self.tokens, self.probe = self._new_tokens(), self._new_probe()
         self._seen, self._taken = [], []
-        if self.mean is not None:
-            self.mean.reset()
+        if carried is None:
+            return
+        self.tokens, self.probe = self._new_tokens(), self._new_probe()
         if table := token_table(carried):
             self.tokens.load_state_dict(table)
         if self.probe is not None and (state := probe_state(carried)):
@@ -96,14 +90,11 @@ class StepObserver:
         state |= self.carried()
         if self.probe is not None:
             state |= {f"{_PROBE}{name}": value for name, value in self.probe.state_dict(torch.float64).items()}
-        if self.mean is not None:
-            state |= {f"{_MEAN}{name}": value for name, value in self.mean.state_dict().items()}
         return {name: value.cpu() for name, value in state.items()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Restore what `state_dict()` returned; what is not in it stays as it is."""
-        averages = ((_FISHER, self.fisher), (_TOKENS, self.tokens), (_PROBE, self.probe), (_MEAN, self.mean))
-        for prefix, average in averages:
+        for prefix, average in ((_FISHER, self.fisher), (_TOKENS, self.tokens), (_PROBE, self.probe)):
             own = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
             if own and average is not None:
                 average.load_state_dict(own)
@@ -149,8 +140,6 @@ class StepObserver:
             return False
         if seen:
             self._enter_tokens(seen)
-        if self.mean is not None:
-            self.mean.update(gradients)
         return True
 
     def _enter_tokens(self, seen: Sequence[tuple[Tensor, Tensor, Tensor | None]]) -> None:
@@ -160,7 +149,7 @@ class StepObserver:
             for parts in zip(*seen, strict=True)
             if parts[0] is not None
         ]
-        ids, squared, *hidden = self._processes.joined(*columns)
+        ids, squared, *hidden = self._processes.joined(*columns) if self._processes.count > 1 else columns
         if not bool(torch.isfinite(squared).all()):  # squares can overflow where the gradients themselves do not
             return
         self.tokens.update(ids, squared)

@@ -1,43 +1,29 @@
-"""Joining a federation: the checks a client passes before its first round, and its side of the mailbox."""
+"""A client's side of the mailbox, after the checks it passes before its first round; and messages without a mailbox."""
 
 from __future__ import annotations
 
+import hashlib
 import logging
-from importlib.util import find_spec
 from typing import Any
 
 from torch import Tensor, nn
 
 from fedfstq_hf.adapter import AdapterView, base_fingerprint, check_same_adapter, check_same_base
+from fedfstq_hf.codec import CodecContext, get_codec, message, parse_budget
 from fedfstq_hf.config import FedFSTQConfig
 from fedfstq_hf.errors import BudgetError, ConfigError, MailboxError
+from fedfstq_hf.federation import adapter_file
 from fedfstq_hf.federation.agreement import agree, is_agreed, read_terms, summary
 from fedfstq_hf.federation.budgets import open_budget, open_refinement_budget
 from fedfstq_hf.federation.client import MailboxParticipation
 from fedfstq_hf.federation.key_files import client_signer
-from fedfstq_hf.federation.limits import BITSANDBYTES_OPTIMIZERS
 from fedfstq_hf.federation.mailbox import open_mailbox
 from fedfstq_hf.federation.session import ClientSession
 from fedfstq_hf.federation.spec import FederationSpec
+from fedfstq_hf.trainer.checkpoint import make_state_folder, state_folder
 from fedfstq_hf.trainer.gradient_hooks import probe_state, token_table
-from fedfstq_hf.trainer.private_state import make_state_folder, state_folder
 
 logger = logging.getLogger(__name__)
-
-
-def check_arguments(args: Any) -> None:
-    """Refuse `TrainingArguments` that have no meaning in a federation.
-
-    Raises:
-        ConfigError: saying what to do instead.
-    """
-    if args.load_best_model_at_end:
-        raise ConfigError(
-            "load_best_model_at_end=True would put this client's best checkpoint in the place of the federation's "
-            "adapter. Leave it out; `fedfstq evaluate` measures published rounds, `fedfstq rollback` goes back to one."
-        )
-    if args.optim in BITSANDBYTES_OPTIMIZERS and find_spec("bitsandbytes") is None:
-        raise ConfigError(f"The optimizer {args.optim} needs bitsandbytes. Type: pip install bitsandbytes")
 
 
 def join(
@@ -113,3 +99,34 @@ def join(
         session.close()
         raise
     return participation, spec
+
+
+def pack_local(config: FedFSTQConfig, view: AdapterView, start: Tensor, fisher: Tensor, num_examples: int) -> bytes:
+    """A message of round 0 from adapter `start` to the one `view` shows, within `config.uplink_budget`.
+
+    Args:
+        config: names client, codec and budget.
+        view: of the adapter as it is now.
+        start: (num_params,) float32, the adapter before training.
+        fisher: (num_params,) float32 diagonal.
+        num_examples: that were trained on.
+    """
+    codec = get_codec(config.codec, **config.codec_options)
+    header = message.Header(
+        round=0,
+        client_id=config.client_id,
+        num_examples=num_examples,
+        base=hashlib.sha256(adapter_file.dump(view.schema.unflatten(start))).hexdigest(),
+        schema=view.schema.fingerprint,
+        codec=codec.name,
+        params={},
+    )
+    budget = config.uplink_budget
+    max_bytes = None if budget is None else parse_budget(budget, view.schema.num_params)
+    encoded = codec.encode(
+        view.schema.unflatten(view.read() - start),
+        view.schema.unflatten(fisher),
+        max_bytes=None if max_bytes is None else max_bytes - message.overhead(header, max_bytes),
+        context=CodecContext(round=0),
+    )
+    return message.pack(header, encoded.payload)

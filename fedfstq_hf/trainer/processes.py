@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import pickle
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar, cast
 
@@ -34,7 +34,7 @@ class _Outcome(Generic[T]):
 
 
 class Processes:
-    """The processes that train one model together, seen from one of them.
+    """The processes that train one model together, seen from one of them. `mean`, `window` and `joined` need several.
 
     Args:
         rank: of this process, from 0.
@@ -64,26 +64,15 @@ class Processes:
         self._broadcast(_Outcome(share(value)))
         return value
 
-    def mean(self, losses: Sequence[Tensor], steps: int) -> float | None:
-        """The mean over `steps` of what the micro-batches of all processes add up to; None without any.
-
-        A step with NaN losses does not count; they stand for those of which not all tokens were seen.
-        """
-        if not losses:
-            return None
-        by_step = torch.stack(list(losses)).reshape(steps, -1).sum(dim=1)
-        mine = float(by_step.nanmean())
-        if self.count == 1:
-            return mine
-        return float(self.joined(torch.tensor([mine], dtype=torch.float64))[0].mean())
+    def mean(self, value: float) -> float:
+        """The mean of a number over the processes."""
+        return float(self.joined(torch.tensor([value], dtype=torch.float64))[0].mean())
 
     def window(self, batches: list[Any]) -> list[Any]:
         """The micro-batches of one optimizer step in all processes, in the order that one process would have them in.
 
         Those of other processes hold their labels only.
         """
-        if self.count == 1:
-            return batches
         parts: list[Any] = [None] * self.count
         keys = ("labels", "shift_labels")
         dist.all_gather_object(parts, [{key: batch[key].cpu() for key in keys if key in batch} for batch in batches])
@@ -92,8 +81,6 @@ class Processes:
 
     def joined(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """Concatenate each tensor over the processes, in the order of their ranks, on the CPU."""
-        if self.count == 1:
-            return tensors
         parts: list[Any] = [None] * self.count
         dist.all_gather_object(parts, [tensor.cpu() for tensor in tensors])
         return tuple(torch.cat(pieces) for pieces in zip(*parts, strict=True))

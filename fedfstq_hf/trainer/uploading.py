@@ -12,16 +12,13 @@ import shutil
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from transformers import Trainer
 from transformers import trainer as hf
 from transformers.trainer_utils import HubStrategy, SaveStrategy
 from transformers.utils import PushInProgress
 
-from fedfstq_hf.config import FedFSTQConfig
-from fedfstq_hf.trainer.arguments import replaced
-from fedfstq_hf.trainer.private_state import check_not_uploaded
+from fedfstq_hf.trainer.checkpoint import check_not_uploaded
 
 logger = logging.getLogger(__name__)
 
@@ -47,30 +44,45 @@ UPLOADED = (
     "vocab.txt",
 )
 """What may leave of an output or checkpoint folder, beside its card and the tokenizer's own vocabulary files."""
+_WITH_CHECKPOINTS = (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS)
 
-_TrainerLike: Any = Trainer if TYPE_CHECKING else object
 
+class Uploads:
+    """A Trainer's uploads.
 
-class AllowListedUploads(_TrainerLike):  # type: ignore[misc]
-    """Base of `FedFSTQMixin`: its own uploads in the place of the Trainer's."""
+    Args:
+        trainer: with `push_to_hub` it is refused a state folder in what is uploaded, and hears that a checkpoint on the
+            Hub is none to resume from.
+        state_dir: of the client's settings.
 
-    federation: FedFSTQConfig
-    push_in_progress: Any
-    _staged: list[tuple[tempfile.TemporaryDirectory[str], Any]]
-    """Folders that are being uploaded, each with its job."""
+    Attributes:
+        staged: folders that are being uploaded, each with its job.
+    """
 
-    def push_to_hub(
+    def __init__(self, trainer: Any, state_dir: str | None) -> None:
+        self._trainer = trainer
+        self.staged: list[tuple[tempfile.TemporaryDirectory[str], Any]] = []
+        args = trainer.args
+        if not args.push_to_hub:
+            return
+        check_not_uploaded(state_dir, args.output_dir)
+        if args.hub_strategy in _WITH_CHECKPOINTS:
+            logger.warning(
+                "hub_strategy=%r uploads adapter and tokenizer of checkpoints only: optimizer, random numbers and logs "
+                "tell of this client's data and stay here. Training cannot be resumed from the Hub.",
+                args.hub_strategy.value,
+            )
+
+    def push(
         self,
-        commit_message: str | None = "End of training",
-        blocking: bool = True,
-        token: str | None = None,
-        revision: str | None = None,
+        commit_message: str | None,
+        blocking: bool,
+        token: str | None,
+        revision: str | None,
         private: bool | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Save adapter, tokenizer and card to `output_dir` and upload them; see `Trainer.push_to_hub`.
-
-        Only files of an allow-list leave: not `training_args.bin`, no checkpoints, nothing else that lies there.
+        """Save adapter, tokenizer and card to `output_dir` and upload them.
 
         Args:
             commit_message: of the commit.
@@ -83,23 +95,23 @@ class AllowListedUploads(_TrainerLike):  # type: ignore[misc]
         Returns:
             What `HfApi.upload_folder` returns: a `CommitInfo`, or a `Future` of it without `blocking`.
         """
-        args = self.args
-        self.callback_handler.on_push_begin(args, self.state, self.control)
+        trainer, args = self._trainer, self._trainer.args
+        trainer.callback_handler.on_push_begin(args, trainer.state, trainer.control)
         name = kwargs.pop("model_name", None)
         if name is None and args.should_save:
             name = (args.hub_model_id or Path(args.output_dir).absolute().name).split("/")[-1]
         token = token if token is not None else args.hub_token
-        if self.hub_model_id is None:
-            self.init_hf_repo(token=token, **({} if private is None else {"private": private}))
-        self.save_model(_internal_call=True)  # in all processes
-        if not self.is_world_process_zero():
+        if trainer.hub_model_id is None:
+            trainer.init_hf_repo(token=token, **({} if private is None else {"private": private}))
+        trainer.save_model(_internal_call=True)  # in all processes
+        if not trainer.is_world_process_zero():
             return None
-        if tags := getattr(self.model, "model_tags", None):
+        if tags := getattr(trainer.model, "model_tags", None):
             given = kwargs.get("tags") or []
             given = [given] if isinstance(given, str) else list(given)
             kwargs["tags"] = [*given, *(tag for tag in tags if tag not in given)]
-        self.create_model_card(model_name=name, **kwargs)
-        self._finish_current_push()
+        trainer.create_model_card(model_name=name, **kwargs)
+        trainer._finish_current_push()
         return self._upload(
             self._leaving(args.output_dir, card=args.output_dir),
             commit_message=commit_message,
@@ -108,57 +120,36 @@ class AllowListedUploads(_TrainerLike):  # type: ignore[misc]
             revision=args.hub_revision if revision is None else revision,
         )
 
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Upload the files of a checkpoint that may leave, in the background; the Trainer calls it at each save."""
-        args = self.args
-        if not self.is_world_process_zero() or args.hub_strategy == HubStrategy.END:
+    def push_checkpoint(self, folder: str) -> None:
+        """Upload what may leave of a checkpoint, in the background; nothing while an earlier one is on its way."""
+        trainer, args = self._trainer, self._trainer.args
+        if not trainer.is_world_process_zero() or args.hub_strategy == HubStrategy.END:
             return
-        pushing = self.push_in_progress
+        pushing = trainer.push_in_progress
         busy = pushing is not None and not pushing.is_done()
         if busy and not args.hub_always_push:
             return
-        self.callback_handler.on_push_begin(args, self.state, self.control)
+        trainer.callback_handler.on_push_begin(args, trainer.state, trainer.control)
         by_steps = args.save_strategy == SaveStrategy.STEPS
-        place = f"step {self.state.global_step}" if by_steps else f"epoch {int(self.state.epoch)}"
+        place = f"step {trainer.state.global_step}" if by_steps else f"epoch {int(trainer.state.epoch)}"
         options = {"token": args.hub_token, "run_as_future": True, "revision": args.hub_revision}
         message = f"Training in progress, {place}"
-        files = self._leaving(checkpoint_folder, card=args.output_dir)
+        files = self._leaving(folder, card=args.output_dir)
         jobs = [self._upload(files, commit_message=message, **options)]
-        if args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
+        if args.hub_strategy in _WITH_CHECKPOINTS:
             last = args.hub_strategy == HubStrategy.CHECKPOINT
-            files = self._leaving(checkpoint_folder, card=checkpoint_folder)
-            where = "last-checkpoint" if last else Path(checkpoint_folder).name
+            files = self._leaving(folder, card=folder)
+            where = "last-checkpoint" if last else Path(folder).name
             jobs.append(self._upload(files, path_in_repo=where, commit_message=f"{message}, checkpoint", **options))
         if busy:
             pushing.jobs.extend(jobs)
         else:
-            self.push_in_progress = PushInProgress(jobs)
-
-    def _finish_current_push(self) -> None:
-        super()._finish_current_push()
-        self._clear_staged()
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        """`training_args.bin` lies beside the model, and trackers may upload it: without `hub_token`."""
-        with replaced(self.args, hub_token=None):
-            super()._save(output_dir, state_dict)
-
-    def _check_uploads(self) -> None:
-        """Refuse a state folder in what is uploaded, and say that a checkpoint on the Hub is none to resume from."""
-        if not self.args.push_to_hub:
-            return
-        check_not_uploaded(self.federation.state_dir, self.args.output_dir)
-        if self.args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
-            logger.warning(
-                "hub_strategy=%r uploads adapter and tokenizer of checkpoints only: optimizer, random numbers and logs "
-                "tell of this client's data and stay here. Training cannot be resumed from the Hub.",
-                self.args.hub_strategy.value,
-            )
+            trainer.push_in_progress = PushInProgress(jobs)
 
     def _leaving(self, folder: str, *, card: str) -> list[tuple[Path, str]]:
         """The files of `folder` that may leave, and the card of another one, each with its path in the upload."""
         root = Path(folder)
-        own = [root / name for name in _vocabulary_files(self.processing_class)]
+        own = [root / name for name in _vocabulary_files(self._trainer.processing_class)]
         found = {path for name in UPLOADED for path in root.glob(name)}.union(own)
         leaving = [(path, path.relative_to(root).as_posix()) for path in sorted(found) if path.is_file()]
         readme = Path(card) / CARD
@@ -166,27 +157,27 @@ class AllowListedUploads(_TrainerLike):  # type: ignore[misc]
 
     def _upload(self, files: Iterable[tuple[Path, str]], **options: Any) -> Any:
         """Copies, as a checkpoint may be deleted and an output folder overwritten before they are uploaded."""
-        self._clear_staged()
+        self.clear()
         staging = tempfile.TemporaryDirectory(prefix="fedfstq-upload-")
         for source, name in files:
             target = Path(staging.name) / name
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source, target)
         try:
-            done = hf.hf_api().upload_folder(repo_id=self.hub_model_id, folder_path=staging.name, **options)
+            done = hf.hf_api().upload_folder(repo_id=self._trainer.hub_model_id, folder_path=staging.name, **options)
         except BaseException:
             staging.cleanup()
             raise
         if options["run_as_future"]:
-            self._staged.append((staging, done))
+            self.staged.append((staging, done))
         else:
             staging.cleanup()
         return done
 
-    def _clear_staged(self) -> None:
+    def clear(self) -> None:
         """Delete what has been uploaded, and say what could not be."""
         running = []
-        for staging, job in self._staged:
+        for staging, job in self.staged:
             if not job.done():
                 running.append((staging, job))
                 continue
@@ -194,8 +185,8 @@ class AllowListedUploads(_TrainerLike):  # type: ignore[misc]
             try:
                 job.result()
             except Exception as error:  # of whatever kind: training goes on without it
-                logger.warning("An upload to %s failed: %s", self.hub_model_id, error)
-        self._staged = running
+                logger.warning("An upload to %s failed: %s", self._trainer.hub_model_id, error)
+        self.staged = running
 
 
 def _vocabulary_files(processing_class: Any) -> list[str]:

@@ -223,7 +223,7 @@ MUTANTS: list[tuple[str, tuple[str, ...], Changes]] = [
             ("return num_items / (self._processes.count if", "return 1 / (self._processes.count if"),
             ("* (1 if scaled else steps)", ""),
             ("if num_items is not None and (filtered or scaled):", "if num_items is not None:"),
-            ("self._filter.window_targets / self._processes.count", "self._filter.window_targets / steps"),
+            ("self.filter.window_targets / self._processes.count", "self.filter.window_targets / steps"),
         ],
     ),
     (

@@ -77,10 +77,12 @@ class SecondRound(TrainerCallback):  # type: ignore[misc]
         self._tracing = contextlib.ExitStack()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Start where the second round's first `training_step` does."""
         if state.global_step == self.local_steps:
             self._tracing.enter_context(traced(self.update))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The trainer has posted: stop, and aggregate."""
         if state.global_step == self.local_steps:
             self.coordinator.close_round()
         elif state.global_step == 2 * self.local_steps:

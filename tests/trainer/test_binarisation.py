@@ -113,7 +113,8 @@ def test_step_sizes_are_learned_as_the_paper_does(tmp_path):
     def alphas(rho):
         participation, trainer, *_ = train(tmp_path, steps=3, binarisation_warmup=0.7, binarisation_rho=rho)
         sizes = torch.tensor([t.abs().max() for t in parts(participation, participation.results[0].delta)])
-        return sizes, trainer._binarisation.exponents.detach().clone(), trainer._binarisation.exponents.grad
+        (exponents,) = trainer._steps.learned()
+        return sizes, exponents.detach().clone(), exponents.grad
 
     fixed, exponents, _ = alphas(0.0)
     assert not exponents.any()
@@ -168,7 +169,7 @@ def test_a_checkpoint_within_a_round_goes_on(tmp_path):
 
                 def limited():
                     stop()
-                    if trainer._local_step == steps:
+                    if trainer._steps.done == steps:
                         trainer.control.should_save = trainer.control.should_training_stop = True
 
                 trainer._end_step = limited

@@ -173,7 +173,7 @@ def test_a_damaged_state_says_what_to_do(tmp_path):
     state.parent.mkdir(parents=True)
     for damage in (b"half of it", None):
         if damage is None:
-            save_file({"losses": torch.zeros(0)}, state, metadata={"fedfstq": json.dumps({"format": 2})})
+            save_file({"losses": torch.zeros(0)}, state, metadata={"fedfstq": json.dumps({"format": 3})})
         else:
             state.write_bytes(damage)
         with pytest.raises(ConfigError, match=r"cannot be read .*\. Resume from another checkpoint, or without"):
@@ -226,7 +226,7 @@ def test_the_saliency_probe_resumes_bit_for_bit(tmp_path):
         resumed = make_trainer(tmp_path / "killed", mailbox)
         resumed.federation = killed.federation
         resumed.train(resume_from_checkpoint=True)
-    expected, seen = (client._observer.probe.state_dict(torch.float64) for client in (straight, resumed))
+    expected, seen = (client._steps.observer.probe.state_dict(torch.float64) for client in (straight, resumed))
     assert expected["gram"].dtype == torch.float64
     assert not torch.equal(expected["gram"], expected["gram"].float().double())
     assert int(expected["tokens"]) > 0

@@ -231,7 +231,7 @@ def test_refresh_steps_are_those_of_a_plain_trainer(tmp_path):
 
 def test_full_is_the_loss_of_a_plain_trainer(tmp_path):
     trainer, watch = make_trainer(tmp_path, arguments={"max_steps": 3})
-    assert trainer._filter.objective == "full"
+    assert trainer._steps.filter.objective == "full"
     trainer.train()
     plain = Trainer(model=make_tiny_model(), args=trainer.args, train_dataset=ragged_data(), data_collator=Padded())
     plain.train()
@@ -263,7 +263,7 @@ def test_full_leaves_another_loss_to_whoever_computes_it(tmp_path, other):
         data_collator=Padded(),
         compute_loss_func=function,
     )
-    assert trainer._filter is None
+    assert trainer._steps.filter is None
     trainer.train()
     assert len(calls) == (2 if other == "subclass" else 0)
 
@@ -282,7 +282,7 @@ def test_outputs_come_with_the_loss(tmp_path):
     trainer.train()
     (batch,) = cut(ragged_data(), 16)
     assert trainer.compute_loss(trainer.model, dict(batch), return_outputs=True)[1]["logits"].ndim == 3
-    trainer._filter.weigh([batch], trainer.sensitivity, step=1, seed=0)
+    trainer._steps.filter.weigh([batch], trainer.sensitivity, step=1, seed=0)
     loss, outputs = trainer.compute_loss(trainer.model, batch, return_outputs=True, num_items_in_batch=82)
     assert loss.ndim == 0
     assert outputs["logits"].shape == (41, 64)
@@ -312,7 +312,7 @@ def test_micro_batches_of_which_nothing_is_kept(tmp_path, checkpointing):
 def test_a_model_that_cannot_project_single_positions(tmp_path, monkeypatch, caplog):
     def train():
         trainer, watch = make_trainer(tmp_path, objective="unbiased", arguments={"max_steps": 3})
-        trainer._set_up(trainer.federation)  # as joining a federation does
+        trainer._open_steps(trainer.federation)  # as joining a federation does
         trainer.train()
         return watch.gradients
 
@@ -353,10 +353,10 @@ def test_a_loss_that_is_not_divided_by_tokens(tmp_path):
 
 def test_a_federation_s_objective_wins(tmp_path):
     trainer, _ = make_trainer(tmp_path)
-    trainer._set_up(FedFSTQConfig(objective="soft", token_keep_ratio=0.25))
-    assert (trainer._filter.objective, trainer._filter.ratio) == ("soft", 0.25)
-    trainer._set_up(FedFSTQConfig())
-    assert trainer._filter.objective == "full"
+    trainer._open_steps(FedFSTQConfig(objective="soft", token_keep_ratio=0.25))
+    assert (trainer._steps.filter.objective, trainer._steps.filter.ratio) == ("soft", 0.25)
+    trainer._open_steps(FedFSTQConfig())
+    assert trainer._steps.filter.objective == "full"
 
 
 def test_refusals(tmp_path):

@@ -62,13 +62,13 @@ def test_filtered_only(tmp_path, objective, cut):
         tmp_path, data=ragged_data(8), arguments=arguments, objective=objective, fisher_objective="filtered-only"
     )
     seen = []
-    weigh = coupled._filter.weigh
+    weigh = coupled._steps.filter.weigh
 
     def note(batches, *arguments, **kwargs):
         weigh(batches, *arguments, **kwargs)
         seen.extend({name: value.clone() for name, value in batch.items()} for batch in batches)
 
-    coupled._filter.weigh = note
+    coupled._steps.filter.weigh = note
     coupled.train()
     assert float((watch.gradients[0] - full_watch.gradients[0]).abs().max()) <= 1e-5 * float(
         watch.gradients[0].abs().max()

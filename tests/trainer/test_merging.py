@@ -8,7 +8,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from fedfstq_hf.errors import ConfigError, DataError
 from fedfstq_hf.recipe.method import MethodSettings
-from fedfstq_hf.trainer.methods.fedtome import TokenMerging, match, merge, mergeable_tokens, rectangular
+from fedfstq_hf.trainer.methods.fedtome import FedToMe, match, merge, mergeable_tokens, rectangular
 
 # Cosines of these keys are those of their angles, in degrees.
 ANGLES = torch.tensor([[0.0, 90.0, 5.0, 100.0, 98.0, 4.0, 180.0, 181.0]])
@@ -88,7 +88,7 @@ def test_the_loss_is_that_of_the_shorter_sequence():
     labels = torch.tensor([[-100] * 6 + [17, 18]])
     inputs = {"input_ids": ids, "labels": labels, "attention_mask": torch.ones_like(ids)}
     whole = model(**inputs)
-    with TokenMerging(model, 0.5, 1).merging(inputs):
+    with FedToMe(model, 0.5, 1).merging(inputs):
         short = model(**inputs)
     assert short.logits.shape == whole.logits.shape
     assert torch.allclose(short.logits[0, 5:], whole.logits[0, 5:], atol=1e-5)
@@ -102,11 +102,11 @@ def test_both_attentions_agree_and_the_model_is_left_as_it_was(inputs, implement
     model = make_tiny_model().eval()
     model.get_base_model().set_attn_implementation(implementation)
     before = model(**inputs).loss
-    with TokenMerging(model, 0.4, 1).merging(inputs):
+    with FedToMe(model, 0.4, 1).merging(inputs):
         merged = model(**inputs).loss
     assert model(**inputs).loss == before
     reference = make_tiny_model().eval()
-    with TokenMerging(reference, 0.4, 1).merging(inputs):
+    with FedToMe(reference, 0.4, 1).merging(inputs):
         assert merged.item() == pytest.approx(reference(**inputs).loss.item(), abs=1e-5)
     assert merged.item() != before.item()
 
@@ -120,7 +120,7 @@ def test_no_position_sees_what_comes_after_it():
     changed["input_ids"][0, 9] = 1 + changed["input_ids"][0, 9] % 63
     logits = []
     for given in (inputs, changed):
-        with TokenMerging(model, 0.5, 1).merging(given):
+        with FedToMe(model, 0.5, 1).merging(given):
             logits.append(model(**given).logits[0, 3:5])
     assert torch.allclose(logits[0], logits[1], atol=1e-5)
 
@@ -131,7 +131,7 @@ def test_later_blocks_see_fewer_tokens():
     for layer in model.get_base_model().model.layers:
         layer.mlp.register_forward_hook(lambda module, args, output: widths.append(output.shape[1]))
     inputs = batch_of()
-    with TokenMerging(model, 0.5, 1).merging(inputs):
+    with FedToMe(model, 0.5, 1).merging(inputs):
         model(**inputs)
     assert widths == [14, 10]  # 8 of 10 prompt tokens can be merged: not the first, not the one that predicts a label
 
@@ -144,7 +144,7 @@ def test_activation_checkpointing_gives_the_same_gradients():
             model.gradient_checkpointing_enable({"use_reentrant": False})
             model.enable_input_require_grads()
         inputs = batch_of()
-        with TokenMerging(model, 0.5, 1).merging(inputs):
+        with FedToMe(model, 0.5, 1).merging(inputs):
             model(**inputs).loss.backward()
         gradients.append([p.grad.clone() for p in model.parameters() if p.requires_grad])
     for plain, recomputed in zip(*gradients, strict=True):
@@ -166,7 +166,7 @@ def test_training_merges_and_evaluation_does_not(tmp_path):
     merged, trainer, _ = train(tmp_path, 0.5)
     assert not torch.equal(plain.results[0].adapter, merged.results[0].adapter)
     loss = trainer.evaluate(trainer.train_dataset)["eval_loss"]
-    trainer._merging = None
+    trainer._steps.methods = []
     assert trainer.evaluate(trainer.train_dataset)["eval_loss"] == loss
 
 
@@ -190,10 +190,10 @@ def test_refusals():
     with pytest.raises(ConfigError, match="token_merge_layer must be the number of a decoder block"):
         MethodSettings(token_merge_layer=-1)
     with pytest.raises(ConfigError, match=r"layer is 9; this model has blocks 0 \.\. 1"):
-        TokenMerging(make_tiny_model(), 0.5, 9)
+        FedToMe(make_tiny_model(), 0.5, 9)
     gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=16, n_layer=2, n_head=2, n_positions=32))
     with pytest.raises(ConfigError, match="GPT2LMHeadModel gives its result the shape of its input"):
-        TokenMerging(gpt2, 0.5, 1)
+        FedToMe(gpt2, 0.5, 1)
     model = make_tiny_model()
-    with pytest.raises(DataError, match="needs input_ids and labels"), TokenMerging(model, 0.5, 1).merging({}):
+    with pytest.raises(DataError, match="needs input_ids and labels"), FedToMe(model, 0.5, 1).merging({}):
         pass

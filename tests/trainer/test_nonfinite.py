@@ -112,7 +112,7 @@ def test_local_training_of_skipped_steps_alone_is_refused(tmp_path):
 def test_a_finite_gradient_whose_square_overflows_at_the_embeddings(tmp_path):
     """It cannot enter the table, but the step counts."""
     trainer, _ = make_trainer(tmp_path, data=ragged_data(4))
-    observer = trainer._observer
+    observer = trainer._steps.observer
     for parameter in trainer.adapter_view.parameters:
         parameter.grad = torch.ones_like(parameter)
     observer._seen = [(torch.tensor([1, 2]), torch.tensor([1.0, math.inf]), None)]

@@ -9,7 +9,7 @@ from tiny import make_arguments, make_tiny_data, make_tiny_model
 
 from fedfstq_hf import FedFSTQTrainer
 from fedfstq_hf.errors import ConfigError
-from fedfstq_hf.trainer.private_state import check_not_uploaded, state_folder
+from fedfstq_hf.trainer.checkpoint import check_not_uploaded, state_folder
 
 
 def make_trainer(folder, *, mailbox=None, state_dir=None, **arguments):

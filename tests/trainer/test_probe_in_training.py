@@ -47,14 +47,14 @@ def test_what_enters_the_probe(tmp_path, cut, checkpointing):
         "activation_checkpointing": checkpointing,
     }
     trainer, _ = make_trainer(tmp_path, data=ragged_data(8), arguments=arguments)
-    trainer._set_up(FedFSTQConfig(), fit_probe=True)
+    trainer._open_steps(FedFSTQConfig(), fit_probe=True)
     trainer.train()
     expected = hand_fitted(make_tiny_model(), Padded()(ragged_data(8)))
-    found, wanted = trainer._observer.probe.state_dict(), expected.state_dict()
+    found, wanted = trainer._steps.observer.probe.state_dict(), expected.state_dict()
     assert int(found["tokens"]) == int(wanted["tokens"]) > 80
     for name in ("gram", "moment"):
         assert torch.allclose(found[name], wanted[name], rtol=1e-4, atol=1e-4)
-    assert torch.allclose(trainer._observer.probe.solve().weight, expected.solve().weight, rtol=1e-2, atol=1e-3)
+    assert torch.allclose(trainer._steps.observer.probe.solve().weight, expected.solve().weight, rtol=1e-2, atol=1e-3)
 
 
 def test_its_state_goes_from_round_to_round(tmp_path):
@@ -65,8 +65,8 @@ def test_its_state_goes_from_round_to_round(tmp_path):
     first, second = (int(result.carried["probe.tokens"]) for result in participation.results)
     assert second > first > 0
     fit = ProbeFit(32, layer=1)
-    fit.load_state_dict(trainer._observer.probe.state_dict())
-    assert torch.allclose(fit.solve().weight, trainer._observer.probe.solve().weight, rtol=1e-3, atol=1e-4)
+    fit.load_state_dict(trainer._steps.observer.probe.state_dict())
+    assert torch.allclose(fit.solve().weight, trainer._steps.observer.probe.solve().weight, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize(("client", "federation"), [(True, False), (False, True), (False, False)])
@@ -75,7 +75,7 @@ def test_it_is_fitted_only_if_both_sides_agree(tmp_path, client, federation):
     participation = Listed(model, 1, share_saliency=federation)
     trainer, _ = make_trainer(tmp_path, model=model, share_saliency=client)
     trainer.take_part(participation, participation.spec)
-    assert trainer._observer.probe is None
+    assert trainer._steps.observer.probe is None
     assert not any(name.startswith("probe.") for name in participation.results[0].carried)
 
 
@@ -83,7 +83,7 @@ def test_it_leaves_training_as_it_is(tmp_path):
     adapters = []
     for fit in (False, True):
         trainer, _ = make_trainer(tmp_path)
-        trainer._set_up(FedFSTQConfig(), fit_probe=fit)
+        trainer._open_steps(FedFSTQConfig(), fit_probe=fit)
         trainer.train()
         adapters.append(trainer.adapter_view.read())
     assert torch.equal(*adapters)
@@ -104,7 +104,7 @@ def test_a_federation_publishes_it(tmp_path):
     (sent,) = (tmp_path / "box").rglob("attachments/**/*.*")
     _, table = message.unpack(sent.read_bytes())
     own = unpack(table)
-    weight = trainer._observer.probe.solve().weight
+    weight = trainer._steps.observer.probe.solve().weight
     assert own.probe is not None
     assert own.probe.layer == 1
     assert torch.allclose(own.probe.weight, weight, rtol=1e-2, atol=1e-2)

@@ -102,7 +102,7 @@ def means_of_micro_batches(trainer):
 
 
 def loss_of_the_trainer(trainer):
-    trainer._filter = None
+    trainer._steps.filter = None
 
 
 def own_means(trainer):
@@ -112,7 +112,7 @@ def own_means(trainer):
         outputs = model(**inputs)
         return (outputs.loss, outputs) if return_outputs else outputs.loss
 
-    trainer._filter, trainer.compute_loss, trainer.loss_is_scaled_for_ga = None, compute_loss, False
+    trainer._steps.filter, trainer.compute_loss, trainer.loss_is_scaled_for_ga = None, compute_loss, False
 
 
 @pytest.mark.parametrize(("size", "steps"), [(4, 1), (1, 4), (2, 2)])
@@ -149,7 +149,7 @@ def test_a_subclass_that_divides_by_itself(tmp_path):
         return torch.nn.functional.cross_entropy(logits, wanted, reduction="sum") / num_items_in_batch
 
     def prepare(trainer):
-        trainer.compute_loss_func, trainer._filter = own, None
+        trainer.compute_loss_func, trainer._steps.filter = own, None
 
     check_equal(alone(tmp_path), scores(tmp_path, size=2, steps=2, prepare=prepare))
 

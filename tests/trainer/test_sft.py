@@ -129,7 +129,7 @@ def test_accumulated_gradients_are_those_of_one_large_batch(base, tmp_path, obje
     def train(size, steps):
         arguments = {"per_device_train_batch_size": size, "gradient_accumulation_steps": steps, "max_steps": 2}
         trainer = make_trainer(base, tmp_path, data=prompts(16), learning_rate=0.0, **arguments)
-        trainer._set_up(settings_of(None, objective=objective))
+        trainer._open_steps(settings_of(None, objective=objective))
         trainer.model.double()
         trainer.args.max_grad_norm = 0.0
         trainer.args.train_sampling_strategy = "sequential"

@@ -68,7 +68,7 @@ def without_counts(trainer: Any) -> None:
 
 def without_filter(trainer: Any) -> None:
     """The same, and the loss is the model's."""
-    trainer.model_accepts_loss_kwargs, trainer._filter = False, None
+    trainer.model_accepts_loss_kwargs, trainer._steps.filter = False, None
 
 
 def with_counts_of_its_own(trainer: Any) -> None:

@@ -14,12 +14,15 @@ step, so that 1 x 16 and 4 x 4 are the same; step sizes have no absolute bounds,
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from fedfstq_hf.adapter import AdapterView
+from fedfstq_hf.trainer.methods.hooks import LocalMethod, MicroBatch, RoundStart
 
 
 def binarise(update: Tensor, alpha: Tensor, draws: Tensor) -> Tensor:
@@ -48,7 +51,7 @@ def binarise_backward(gradient: Tensor, update: Tensor, binary: Tensor, alpha: T
     return gradient * inside, (gradient * slope).sum()
 
 
-class Binarisation:
+class FedBAT(LocalMethod):
     """Trains one adapter's update in binary form. The adapter's parameters hold Θ_t + m between steps.
 
     Args:
@@ -58,14 +61,17 @@ class Binarisation:
         local_steps: of a round.
 
     Attributes:
-        exponents: a, (tensors,), to be put into the optimizer beside the adapter.
+        exponents: a, (tensors,), which the optimizer moves beside the adapter.
     """
+
+    name = "fedbat"
 
     def __init__(self, view: AdapterView, *, warmup: float, rho: float, local_steps: int) -> None:
         self._view, self._rho = view, rho
         self._warmup_steps = max(1, int(warmup * local_steps))
         device = view.parameters[0].device
         self.exponents = nn.Parameter(torch.zeros(len(view.parameters), device=device))
+        self.parameters = [self.exponents]
         self._start: list[Tensor] = []
         self._first_alphas: Tensor | None = None
         self._full: list[Tensor] = []
@@ -74,22 +80,25 @@ class Binarisation:
         self._seed = 0
 
     @torch.no_grad()
-    def begin(self, start: Tensor, seed: int) -> None:
-        """Start a round from Θ_t, (num_params,) float32."""
-        parts = zip(self._view.schema.tensors, self._view.parameters, strict=True)
-        self._start = [
-            start[spec.offset : spec.offset + spec.size].view(parameter.shape).to(parameter.device)
-            for spec, parameter in parts
-        ]
-        self._seed, self._first_alphas, self._full = seed, None, []
+    def begin(self, start: RoundStart) -> None:
+        """Start a round from Θ_t, with alpha_0 still to be measured."""
+        self._start = self._view.split(start.adapter)
+        self._seed, self._first_alphas, self._full = start.seed, None, []
         self.exponents.zero_()
         self.exponents.grad = None
 
+    @contextlib.contextmanager
+    def forward(self, batch: MicroBatch) -> Iterator[None]:
+        """After the warm-up the model sees S(m, alpha) in the place of m, in all micro-batches of a step."""
+        if batch.step >= self._warmup_steps and not self._full:
+            self._enter(batch.step)
+        yield
+        if batch.last and self._full:
+            self._leave()
+
     @torch.no_grad()
-    def enter(self, local_step: int) -> None:
-        """Before a micro-batch of local step `local_step` (from 0): put S(m, alpha) in the place of m."""
-        if local_step < self._warmup_steps or self._full:
-            return
+    def _enter(self, local_step: int) -> None:
+        """Put S(m, alpha) in the place of m."""
         updates = self._updates()
         self._alphas = self._step_sizes(updates)
         self._binary = self._draw(updates, self._alphas, local_step)
@@ -98,10 +107,8 @@ class Binarisation:
             parameter.copy_(start + binary)
 
     @torch.no_grad()
-    def leave(self) -> None:
-        """After the last micro-batch of a step: put m back, and turn gradients into those of m and the step sizes."""
-        if not self._full:
-            return
+    def _leave(self) -> None:
+        """Put m back, and turn gradients into those of m and the step sizes."""
         slopes = torch.zeros_like(self.exponents)
         for index, (parameter, full) in enumerate(zip(self._view.parameters, self._full, strict=True)):
             parameter.copy_(full)
@@ -112,19 +119,19 @@ class Binarisation:
         self._full = []
 
     @torch.no_grad()
-    def update(self, local_steps: int) -> Tensor:
-        """What to send after the round's last step: S(m, alpha), (num_params,) float32 on the CPU."""
+    def end(self, steps: int) -> dict[str, Tensor]:
+        """What is sent: S(m, alpha)."""
         updates = self._updates()
-        binary = self._draw(updates, self._step_sizes(updates), local_steps)
-        return torch.cat([part.reshape(-1) for part in binary]).cpu()
+        binary = self._draw(updates, self._step_sizes(updates), steps)
+        return {"delta": torch.cat([part.reshape(-1) for part in binary]).cpu()}
 
-    def state(self) -> dict[str, Tensor]:
-        """For a checkpoint within a round."""
+    def state_dict(self) -> dict[str, Tensor]:
+        """a, and alpha_0 once the warm-up is over."""
         state = {"exponents": self.exponents.detach().clone()}
         return state if self._first_alphas is None else {**state, "first_alphas": self._first_alphas}
 
     @torch.no_grad()
-    def load_state(self, state: dict[str, Tensor]) -> None:
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Go on from a checkpoint, after `begin`."""
         self.exponents.copy_(state["exponents"])
         first = state.get("first_alphas")

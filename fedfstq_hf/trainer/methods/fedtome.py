@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from fedfstq_hf.errors import ConfigError, DataError
 from fedfstq_hf.generation.attention import content_keys
 from fedfstq_hf.generation.blocks import base_of, block_at, can_cut, cut_before, decoder_blocks, read_block
+from fedfstq_hf.trainer.methods.hooks import LocalMethod, MicroBatch
 from fedfstq_hf.workloads.collate import IGNORED_LABEL
 
 _MASKS = ("sdpa", "eager")
@@ -90,7 +91,7 @@ def merge(hidden: Tensor, merged: Tensor, partner: Tensor) -> tuple[Tensor, Tens
     return total / sizes[:, :, None].to(hidden.dtype), sizes
 
 
-class TokenMerging:
+class FedToMe(LocalMethod):
     """Merges prompt tokens before one decoder block, forward and backward.
 
     Args:
@@ -102,6 +103,8 @@ class TokenMerging:
         ConfigError: the model's decoder cannot work on fewer tokens from some block on, or its attention takes no mask
             of numbers.
     """
+
+    name = "fedtome"
 
     def __init__(self, model: nn.Module, ratio: float, layer: int) -> None:
         self._model, self.ratio, self.layer = model, ratio, layer
@@ -119,9 +122,13 @@ class TokenMerging:
                 "take. Load the model with attn_implementation='sdpa'."
             )
 
+    def forward(self, batch: MicroBatch) -> AbstractContextManager[None]:
+        """The micro-batch needs `input_ids` and `labels`."""
+        return self.merging(batch.inputs)
+
     @contextmanager
     def merging(self, inputs: Mapping[str, Any]) -> Iterator[None]:
-        """Within it runs one micro-batch with `input_ids` and `labels`, forward and backward."""
+        """Within it, forward passes of these inputs merge tokens."""
         if "labels" not in inputs or "input_ids" not in inputs:
             raise DataError("token_merge_ratio needs input_ids and labels in every batch, to know what is prompt.")
         ids, labels = inputs["input_ids"], inputs["labels"]
