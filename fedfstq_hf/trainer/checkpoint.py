@@ -148,7 +148,7 @@ class CheckpointStates:
 
     def __init__(self, folder: Path, output_dir: str) -> None:
         self._root = folder / _FOLDER
-        self._output_dir = Path(output_dir).resolve()
+        self._given_dir, self._output_dir = output_dir, Path(output_dir).resolve()
 
     def save(self, checkpoint: str | Path, place: Place, tensors: Mapping[str, Tensor]) -> None:
         """Write the state of a checkpoint, and delete those whose checkpoint folders are gone.
@@ -188,25 +188,21 @@ class CheckpointStates:
         )
         return None
 
+    def asked_for(self, resume_from_checkpoint: str | bool | None) -> Saved | None:
+        """The state of the checkpoint that `Trainer.train(resume_from_checkpoint)` means; None where there is none."""
+        if not resume_from_checkpoint:
+            return None
+        if isinstance(resume_from_checkpoint, str):
+            return self.find(resume_from_checkpoint)
+        folder = get_last_checkpoint(self._given_dir) if self._output_dir.is_dir() else None
+        return None if folder is None else self.find(folder)
+
     def path(self, checkpoint: str | Path) -> Path:
         """Where the state of a checkpoint folder is written to."""
         folder = Path(checkpoint).resolve()
         inside = folder.is_relative_to(self._output_dir)
         name = folder.relative_to(self._output_dir) if inside else Path(folder.name)
         return self._root / name.with_name(name.name + _STATE)
-
-
-def find_state(
-    resume_from_checkpoint: str | bool | None, output_dir: str | None, states: CheckpointStates
-) -> Saved | None:
-    """The state of the checkpoint that `Trainer.train(resume_from_checkpoint)` means; None where there is none."""
-    if not resume_from_checkpoint:
-        return None
-    if isinstance(resume_from_checkpoint, str):
-        return states.find(resume_from_checkpoint)
-    exists = output_dir is not None and Path(output_dir).is_dir()
-    folder = get_last_checkpoint(output_dir) if exists else None
-    return None if folder is None else states.find(folder)
 
 
 def _load(path: Path, checkpoint: str) -> Saved | None:

@@ -6,7 +6,7 @@ import hashlib
 import logging
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from fedfstq_hf.adapter import AdapterView, base_fingerprint, check_same_adapter, check_same_base
 from fedfstq_hf.codec import CodecContext, get_codec, message, parse_budget
@@ -27,17 +27,16 @@ logger = logging.getLogger(__name__)
 
 
 def join(
-    config: FedFSTQConfig, model: nn.Module, view: AdapterView, *, tokenizer: Any, output_dir: str
+    config: FedFSTQConfig, view: AdapterView, tokenizer: Any, output_dir: str
 ) -> tuple[MailboxParticipation, FederationSpec]:
-    """Open the federation at `config.mailbox` for a client that holds `model`.
+    """Open the federation at `config.mailbox` for the client whose adapter `view` shows.
 
     To call it is to agree to what the mailbox asks, which is logged, and kept in the client's state folder; a mailbox
     that asks something else later is refused.
 
     Args:
         config: the client's settings, with a mailbox.
-        model: base with adapter; both must be the federation's.
-        view: of its adapter.
+        view: of the adapter; it and the base must be the federation's.
         tokenizer: names the token ids where the client shares its sensitivities; None shares nothing.
         output_dir: the client's state lies beside it where `config.state_dir` is not given.
 
@@ -57,7 +56,7 @@ def join(
     if not is_agreed(folder, terms):
         for line in summary(spec, address):
             logger.info("%s", line)
-    check_same_base(base_fingerprint(model), spec.base_fingerprint, spec.model)
+    check_same_base(base_fingerprint(view.model), spec.base_fingerprint, spec.model)
     check_same_adapter(view.model.peft_config[view.name].to_dict(), terms.adapter_config)
     mailbox.check_client(config.client_id)
     budget = config.uplink_budget if config.uplink_budget is not None else spec.uplink_budget
@@ -82,7 +81,7 @@ def join(
         state = token_table(carried)
         if not state:
             return None
-        return client_saliency(state, rho=spec.rho, tokenizer=tokenizer, model=model, probe=probe_state(carried))
+        return client_saliency(state, rho=spec.rho, tokenizer=tokenizer, model=view.model, probe=probe_state(carried))
 
     try:
         agree(folder, terms)

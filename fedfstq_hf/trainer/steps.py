@@ -113,16 +113,12 @@ class LocalSteps:
             self.filter.weigh(window, self.observer.tokens, step=self.done, seed=self._seed)
         return batches
 
-    def compute_loss(
-        self, plain: Callable[..., Any], model: nn.Module, inputs: dict[str, Any], return_outputs: bool, num_items: Any
-    ) -> Any:
-        """The Trainer's own `compute_loss`, `plain`; in training steps that of the weighted target tokens."""
-        weights, for_fisher = inputs.pop(TOKEN_WEIGHTS, None), inputs.pop(FISHER_WEIGHTS, None)
-        if weights is None or self.filter is None:
-            return plain(model, inputs, return_outputs, num_items)
+    def filtered_loss(self, model: nn.Module, inputs: dict[str, Any], num_items: Any) -> tuple[Tensor, Any]:
+        """The loss of a micro-batch's weighted target tokens, as the Trainer normalises it, and the model's outputs."""
+        weights, for_fisher = inputs.pop(TOKEN_WEIGHTS), inputs.pop(FISHER_WEIGHTS, None)
         trainer = self._trainer
         steps = trainer.current_gradient_accumulation_steps
-        loss, filtered, all_tokens, outputs = self.filter.losses(
+        loss, filtered, all_tokens, outputs = self.filter.losses(  # type: ignore[union-attr]
             model, inputs, weights, for_fisher, num_items, steps=steps
         )
         share = 1.0 if num_items is not None else 1.0 / steps  # the Trainer divides such a loss by itself
@@ -135,7 +131,7 @@ class LocalSteps:
             count = trainer.accelerator.num_processes // trainer.get_tp_size()
             loss, all_tokens = loss * count, all_tokens * count  # their mean is taken, as in Trainer
         self._all_tokens = all_tokens * share
-        return (loss, outputs) if return_outputs else loss
+        return loss, outputs
 
     def training_step(
         self, plain: Callable[..., Tensor], model: nn.Module, inputs: dict[str, Any], num_items: Any

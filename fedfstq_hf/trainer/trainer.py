@@ -7,7 +7,6 @@ the participation gets the adapter, and packs and sends the change.
 
 from __future__ import annotations
 
-import logging
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,22 +16,21 @@ from transformers import Trainer, TrainerCallback, set_seed
 
 from fedfstq_hf.adapter import AdapterView
 from fedfstq_hf.config import FedFSTQConfig
-from fedfstq_hf.errors import ConfigError, MailboxError
+from fedfstq_hf.errors import ConfigError, DataError, MailboxError
 from fedfstq_hf.federation.client import Participation
 from fedfstq_hf.federation.session import Settlement
 from fedfstq_hf.federation.spec import FederationSpec
 from fedfstq_hf.sensitivity import AdapterFisher, TokenSensitivity
 from fedfstq_hf.sensitivity.table import SensitivityTable
 from fedfstq_hf.trainer.arguments import announce, check_arguments, replaced, typed
-from fedfstq_hf.trainer.checkpoint import START, CheckpointStates, Place, find_state, state_folder
+from fedfstq_hf.trainer.checkpoint import START, CheckpointStates, Place, state_folder
 from fedfstq_hf.trainer.joining import join, pack_local
 from fedfstq_hf.trainer.methods.hooks import RoundStart
 from fedfstq_hf.trainer.processes import check_shared, join_together, open_processes
 from fedfstq_hf.trainer.rounds import Rounds, RoundSampler, check_dataset, load_optimizer, set_schedule, skip_batches
 from fedfstq_hf.trainer.steps import LocalSteps
+from fedfstq_hf.trainer.token_filter import TOKEN_WEIGHTS
 from fedfstq_hf.trainer.uploading import Uploads
-
-logger = logging.getLogger(__name__)
 
 _TrainerLike: Any = Trainer if TYPE_CHECKING else object  # the mixin stands before any Trainer class, TRL's included
 
@@ -120,16 +118,8 @@ class FedFSTQMixin(_TrainerLike):  # type: ignore[misc]
             self._steps.check_some_counted(self._client_id(), "local training")
             return output
         check_dataset(self.train_dataset, self._client_id())
-        participation, spec = join_together(
-            self._processes,
-            lambda: join(
-                self.federation,
-                self.model,
-                self.adapter_view,
-                tokenizer=self.processing_class,
-                output_dir=self.args.output_dir,
-            ),
-        )
+        asked = self.federation, self.adapter_view, self.processing_class, self.args.output_dir
+        participation, spec = join_together(self._processes, lambda: join(*asked))
         self.settlements = participation.settlements
         try:
             return self.take_part(participation, spec, resume_from_checkpoint, **kwargs)
@@ -161,10 +151,7 @@ class FedFSTQMixin(_TrainerLike):  # type: ignore[misc]
         self._rounds = rounds = Rounds(participation, spec)
         try:
             with replaced(self.args, **self._trained_with):
-                output_dir = self.args.output_dir
-                saved = self._processes.first_alone(
-                    lambda: find_state(resume_from_checkpoint, output_dir, self._states())
-                )
+                saved = self._processes.first_alone(lambda: self._states().asked_for(resume_from_checkpoint))
                 output = super().train(rounds.choose(saved), **kwargs)
                 reached_end = self.state.global_step >= self.args.max_steps  # a user's callback may have stopped it
                 if reached_end and not rounds.ended and self._next_round(rounds):
@@ -211,7 +198,10 @@ class FedFSTQMixin(_TrainerLike):  # type: ignore[misc]
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """The Trainer's own; in training steps of a token-filtered objective that of the weighted target tokens."""
-        return self._steps.compute_loss(super().compute_loss, model, inputs, return_outputs, num_items_in_batch)
+        if TOKEN_WEIGHTS not in inputs:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        loss, outputs = self._steps.filtered_loss(model, inputs, num_items_in_batch)
+        return (loss, outputs) if return_outputs else loss
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """The Trainer's own; then Fisher information from its gradients. One with NaN or infinite ones is skipped."""
@@ -235,6 +225,11 @@ class FedFSTQMixin(_TrainerLike):  # type: ignore[misc]
                 return [], None
             epoch_iterator = rounds.batches
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if rounds is not None and len(batches) < num_batches:
+            raise DataError(
+                f"The round's data loader ended in local step {self._steps.done + 1} of {rounds.spec.local_steps}: a "
+                "sampler of your own must draw as many examples as that of `_get_train_sampler`."
+            )
         return self._steps.weigh(batches, num_items), num_items
 
     # Rounds inside one train()
@@ -243,8 +238,7 @@ class FedFSTQMixin(_TrainerLike):  # type: ignore[misc]
         """Begin the next round; without one, load the final adapter."""
         assignment, spec = rounds.next(), rounds.spec
         if assignment is None:
-            final = rounds.participation.final_adapter()
-            if final is not None:
+            if (final := rounds.participation.final_adapter()) is not None:
                 self.adapter_view.write(final)
             return False
         if assignment.dataset is not None:
@@ -290,8 +284,7 @@ class FedFSTQMixin(_TrainerLike):  # type: ignore[misc]
     def get_train_dataloader(self) -> DataLoader[Any]:
         """In a federation a placeholder of the right length: each round brings its own loader."""
         if self._rounds is None:
-            loader: DataLoader[Any] = super().get_train_dataloader()
-            return loader
+            return super().get_train_dataloader()  # type: ignore[no-any-return]
         return DataLoader(range(self.args.max_steps * self.args.gradient_accumulation_steps))  # type: ignore[arg-type]
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
@@ -310,7 +303,7 @@ class FedFSTQMixin(_TrainerLike):  # type: ignore[misc]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the federation's figures, so that they reach `log_history` and every reporter."""
-        skipped = self._steps.skipped if self._rounds is None else 0
+        skipped = self._held_steps.skipped if self._rounds is None else 0
         local = {"fed_skipped_steps": skipped} if skipped else {}
         super().log({**logs, **local, **self._fed_metrics}, start_time)
 

@@ -24,7 +24,7 @@ def test_a_client_is_refused_before_it_trains(hub_here: LoopbackHub, monkeypatch
     monkeypatch.setattr(joining, "base_fingerprint", lambda model: {})
     config = FedFSTQConfig(mailbox="hf://org/run", client_id="a", repo="org/mine")
     with pytest.raises(MailboxError, match="from org/run-a, but this client writes to org/mine"):
-        joining.join(config, None, _View(), tokenizer=None, output_dir="")
+        joining.join(config, _View(), None, "")
 
 
 class _View:
@@ -37,7 +37,7 @@ class _View:
 def test_a_folder_has_no_repos(tmp_path: Path) -> None:
     config = FedFSTQConfig(mailbox=str(tmp_path), repo="org/mine")
     with pytest.raises(ConfigError, match="Leave repo out"):
-        joining.join(config, None, None, tokenizer=None, output_dir="")
+        joining.join(config, None, None, "")
 
 
 @pytest.mark.parametrize("bad", ["mine", "a/b/c", "hf://org/mine", "org/", 3])
