@@ -10,6 +10,7 @@ __version__ = "0.1.0"
 __all__ = [
     "FedFSTQConfig",
     "FedFSTQError",
+    "FedFSTQMixin",
     "FedFSTQSFTTrainer",
     "FedFSTQTrainer",
     "TokenReducer",
@@ -25,6 +26,7 @@ __all__ = [
 _LAZY = {
     "FedFSTQConfig": "fedfstq_hf.config",
     "FedFSTQError": "fedfstq_hf.errors",
+    "FedFSTQMixin": "fedfstq_hf.trainer.trainer",
     "FedFSTQSFTTrainer": "fedfstq_hf.trainer.sft",
     "FedFSTQTrainer": "fedfstq_hf.trainer.trainer",
     "TokenReducer": "fedfstq_hf.generation.reducer",
@@ -43,7 +45,7 @@ if TYPE_CHECKING:
     from fedfstq_hf.sharing.compress import compress_adapter
     from fedfstq_hf.sharing.hub import load_compressed_adapter, push_compressed_adapter, save_compressed_adapter
     from fedfstq_hf.trainer.sft import FedFSTQSFTTrainer
-    from fedfstq_hf.trainer.trainer import FedFSTQTrainer
+    from fedfstq_hf.trainer.trainer import FedFSTQMixin, FedFSTQTrainer
 
 
 def __getattr__(name: str) -> Any:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fedfstq_hf.adapter import AdapterView
 from fedfstq_hf.errors import NonFiniteError
 from fedfstq_hf.sensitivity import AdapterFisher, TokenSensitivity
-from fedfstq_hf.sensitivity.adapter import check_finite
+from fedfstq_hf.sensitivity.fisher import check_finite
 from fedfstq_hf.trainer.processes import Processes
 
 if TYPE_CHECKING:

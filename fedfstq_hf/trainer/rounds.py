@@ -109,11 +109,9 @@ class RoundSampler(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self.seed)
-        left = self.num_samples
-        while left > 0:
-            order = torch.randperm(self.num_examples, generator=generator)[:left]
-            yield from order.tolist()
-            left -= len(order)
+        passes = -(-self.num_samples // self.num_examples)
+        order = torch.cat([torch.randperm(self.num_examples, generator=generator) for _ in range(passes)])
+        return iter(order[: self.num_samples].tolist())
 
 
 def skip_batches(loader: Any, count: int) -> Any:

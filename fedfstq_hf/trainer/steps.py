@@ -15,7 +15,7 @@ from fedfstq_hf.config import FedFSTQConfig
 from fedfstq_hf.errors import ConfigError, DataError, NonFiniteError
 from fedfstq_hf.federation.client import LocalResult
 from fedfstq_hf.federation.spec import FederationSpec
-from fedfstq_hf.sensitivity.adapter import second_moments
+from fedfstq_hf.sensitivity.fisher import second_moments
 from fedfstq_hf.trainer.gradient_hooks import GradientObserver
 from fedfstq_hf.trainer.methods.active import active_methods
 from fedfstq_hf.trainer.methods.hooks import MicroBatch, RoundStart

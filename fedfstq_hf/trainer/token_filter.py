@@ -105,11 +105,13 @@ class TokenFilter:
         window = torch.cat(rows) if rows else torch.zeros(0, 0, dtype=torch.long)
         valid = window != _IGNORED
         self.window_targets = int(valid.sum())
-        scores = tokens.scores_of(window.clamp_min(0))
 
         def deal(name: str, objective: str) -> None:
-            generator = torch.Generator().manual_seed(_seed(seed, step))
-            weights = token_weights(objective, scores, valid, ratio=self.ratio, generator=generator).float()
+            weights = valid.float()
+            if objective != "full":
+                scores = tokens.scores_of(window.clamp_min(0))
+                generator = torch.Generator().manual_seed(_seed(seed, step))
+                weights = token_weights(objective, scores, valid, ratio=self.ratio, generator=generator).float()
             start = 0
             for batch, target in zip(batches, targets, strict=True):
                 end = start + len(target)

@@ -33,7 +33,7 @@ _COLLECTING = (
 
 MUTANTS: list[tuple[str, tuple[str, ...], Changes]] = [
     (
-        "sensitivity/tokens.py",
+        "sensitivity/fisher.py",
         _TOKENS,
         [
             ("self.rho * self._ema[seen] + (1.0 - self.rho) * mean", "self.rho * self._ema[seen] + mean"),
@@ -52,7 +52,7 @@ MUTANTS: list[tuple[str, tuple[str, ...], Changes]] = [
         ],
     ),
     (
-        "sensitivity/adapter.py",
+        "sensitivity/fisher.py",
         _FISHER,
         [
             ("torch._foreach_mul_(self._ema, self.rho)", "pass"),

@@ -10,13 +10,12 @@ from local_training import Listed, Padded, make_trainer, ragged_data
 from tiny import make_arguments, make_tiny_data, make_tiny_model
 from transformers import Trainer
 
-from fedfstq_hf import FedFSTQConfig, FedFSTQTrainer
+from fedfstq_hf import FedFSTQConfig, FedFSTQMixin, FedFSTQTrainer
 from fedfstq_hf.adapter import AdapterView
 from fedfstq_hf.errors import ConfigError
 from fedfstq_hf.sensitivity import TokenSensitivity
 from fedfstq_hf.trainer import token_filter
 from fedfstq_hf.trainer.token_filter import TOKEN_WEIGHTS, TokenFilter
-from fedfstq_hf.trainer.trainer import FedFSTQMixin
 
 FILTERED = ("hard", "soft", "unbiased")
 
