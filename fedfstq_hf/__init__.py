@@ -10,6 +10,7 @@ __version__ = "0.1.0"
 __all__ = [
     "FedFSTQConfig",
     "FedFSTQError",
+    "FedFSTQMixin",
     "FedFSTQSFTTrainer",
     "FedFSTQTrainer",
     "TokenReducer",
@@ -25,8 +26,9 @@ __all__ = [
 _LAZY = {
     "FedFSTQConfig": "fedfstq_hf.config",
     "FedFSTQError": "fedfstq_hf.errors",
-    "FedFSTQSFTTrainer": "fedfstq_hf.sft",
-    "FedFSTQTrainer": "fedfstq_hf.trainer",
+    "FedFSTQMixin": "fedfstq_hf.trainer.trainer",
+    "FedFSTQSFTTrainer": "fedfstq_hf.trainer.sft",
+    "FedFSTQTrainer": "fedfstq_hf.trainer.trainer",
     "TokenReducer": "fedfstq_hf.generation.reducer",
     "TokenReductionLogitsProcessor": "fedfstq_hf.generation.logits_processor",
     "compress_adapter": "fedfstq_hf.sharing.compress",
@@ -40,10 +42,10 @@ if TYPE_CHECKING:
     from fedfstq_hf.errors import FedFSTQError
     from fedfstq_hf.generation.logits_processor import TokenReductionLogitsProcessor
     from fedfstq_hf.generation.reducer import TokenReducer
-    from fedfstq_hf.sft import FedFSTQSFTTrainer
     from fedfstq_hf.sharing.compress import compress_adapter
     from fedfstq_hf.sharing.hub import load_compressed_adapter, push_compressed_adapter, save_compressed_adapter
-    from fedfstq_hf.trainer import FedFSTQTrainer
+    from fedfstq_hf.trainer.sft import FedFSTQSFTTrainer
+    from fedfstq_hf.trainer.trainer import FedFSTQMixin, FedFSTQTrainer
 
 
 def __getattr__(name: str) -> Any:

@@ -123,6 +123,14 @@ class AdapterView:
         for spec, parameter in zip(self.schema.tensors, self.parameters, strict=True):
             parameter.copy_(vector[spec.offset : spec.offset + spec.size].view(parameter.shape))
 
+    def split(self, vector: Tensor) -> list[Tensor]:
+        """A (num_params,) vector as copies in the parameters' shapes and on their devices, in schema order."""
+        parts = (vector[spec.offset : spec.offset + spec.size] for spec in self.schema.tensors)
+        return [
+            part.view(parameter.shape).to(parameter.device, copy=True)
+            for part, parameter in zip(parts, self.parameters, strict=True)
+        ]
+
     def gradients(self) -> list[Tensor]:
         """Accumulated gradients in schema order; zeros where backward left none."""
         return [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]

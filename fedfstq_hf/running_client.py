@@ -17,8 +17,8 @@ from fedfstq_hf.federation.spec import FederationSpec
 from fedfstq_hf.founding import load_base, load_shared_base, quiet_arguments, wrap_base
 from fedfstq_hf.own_data import own_data
 from fedfstq_hf.text import printable
-from fedfstq_hf.trainer import FedFSTQTrainer
-from fedfstq_hf.training.private_state import make_state_folder, state_folder
+from fedfstq_hf.trainer.checkpoint import make_state_folder, state_folder
+from fedfstq_hf.trainer.trainer import FedFSTQTrainer
 from fedfstq_hf.workloads import Collator, DataConfig, load_workload
 
 logger = logging.getLogger(__name__)

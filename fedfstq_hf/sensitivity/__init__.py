@@ -7,14 +7,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .adapter import AdapterFisher
     from .cross_entropy import weighted_cross_entropy
+    from .fisher import AdapterFisher, TokenSensitivity
     from .objective import token_weights
-    from .tokens import TokenSensitivity
 
 _HOME = {
-    "AdapterFisher": "adapter",
-    "TokenSensitivity": "tokens",
+    "AdapterFisher": "fisher",
+    "TokenSensitivity": "fisher",
     "token_weights": "objective",
     "weighted_cross_entropy": "cross_entropy",
 }

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import AdapterMismatchError
-from .tokens import TokenSensitivity
+from .fisher import TokenSensitivity
 
 _SHOWN = 20
 

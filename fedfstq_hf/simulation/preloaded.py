@@ -8,6 +8,6 @@ import transformers  # noqa: E402
 
 import fedfstq_hf.founding  # noqa: E402
 import fedfstq_hf.simulation.workers  # noqa: E402
-import fedfstq_hf.trainer  # noqa: E402, F401
+import fedfstq_hf.trainer.trainer  # noqa: E402, F401
 
 transformers.utils.logging.set_verbosity_error()

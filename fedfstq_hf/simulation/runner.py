@@ -39,7 +39,7 @@ from fedfstq_hf.simulation.participation import Row, SimulatedParticipation, Tra
 from fedfstq_hf.simulation.partition import make_shards
 from fedfstq_hf.simulation.plan import make_plan
 from fedfstq_hf.simulation.workers import Job, WorkerPool
-from fedfstq_hf.trainer import FedFSTQTrainer
+from fedfstq_hf.trainer.trainer import FedFSTQTrainer
 from fedfstq_hf.workloads import Collator, load_workload
 
 ROWS_FILE = "metrics.jsonl"

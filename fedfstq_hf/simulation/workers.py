@@ -265,7 +265,7 @@ def _work(model: Any, datasets: Sequence[Any], pad_id: int, evaluator: Evaluator
 
     from fedfstq_hf.adapter import AdapterView
     from fedfstq_hf.founding import quiet_arguments
-    from fedfstq_hf.trainer import FedFSTQTrainer
+    from fedfstq_hf.trainer.trainer import FedFSTQTrainer
     from fedfstq_hf.workloads import Collator
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the simulator ends its workers

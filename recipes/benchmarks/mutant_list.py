@@ -10,12 +10,12 @@ _TOKENS = ("tests/sensitivity/test_tokens.py",)
 _FISHER = ("tests/sensitivity/test_adapter.py",)
 _OBJECTIVE = ("tests/sensitivity/test_objective.py",)
 _LOSS = ("tests/sensitivity/test_cross_entropy.py",)
-_OPTIONS = ("tests/test_config.py", "tests/sensitivity/test_objective.py", "tests/training/test_fisher_options.py")
+_OPTIONS = ("tests/test_config.py", "tests/sensitivity/test_objective.py", "tests/trainer/test_fisher_options.py")
 _SELECTION = ("tests/generation/test_selection.py",)
 _SERVER = ("tests/federation/server/test_server_optimizers.py", "tests/federation/server/test_aggregation.py")
 _UPDATE = ("tests/codec/test_update.py",)
 _MESSAGE = ("tests/codec/test_message.py", "tests/codec/test_format.py", "tests/attacks/test_container.py")
-_SCALE = ("tests/training/test_sensitivity_scale.py",)
+_SCALE = ("tests/trainer/test_sensitivity_scale.py",)
 _SESSION = (
     "tests/federation/client/test_session.py",
     "tests/federation/client/test_session_sizes.py",
@@ -33,7 +33,7 @@ _COLLECTING = (
 
 MUTANTS: list[tuple[str, tuple[str, ...], Changes]] = [
     (
-        "sensitivity/tokens.py",
+        "sensitivity/fisher.py",
         _TOKENS,
         [
             ("self.rho * self._ema[seen] + (1.0 - self.rho) * mean", "self.rho * self._ema[seen] + mean"),
@@ -52,7 +52,7 @@ MUTANTS: list[tuple[str, tuple[str, ...], Changes]] = [
         ],
     ),
     (
-        "sensitivity/adapter.py",
+        "sensitivity/fisher.py",
         _FISHER,
         [
             ("torch._foreach_mul_(self._ema, self.rho)", "pass"),
@@ -217,17 +217,17 @@ MUTANTS: list[tuple[str, tuple[str, ...], Changes]] = [
         ],
     ),
     (
-        "training/steps.py",
+        "trainer/steps.py",
         _SCALE,
         [
             ("return num_items / (self._processes.count if", "return 1 / (self._processes.count if"),
             ("* (1 if scaled else steps)", ""),
             ("if num_items is not None and (filtered or scaled):", "if num_items is not None:"),
-            ("self._filter.window_targets / self._processes.count", "self._filter.window_targets / steps"),
+            ("self.filter.window_targets / self._processes.count", "self.filter.window_targets / steps"),
         ],
     ),
     (
-        "training/observing.py",
+        "trainer/gradient_hooks.py",
         _SCALE,
         [
             ("(gradient.detach().float() * divisor).square()", "gradient.detach().float().square() * divisor"),

@@ -20,7 +20,7 @@ from accelerate import Accelerator
 from fedfstq_hf.cli.options import parse_overrides, quieten
 from fedfstq_hf.recipe import load_recipe
 from fedfstq_hf.simulation import runner
-from fedfstq_hf.trainer import FedFSTQTrainer
+from fedfstq_hf.trainer.trainer import FedFSTQTrainer
 
 seconds: dict[str, float] = defaultdict(float)
 

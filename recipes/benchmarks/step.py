@@ -35,8 +35,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PrinterCallback, Trainer
 
 from fedfstq_hf import FedFSTQConfig, FedFSTQTrainer
 from fedfstq_hf.sensitivity import AdapterFisher
-from fedfstq_hf.training.filtering import TokenFilter
-from fedfstq_hf.training.observing import StepObserver
+from fedfstq_hf.trainer.gradient_hooks import GradientObserver
+from fedfstq_hf.trainer.token_filter import TokenFilter
 
 OUT = Path(__file__).parents[1] / "results" / "step.json"
 BATCH, LENGTH = 4, 256
@@ -158,7 +158,7 @@ class timed_parts:
 
     def __enter__(self) -> None:
         self._wrap(AdapterFisher, "update", "fisher")
-        self._wrap(StepObserver, "_enter_tokens", "probe: table")
+        self._wrap(GradientObserver, "_enter_tokens", "probe: table")
         self._wrap(TokenFilter, "weigh", "mask")
         self._wrap(FedFSTQTrainer, "pack_update", "packing")
 

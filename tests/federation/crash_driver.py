@@ -27,7 +27,8 @@ import numpy as np
 import torch
 
 torch.set_num_threads(1)
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
+_TESTS = Path(__file__).parents[1]
+sys.path[:0] = [str(_TESTS / "federation"), str(_TESTS / "helpers"), str(_TESTS.parent)]
 
 import light  # noqa: E402
 from light import SCHEMA, LightClient, found  # noqa: E402
@@ -293,7 +294,7 @@ def main(victim: str, folder: Path, every: int) -> None:
     if victim == "trainer":
         import tiny  # noqa: F401 - imports transformers and peft once, for all children
 
-        import fedfstq_hf.trainer  # noqa: F401
+        import fedfstq_hf.trainer.trainer  # noqa: F401
     gc.freeze()  # the children share these pages
     crash = Crash()
     reference = federation(victim, folder, crash, [])

@@ -11,7 +11,7 @@ from fedfstq_hf.cli import app
 from fedfstq_hf.client_file import load_client_file
 from fedfstq_hf.config import FedFSTQConfig
 from fedfstq_hf.errors import ConfigError, MailboxError
-from fedfstq_hf.training import joining
+from fedfstq_hf.trainer import joining
 from tests.loopback_hub.federation import HubFederation
 from tests.loopback_hub.loopback import LoopbackHub
 
@@ -24,7 +24,7 @@ def test_a_client_is_refused_before_it_trains(hub_here: LoopbackHub, monkeypatch
     monkeypatch.setattr(joining, "base_fingerprint", lambda model: {})
     config = FedFSTQConfig(mailbox="hf://org/run", client_id="a", repo="org/mine")
     with pytest.raises(MailboxError, match="from org/run-a, but this client writes to org/mine"):
-        joining.join(config, None, _View(), tokenizer=None, output_dir="")
+        joining.join(config, _View(), None, "")
 
 
 class _View:
@@ -37,7 +37,7 @@ class _View:
 def test_a_folder_has_no_repos(tmp_path: Path) -> None:
     config = FedFSTQConfig(mailbox=str(tmp_path), repo="org/mine")
     with pytest.raises(ConfigError, match="Leave repo out"):
-        joining.join(config, None, None, tokenizer=None, output_dir="")
+        joining.join(config, None, None, "")
 
 
 @pytest.mark.parametrize("bad", ["mine", "a/b/c", "hf://org/mine", "org/", 3])

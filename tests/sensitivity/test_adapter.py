@@ -5,7 +5,7 @@ import torch
 
 from fedfstq_hf.errors import AdapterMismatchError, ConfigError, NonFiniteError
 from fedfstq_hf.sensitivity import AdapterFisher
-from fedfstq_hf.sensitivity.adapter import second_moments
+from fedfstq_hf.sensitivity.fisher import second_moments
 
 
 def make(rho=0.9):

@@ -9,7 +9,7 @@ from transformers import SchedulerType, TrainerCallback
 from transformers.training_args import OptimizerNames
 
 from fedfstq_hf.errors import ConfigError
-from fedfstq_hf.training.arguments import typed
+from fedfstq_hf.trainer.arguments import typed
 
 SHARED = {"learning_rate": 1, "max_grad_norm": 0.5, "lr_scheduler_type": "cosine", "optim": "adafactor"}
 

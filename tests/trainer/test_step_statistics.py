@@ -6,9 +6,9 @@ from tiny import make_arguments, make_tiny_data, make_tiny_model
 from tiny_federation import Listed, batch_of, make_trainer, take_part
 from transformers import Trainer, TrainerCallback
 
+from fedfstq_hf import FedFSTQMixin
 from fedfstq_hf.adapter import AdapterView
 from fedfstq_hf.errors import ConfigError
-from fedfstq_hf.trainer import FedFSTQMixin
 
 
 def ragged_data(num=16, length=12):

@@ -98,7 +98,7 @@ def test_every_file_that_arrives_is_on_the_allow_list(tmp_path, hub_here, token,
     assert hub_here.read(REPO, "adapter_model.safetensors") == own
     for secret in secrets(tmp_path, token):
         assert not [path for path, contents in files.items() for data in contents if secret in data]
-    assert trainer._staged == []  # the copies are deleted
+    assert trainer._uploads.staged == []  # the copies are deleted
 
 
 def test_the_state_is_what_a_reader_would_look_for(tmp_path, hub_here, token):  # noqa: F811

@@ -1,0 +1,1 @@
+"""Methods that change what a client's local steps compute, one file each: hooks.py says where they reach in."""
