@@ -10,7 +10,7 @@ from fedfstq_hf.federation.coordinator import Coordinator
 from fedfstq_hf.federation.key_files import coordinator_signer, coordinator_unseal
 from fedfstq_hf.federation.mailbox import SPEC_FILE, Mailbox, open_mailbox
 from fedfstq_hf.federation.spec import FederationSpec
-from fedfstq_hf.reporting.card_maker import card_maker
+from fedfstq_hf.reporting.card.federated import card_maker
 
 
 def open_federation(address: str) -> tuple[Mailbox, FederationSpec]:

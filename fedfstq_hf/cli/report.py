@@ -28,7 +28,7 @@ def report(
 
     Runs of the same workload are merged, whatever their methods and seeds; others get sections of their own.
     """
-    from fedfstq_hf.reporting.comparison import write_comparison
+    from fedfstq_hf.reporting.report import write_comparison
 
     more = [] if plots is None else ["--plots", str(plots)]
     more += [] if methods is None else ["--methods", methods]

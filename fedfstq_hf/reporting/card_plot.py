@@ -8,7 +8,7 @@ from itertools import accumulate
 from typing import TYPE_CHECKING
 
 from fedfstq_hf.federation.history import HistoryRow
-from fedfstq_hf.reporting.card_metrics import Metrics, main_metric, series
+from fedfstq_hf.reporting.card.measurements import Metrics, main_metric, series
 from fedfstq_hf.reporting.units import format_bytes
 
 if TYPE_CHECKING:

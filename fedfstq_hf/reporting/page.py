@@ -5,15 +5,12 @@ from importlib import resources
 from typing import Any
 
 from fedfstq_hf import __version__
-from fedfstq_hf.reporting.comparison_figures import Comparison
-from fedfstq_hf.reporting.comparison_notes import CAVEATS, notes, settings
-from fedfstq_hf.reporting.comparison_overview import overview
-from fedfstq_hf.reporting.comparison_sweep import Sweep, sweep_tables
-from fedfstq_hf.reporting.comparison_tables import figure_tables, link_table, run_table
-from fedfstq_hf.reporting.page_chart import Chart, draw, draw_swatch
+from fedfstq_hf.reporting.chart import Chart, draw, draw_swatch
+from fedfstq_hf.reporting.charts import make_charts, styles, sweep_chart
+from fedfstq_hf.reporting.comparison.figures import Comparison, Sweep
+from fedfstq_hf.reporting.comparison.notes import CAVEATS, notes, settings
+from fedfstq_hf.reporting.comparison.tables import figure_tables, link_table, overview, run_table, sweep_tables
 from fedfstq_hf.reporting.page_figures import chart_style
-from fedfstq_hf.reporting.page_plots import make_charts, styles
-from fedfstq_hf.reporting.page_sweep import sweep_chart
 
 GENERATOR = '<meta name="generator" content="fedfstq report">'
 _TEMPLATE = "page_template.html"

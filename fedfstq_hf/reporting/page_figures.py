@@ -5,11 +5,9 @@ import xml.etree.ElementTree as ET
 from collections.abc import Iterator, Sequence
 from importlib import resources
 
-from fedfstq_hf.reporting.comparison_figures import Comparison
-from fedfstq_hf.reporting.comparison_sweep import Sweep
-from fedfstq_hf.reporting.page_chart import HEIGHT, WIDTH, Chart, draw, draw_swatch
-from fedfstq_hf.reporting.page_plots import make_charts, styles
-from fedfstq_hf.reporting.page_sweep import sweep_chart
+from fedfstq_hf.reporting.chart import HEIGHT, WIDTH, Chart, draw, draw_swatch
+from fedfstq_hf.reporting.charts import make_charts, styles, sweep_chart
+from fedfstq_hf.reporting.comparison.figures import Comparison, Sweep
 
 GENERATOR = "made by fedfstq report"
 _FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Noto Sans', 'DejaVu Sans', sans-serif"

@@ -10,7 +10,7 @@ from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedfstq_hf.reporting.summary import COMPARED, REFERENCE, Row, curves
+from fedfstq_hf.reporting.comparison.summary import COMPARED, REFERENCE, Row, curves
 from fedfstq_hf.reporting.units import format_bytes, format_ratio
 
 if TYPE_CHECKING:

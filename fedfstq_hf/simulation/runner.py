@@ -32,8 +32,8 @@ from fedfstq_hf.federation.session import Caps
 from fedfstq_hf.founding import Founding, found, make_spec, training_arguments
 from fedfstq_hf.recipe import Recipe, validate
 from fedfstq_hf.recipe.method import MethodSettings, TimeCap
-from fedfstq_hf.reporting.report import write_report
-from fedfstq_hf.reporting.summary import COMPARED, TargetRule, read_rows, summarize, write_summary
+from fedfstq_hf.reporting.comparison.summary import COMPARED, TargetRule, read_rows, summarize, write_summary
+from fedfstq_hf.reporting.run_report import write_report
 from fedfstq_hf.simulation.network import LinkProfile, LinkRates, draw_rates
 from fedfstq_hf.simulation.participation import Row, SimulatedParticipation, TrainElsewhere
 from fedfstq_hf.simulation.partition import make_shards

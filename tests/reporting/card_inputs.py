@@ -14,7 +14,7 @@ from huggingface_hub.repocard_data import model_index_to_eval_results
 from fedfstq_hf.federation.history import HistoryRow
 from fedfstq_hf.federation.record import RoundRecord
 from fedfstq_hf.federation.spec import FederationSpec
-from fedfstq_hf.reporting.card import render_card
+from fedfstq_hf.reporting.card.federated import render_card
 
 _UNFILLED = re.compile(r"\b(?:none|null|nan|undefined)\b|\[\]|\{\}|\{\{|\{%|[\s\]]\(\)|(?<!`)``(?!`)", re.IGNORECASE)
 

@@ -9,8 +9,8 @@ from huggingface_hub import ModelCard
 from hypothesis import Phase, example, given, settings
 from hypothesis import strategies as st
 
-from fedfstq_hf.reporting.card import root_files
-from fedfstq_hf.reporting.card_merge import decode, merge_card
+from fedfstq_hf.reporting.card.federated import root_files
+from fedfstq_hf.reporting.card.merge import decode, merge_card
 
 OLD = render(2)
 NEW = render(3)

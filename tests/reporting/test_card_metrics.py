@@ -1,6 +1,6 @@
 from card_inputs import make_history
 
-from fedfstq_hf.reporting.card_metrics import Measurement, finite, main_metric, newest, series
+from fedfstq_hf.reporting.card.measurements import Measurement, finite, main_metric, newest, series
 
 
 def test_only_finite_numbers_of_known_rounds_are_kept():

@@ -12,15 +12,14 @@ from metric_rows import make_rows, write_run
 from fedfstq_hf.cli import main
 from fedfstq_hf.errors import ConfigError, DataError
 from fedfstq_hf.recipe import Recipe
-from fedfstq_hf.reporting.comparison import write_comparison
-from fedfstq_hf.reporting.comparison_breakdown import mean_energy, mean_parts
-from fedfstq_hf.reporting.comparison_ceiling import seconds_without_uplink
-from fedfstq_hf.reporting.comparison_figures import compare
-from fedfstq_hf.reporting.comparison_notes import notes
-from fedfstq_hf.reporting.comparison_runs import read_runs
-from fedfstq_hf.reporting.comparison_tables import figure_tables
-from fedfstq_hf.reporting.comparison_workloads import group_runs
-from fedfstq_hf.reporting.summary import summarize
+from fedfstq_hf.reporting.comparison.figures import compare
+from fedfstq_hf.reporting.comparison.notes import notes
+from fedfstq_hf.reporting.comparison.round_time import mean_energy, mean_parts, seconds_without_uplink
+from fedfstq_hf.reporting.comparison.runs import read_runs
+from fedfstq_hf.reporting.comparison.summary import summarize
+from fedfstq_hf.reporting.comparison.tables import figure_tables
+from fedfstq_hf.reporting.comparison.workloads import group_runs
+from fedfstq_hf.reporting.report import write_comparison
 from fedfstq_hf.simulation.network import LinkProfile, draw_rates, round_cost
 
 # fedavg improves from 4.0 to 3.0: targets 3.5, 3.25, 3.1, held from rounds 1, 2, 3 on.

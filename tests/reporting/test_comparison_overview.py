@@ -2,12 +2,11 @@
 
 from metric_rows import make_rows, write_run
 
-from fedfstq_hf.reporting.comparison import write_comparison
-from fedfstq_hf.reporting.comparison_figures import compare
-from fedfstq_hf.reporting.comparison_overview import overview
-from fedfstq_hf.reporting.comparison_runs import read_runs
-from fedfstq_hf.reporting.comparison_sweep import find_sweeps
-from fedfstq_hf.reporting.comparison_workloads import group_runs
+from fedfstq_hf.reporting.comparison.figures import compare, find_sweeps
+from fedfstq_hf.reporting.comparison.runs import read_runs
+from fedfstq_hf.reporting.comparison.tables import overview
+from fedfstq_hf.reporting.comparison.workloads import group_runs
+from fedfstq_hf.reporting.report import write_comparison
 
 FEDAVG = [4.0, 3.5, 3.2, 3.05, 3.0]  # 90 % of the improvement from round 3 on
 LINKS = [

@@ -9,9 +9,8 @@ from itertools import pairwise
 import pytest
 from metric_rows import make_rows, write_run
 
-from fedfstq_hf.reporting.comparison import write_comparison
-from fedfstq_hf.reporting.page_axis import make_axis
-from fedfstq_hf.reporting.page_chart import Chart, Series, draw, draw_swatch
+from fedfstq_hf.reporting.chart import Chart, Series, draw, draw_swatch, make_axis
+from fedfstq_hf.reporting.report import write_comparison
 
 FEDAVG = [4.0, 3.5, 3.2, 3.05, 3.0]
 VOID = {"meta", "link", "br", "img", "input", "hr"}

@@ -6,8 +6,8 @@ import pytest
 from metric_rows import make_rows, write_run
 
 from fedfstq_hf.errors import ConfigError
-from fedfstq_hf.reporting.comparison import write_comparison
-from fedfstq_hf.reporting.page_chart import WIDTH
+from fedfstq_hf.reporting.chart import WIDTH
+from fedfstq_hf.reporting.report import write_comparison
 
 SVG = "{http://www.w3.org/2000/svg}"
 FEDAVG = [4.0, 3.5, 3.2, 3.05, 3.0]

@@ -6,9 +6,9 @@ import pytest
 from metric_rows import make_rows
 
 from fedfstq_hf.recipe import load_recipe
+from fedfstq_hf.reporting.comparison.summary import summarize, write_summary
 from fedfstq_hf.reporting.plots import bytes_per_round, make_plots, quality_vs_time, quality_vs_uplink
-from fedfstq_hf.reporting.report import render_report, write_report
-from fedfstq_hf.reporting.summary import summarize, write_summary
+from fedfstq_hf.reporting.run_report import render_report, write_report
 
 FEDAVG = [4.0, 3.5, 3.2, 3.05, 3.0]
 PLOTS = [
@@ -105,7 +105,7 @@ def test_plots_survive_diverged_and_unfinished_runs(tmp_path):
 
 def test_plotting_imports_matplotlib_late_and_leaves_pyplot_alone(run_folder):
     code = (
-        "import sys; from fedfstq_hf.reporting.report import write_report; assert 'matplotlib' not in sys.modules;"
+        "import sys; from fedfstq_hf.reporting.run_report import write_report; assert 'matplotlib' not in sys.modules;"
         f"write_report({str(run_folder)!r}); assert 'matplotlib.pyplot' not in sys.modules;"
         "assert 'torch' not in sys.modules"
     )

@@ -14,8 +14,7 @@ from PIL import Image
 
 from fedfstq_hf.demo import load_tokenizer
 from fedfstq_hf.errors import AdapterMismatchError, DataError
-from fedfstq_hf.reporting.sensitivity_shades import COLORS, Shades
-from fedfstq_hf.reporting.sensitivity_text import SensitivityText
+from fedfstq_hf.reporting.shading import COLORS, SensitivityText, Shades
 from fedfstq_hf.sensitivity import TokenSensitivity
 from fedfstq_hf.sensitivity.table import SensitivityTable, TokenRow
 

@@ -5,11 +5,11 @@ import xml.etree.ElementTree as ET
 import pytest
 from metric_rows import make_rows, write_run
 
-from fedfstq_hf.reporting.comparison import write_comparison
-from fedfstq_hf.reporting.comparison_figures import compare
-from fedfstq_hf.reporting.comparison_runs import read_runs
-from fedfstq_hf.reporting.comparison_sweep import find_sweeps, sweep_tables
-from fedfstq_hf.reporting.comparison_workloads import group_runs
+from fedfstq_hf.reporting.comparison.figures import compare, find_sweeps
+from fedfstq_hf.reporting.comparison.runs import read_runs
+from fedfstq_hf.reporting.comparison.tables import sweep_tables
+from fedfstq_hf.reporting.comparison.workloads import group_runs
+from fedfstq_hf.reporting.report import write_comparison
 
 ENDS = {0.0: (3.0, 3.1), 0.3: (3.2, 3.15), 0.7: (3.5, 3.25)}
 """fedavg's and fstq's loss at the end, by dropout."""

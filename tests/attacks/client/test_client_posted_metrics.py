@@ -13,8 +13,9 @@ from light_updates import ones, post
 from fedfstq_hf.federation import posted_metrics
 from fedfstq_hf.federation.budgets import posted_losses
 from fedfstq_hf.federation.coordinator import Coordinator
-from fedfstq_hf.reporting import card, card_plot
-from fedfstq_hf.reporting.card_maker import card_maker
+from fedfstq_hf.reporting import card_plot
+from fedfstq_hf.reporting.card import federated as card
+from fedfstq_hf.reporting.card.federated import card_maker
 
 pytestmark = pytest.mark.timeout(30)
 

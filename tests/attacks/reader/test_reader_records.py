@@ -18,7 +18,7 @@ from fedfstq_hf.federation.founding import found_federation
 from fedfstq_hf.federation.local import FolderMailbox
 from fedfstq_hf.federation.record import FIGURES, RoundRecord
 from fedfstq_hf.federation.sealed_figures import open_figures, seal_figures
-from fedfstq_hf.reporting.card_facts import fate
+from fedfstq_hf.reporting.card.facts import fate
 from fedfstq_hf.reporting.status import render_status
 
 BOSS, OTHER = keys.KeyPair(b"\1" * 32), keys.KeyPair(b"\2" * 32)

@@ -10,8 +10,8 @@ from typing import Any
 from fedfstq_hf.federation.history import HistoryRow, merge_reasons
 from fedfstq_hf.federation.record import RoundRecord
 from fedfstq_hf.federation.spec import FederationSpec
-from fedfstq_hf.reporting.card_metrics import Metrics, main_metric, series
-from fedfstq_hf.reporting.card_text import code, hub_id, one_line, texts
+from fedfstq_hf.reporting.card.markup import code, hub_id, one_line, texts
+from fedfstq_hf.reporting.card.measurements import Metrics, main_metric, series
 from fedfstq_hf.reporting.units import format_bytes, format_ratio
 
 MAX_ROUNDS = 20

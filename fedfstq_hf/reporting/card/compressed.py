@@ -8,11 +8,11 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from fedfstq_hf.reporting.card_text import code, hub_id, license_id, one_line, texts
+from fedfstq_hf.reporting.card.markup import code, hub_id, license_id, one_line, texts
 from fedfstq_hf.reporting.units import format_ratio
 from fedfstq_hf.sharing.packed import EXACT_FILE, CompressedAdapter
 
-_TEMPLATE = "card_template.md"
+_TEMPLATE = "compressed_template.md"
 _TAGS = ("peft", "lora", "fedfstq", "compressed-adapter")
 _CLASSES = {
     "CAUSAL_LM": ("text-generation", "AutoModelForCausalLM"),

@@ -3,13 +3,17 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from fedfstq_hf.reporting.comparison_breakdown import TRANSMIT_WATTS, mean_energy, mean_parts
-from fedfstq_hf.reporting.comparison_ceiling import has_one_rate, is_exact, knows_clients
-from fedfstq_hf.reporting.comparison_estimate import Estimate
-from fedfstq_hf.reporting.comparison_figures import TIGHT, Comparison, MethodFigures
-from fedfstq_hf.reporting.comparison_runs import Run
-from fedfstq_hf.reporting.comparison_targets import Reached
-from fedfstq_hf.reporting.comparison_workloads import settings_text
+from fedfstq_hf.reporting.comparison.figures import TIGHT, Comparison, Estimate, MethodFigures, Reached, Sweep
+from fedfstq_hf.reporting.comparison.round_time import (
+    TRANSMIT_WATTS,
+    has_one_rate,
+    is_exact,
+    knows_clients,
+    mean_energy,
+    mean_parts,
+)
+from fedfstq_hf.reporting.comparison.runs import Run
+from fedfstq_hf.reporting.comparison.workloads import settings_text
 from fedfstq_hf.reporting.units import format_bytes, format_figure, format_ratio, format_seconds
 from fedfstq_hf.simulation.network import LinkProfile
 
@@ -240,3 +244,69 @@ def _share(value: Estimate, sign: str) -> str:
 def ratio_text(value: Estimate, sign: str = "") -> str:
     """A ratio with its spread, a dash where a seed lacks it; `sign` goes before it."""
     return NONE if value.mean is None else sign + format_ratio(value.mean, value.spread)
+
+
+def overview(comparisons: Sequence[Comparison], sweeps: Sequence[Sweep]) -> Table | None:
+    """One row for each workload and method; None for fewer than two workloads that have a target.
+
+    Points of a sweep have tables of their own. Links are those whose local compute is set, where there are any: times
+    on the others compare machines too.
+    """
+    points = {id(point) for sweep in sweeps for point in sweep.comparisons}
+    shown = [one for one in comparisons if TIGHT in one.targets and id(one) not in points]
+    if len(shown) < 2:
+        return None
+    links = {link.name: link for one in shown for link in one.workload.recipe.links}
+    names = [name for name, link in links.items() if link.compute_seconds is not None] or list(links)
+    metrics = {one.workload.recipe.evaluation.metric for one in shown}
+    references = {one.reference for one in shown}
+    reference = references.pop() if len(references) == 1 else "the reference"
+    head = ["workload, method", "seeds", "uplink", f"fewer than {reference}"]
+    head += [f"{name}, sooner" for name in names]
+    head.append(f"final {metrics.pop() if len(metrics) == 1 else 'metric'}")
+    rows = [_row(one, figures, names) for one in shown for figures in one.methods]
+    note = (
+        f"Sooner: {reference}'s time over the method's; in brackets the share of what messages of zero bytes would "
+        f"give in as many rounds as {reference} needs."
+    )
+    return Table(f"To {100 * TIGHT:g} % of {reference}'s improvement", head, rows, note)
+
+
+def _row(comparison: Comparison, figures: MethodFigures, links: Sequence[str]) -> list[str]:
+    reached = figures.reached[TIGHT]
+    cells = [f"{comparison.workload.name}, {figures.label}", str(len(figures.series))]
+    cells += [reached_text(reached.uplink, format_bytes, figures), ratio_text(reached.uplink_ratio)]
+    profiles = {link.name: link for link in comparison.workload.recipe.links}
+    for name in links:
+        if name not in profiles or reached.seconds_ratio[name].mean is None:
+            cells.append(NONE)
+        else:
+            share = reference_share_text(comparison, reached, profiles[name])
+            cells.append(f"{ratio_text(reached.seconds_ratio[name])} ({share})")
+    return [*cells, format_figure(figures.final.mean, figures.final.spread, digits=4)]
+
+
+def sweep_tables(sweep: Sweep) -> list[Table]:
+    """Where each method ended, and what it sent, at each value."""
+    seeds = {len(figures.series) for member in sweep.comparisons for figures in member.methods}
+    better = "higher" if sweep.comparisons[0].workload.recipe.evaluation.higher_is_better else "lower"
+    note = f"{sweep.key} at the head of each column; {better} is better. "
+    note += f"{_count(min(seeds))} each." if len(seeds) == 1 else f"{min(seeds)} to {_count(max(seeds))} each."
+    head = ["method", *(f"{value:g}" for value in sweep.values)]
+    final, uplink, ratios = [], [], []
+    for label in sweep.methods:
+        found = [member.find(label) for member in sweep.comparisons]
+        final.append([label, *(NONE if f is None else format_figure(f.final.mean, f.final.spread) for f in found)])
+        uplink.append([label, *(NONE if f is None else with_spread(f.uplink, format_bytes) for f in found)])
+        reached = [None if f is None else f.reached.get(TIGHT) for f in found]
+        ratios.append([label, *(NONE if r is None else ratio_text(r.uplink_ratio) for r in reached)])
+    tables = [Table(f"Final {sweep.metric}", head, final, note), Table("Uplink in total", head, uplink)]
+    if any(cell != NONE for row in ratios for cell in row[1:]):
+        reference = next(member.reference for member in sweep.comparisons if member.targets)
+        title = f"Uplink to {100 * TIGHT:g} % of {reference}'s improvement: times fewer bytes"
+        tables.append(Table(title, head, ratios, f"{NONE}: not reached in every seed."))
+    return tables
+
+
+def _count(seeds: int) -> str:
+    return f"{seeds} seed{'' if seeds == 1 else 's'}"

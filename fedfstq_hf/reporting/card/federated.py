@@ -12,13 +12,14 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from fedfstq_hf.errors import ConfigError
 from fedfstq_hf.federation.history import HistoryRow
+from fedfstq_hf.federation.publication import CardMaker, RoundFacts
 from fedfstq_hf.federation.record import RoundRecord
 from fedfstq_hf.federation.spec import FederationSpec
-from fedfstq_hf.reporting import card_facts as facts
-from fedfstq_hf.reporting.card_merge import decode, merge_card
-from fedfstq_hf.reporting.card_metrics import Measurement, Metrics, finite, main_metric, newest
+from fedfstq_hf.reporting.card import facts
+from fedfstq_hf.reporting.card.markup import code, hub_id, language_codes, license_id, one_line, paragraphs, texts
+from fedfstq_hf.reporting.card.measurements import Measurement, Metrics, finite, main_metric, newest
+from fedfstq_hf.reporting.card.merge import decode, merge_card
 from fedfstq_hf.reporting.card_plot import curves, quality_vs_uplink
-from fedfstq_hf.reporting.card_text import code, hub_id, language_codes, license_id, one_line, paragraphs, texts
 from fedfstq_hf.text import printable_traceback
 
 logger = logging.getLogger(__name__)
@@ -199,3 +200,29 @@ def _measurement_line(entry: Measurement) -> dict[str, str | None]:
         "value": facts.figure(entry.value),
         "round": str(entry.round),
     }
+
+
+_HUB = "hf://"
+
+
+def card_maker(address: str, *, description: str | None = None) -> CardMaker:
+    """What makes the card of the federation at `address`.
+
+    Args:
+        description: Markdown for a new card; in one that is there already, the text above our part stays as it is.
+    """
+    repo_id = address.removeprefix(_HUB) if address.startswith(_HUB) else None
+
+    def make(facts: RoundFacts) -> Mapping[str, bytes]:
+        return root_files(
+            facts.spec,
+            facts.record,
+            facts.history,
+            facts.metrics,
+            adapter_config=facts.adapter_config,
+            repo_id=repo_id,
+            extra={"description": description},
+            existing=facts.existing_card,
+        )
+
+    return make

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fedfstq_hf.federation.history import HistoryRow
-from fedfstq_hf.reporting.card_text import one_line
+from fedfstq_hf.reporting.card.markup import one_line
 
 MAIN_METRIC = "eval_loss"
 

@@ -3,11 +3,16 @@
 import re
 from collections.abc import Sequence
 
-from fedfstq_hf.reporting.comparison_figures import Comparison
-from fedfstq_hf.reporting.comparison_notes import CAVEATS, notes, settings
-from fedfstq_hf.reporting.comparison_overview import overview
-from fedfstq_hf.reporting.comparison_sweep import Sweep, sweep_tables
-from fedfstq_hf.reporting.comparison_tables import Table, figure_tables, link_table, run_table
+from fedfstq_hf.reporting.comparison.figures import Comparison, Sweep
+from fedfstq_hf.reporting.comparison.notes import CAVEATS, notes, settings
+from fedfstq_hf.reporting.comparison.tables import (
+    Table,
+    figure_tables,
+    link_table,
+    overview,
+    run_table,
+    sweep_tables,
+)
 
 MARK = "<!-- made by fedfstq report -->"
 

@@ -4,12 +4,9 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean, stdev
 
-from fedfstq_hf.reporting.comparison_estimate import Estimate
-from fedfstq_hf.reporting.comparison_figures import FRACTIONS, Comparison, MethodFigures
-from fedfstq_hf.reporting.comparison_targets import Reached
-from fedfstq_hf.reporting.page_axis import Axis, make_axis
-from fedfstq_hf.reporting.page_chart import Chart, Point, Series
-from fedfstq_hf.reporting.summary import COMPARED, REFERENCE, Row, metric_of
+from fedfstq_hf.reporting.chart import Axis, Chart, Point, Series, make_axis
+from fedfstq_hf.reporting.comparison.figures import FRACTIONS, Comparison, Estimate, MethodFigures, Reached, Sweep
+from fedfstq_hf.reporting.comparison.summary import COMPARED, REFERENCE, Row, metric_of
 from fedfstq_hf.reporting.units import format_bytes, format_ratio, format_seconds
 
 _TIME_UNITS = ((3600, "h"), (60, "min"), (1, "s"))
@@ -175,3 +172,24 @@ def _xs(series: Sequence[Series]) -> list[float]:
 def _tick_bytes(value: float) -> str:
     number, unit = format_bytes(value).split()
     return f"{float(number):g} {unit}"
+
+
+def sweep_chart(sweep: Sweep, style_of: Mapping[str, int], key: str) -> Chart:
+    """Final metric with its spread over seeds against the values of the sweep. `key` begins the chart's ids."""
+    series = []
+    for label in sweep.methods:
+        points = []
+        for value, member in zip(sweep.values, sweep.comparisons, strict=True):
+            figures = member.find(label)
+            if figures is not None and figures.final.mean is not None:
+                points.append((value, figures.final.mean, figures.final.spread or 0.0))
+        series.append(Series(label, style_of[label], points))
+    texts = [
+        f"{line.label} " + ", ".join(f"{y:.4g} at {x:g}" for x, y, _ in line.points) for line in series if line.points
+    ]
+    around = make_axis(sweep.key, sweep.values)
+    x = Axis(around.label, around.low, around.high, False, around.text_of, sweep.values)
+    y = make_axis(
+        f"final {sweep.metric}", [y + sign * s for line in series for _, y, s in line.points for sign in (-1, 1)]
+    )
+    return Chart(key, f"Final {sweep.metric} against {sweep.key}", f"{'; '.join(texts)}.", x, y, series)

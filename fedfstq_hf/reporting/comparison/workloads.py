@@ -14,8 +14,8 @@ from fedfstq_hf.errors import DataError
 from fedfstq_hf.recipe.method import MethodSettings
 from fedfstq_hf.recipe.schema import Recipe
 from fedfstq_hf.recipe.strict import plain
-from fedfstq_hf.reporting.comparison_runs import Run
-from fedfstq_hf.reporting.summary import Row
+from fedfstq_hf.reporting.comparison.runs import Run
+from fedfstq_hf.reporting.comparison.summary import Row
 
 FREE = ("name", "description", "methods", "seeds", "target")
 _SAME_START = 1e-5

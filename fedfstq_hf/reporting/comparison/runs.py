@@ -6,11 +6,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import zstandard
+
 from fedfstq_hf.errors import ConfigError, DataError
 from fedfstq_hf.recipe.schema import Recipe
-from fedfstq_hf.reporting.archive import SUFFIX, read_archive
-from fedfstq_hf.reporting.summary import Row, curves, read_rows
+from fedfstq_hf.reporting.comparison.summary import Row, curves, read_rows
 
+SUFFIX = ".jsonl.zst"
+_MAX_BYTES = 10**9  # of one archive, decompressed
+_FIELDS = {"run": str, "recipe": dict, "ledger": dict, "rows": list}
 _RECIPE, _ROWS, _REPORT, _LEDGER = "recipe.json", "metrics.jsonl", "report.md", "ledger.json"
 _EXPECTED = f"expected a folder that `fedfstq simulate` wrote, with {_RECIPE} and {_ROWS}"
 _KEYS = (
@@ -190,3 +194,22 @@ def _find_version(folder: Path) -> str | None:
         except (OSError, ValueError, KeyError, TypeError):
             continue
     return " and ".join(sorted(versions)) or None
+
+
+def read_archive(path: Path) -> list[dict[str, Any]]:
+    """The runs in an archive, in its order.
+
+    Raises:
+        DataError: it cannot be read as one.
+    """
+    try:
+        data = path.read_bytes()
+        if not 0 < zstandard.frame_content_size(data) <= _MAX_BYTES:
+            raise ValueError(f"it says that it holds {zstandard.frame_content_size(data)} bytes")
+        runs = [json.loads(line) for line in zstandard.ZstdDecompressor().decompress(data).decode().splitlines()]
+    except (OSError, ValueError, zstandard.ZstdError) as error:
+        raise DataError(f"{path} cannot be read as an archive of runs: {error}") from None
+    for number, run in enumerate(runs, start=1):
+        if not isinstance(run, dict) or any(not isinstance(run.get(key), kind) for key, kind in _FIELDS.items()):
+            raise DataError(f"{path}, line {number} is no run; expected an object with {', '.join(_FIELDS)}.")
+    return runs

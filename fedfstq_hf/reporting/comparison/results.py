@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from fedfstq_hf.reporting.archive import read_archive
-from fedfstq_hf.reporting.comparison_estimate import Estimate
-from fedfstq_hf.reporting.comparison_figures import Comparison, MethodFigures, compare
-from fedfstq_hf.reporting.comparison_runs import read_runs
-from fedfstq_hf.reporting.comparison_targets import Reached
-from fedfstq_hf.reporting.comparison_workloads import group_runs, settings_text
+import zstandard
+
+from fedfstq_hf.reporting.comparison.figures import Comparison, Estimate, MethodFigures, Reached, compare
+from fedfstq_hf.reporting.comparison.runs import read_archive, read_runs
+from fedfstq_hf.reporting.comparison.summary import read_rows
+from fedfstq_hf.reporting.comparison.workloads import group_runs, settings_text
+
+_LEVEL = 19
 
 
 def write_result(archive: Path, path: Path) -> Path:
@@ -88,3 +91,31 @@ def _pair(value: Estimate) -> list[float | None]:
 
 def _short(value: float | None) -> float | None:
     return None if value is None else float(f"{value:.6g}")
+
+
+def add_to_archive(path: Path, folders: Mapping[str, Path]) -> Path:
+    """Put finished runs into an archive, beside those that are in it or in the place of an earlier one of their name.
+
+    Args:
+        path: the archive; made where there is none.
+        folders: name of the run -> its folder, as the ledger of the evaluation left it.
+    """
+    runs = {run["run"]: run for run in read_archive(path)} if path.exists() else {}
+    for name, folder in folders.items():
+        runs[name] = {
+            "run": name,
+            "recipe": json.loads((folder / "recipe.json").read_text(encoding="utf-8")),
+            "ledger": json.loads((folder / "ledger.json").read_text(encoding="utf-8")),
+            "rows": read_rows(folder / "metrics.jsonl"),
+        }
+    partial = path.with_name(path.name + ".partial")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial.write_bytes(_compressed(runs[name] for name in sorted(runs)))
+    os.replace(partial, path)
+    return path
+
+
+def _compressed(runs: Iterable[Mapping[str, Any]]) -> bytes:
+    """The same runs give the same bytes."""
+    text = "".join(json.dumps(run, sort_keys=True, separators=(",", ":")) + "\n" for run in runs)
+    return zstandard.ZstdCompressor(level=_LEVEL).compress(text.encode())

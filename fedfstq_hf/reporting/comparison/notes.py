@@ -1,8 +1,8 @@
 """What a reader must know about a comparison before its figures: what is missing, torn, paired or not comparable."""
 
-from fedfstq_hf.reporting.comparison_figures import FRACTIONS, Comparison
-from fedfstq_hf.reporting.comparison_workloads import Workload, rounded_otherwise
-from fedfstq_hf.reporting.summary import REFERENCE, metric_of
+from fedfstq_hf.reporting.comparison.figures import FRACTIONS, Comparison
+from fedfstq_hf.reporting.comparison.summary import REFERENCE, metric_of
+from fedfstq_hf.reporting.comparison.workloads import Workload, rounded_otherwise
 
 CAVEATS = (
     "Measured: every byte (packed messages and published adapters as files), every metric, and, where the table of "

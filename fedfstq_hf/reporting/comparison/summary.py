@@ -4,6 +4,8 @@ The tree `{target, methods, ratios}` stands three times with the same keys: at t
 (sample standard deviation over seeds) and under `per_seed.<seed>`. A mean is null where any seed lacks the figure.
 """
 
+from __future__ import annotations
+
 import json
 import math
 import os
@@ -14,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from fedfstq_hf.errors import DataError
+from fedfstq_hf.reporting.units import format_bytes, format_figure, format_ratio
 
 REFERENCE = "fedavg"
 """Numerator of the ratios: uncompressed federated averaging."""
@@ -206,3 +209,24 @@ def metric_of(row: Row) -> float | None:
     """The row's metric; NaN and infinity, as a diverged run leaves them, count as none."""
     value = row["metric"]
     return float(value) if value is not None and math.isfinite(value) else None
+
+
+def render_summary(summary: Mapping[str, Any]) -> str:
+    """The figures of `summary.json` that one looks at first."""
+    metric, spread = summary["metric"], summary["spread"]
+    width = max(len(name) for name in summary["methods"])
+    lines = [f"{'method':<{width}}  final {metric:<18} uplink to target   uplink in total"]
+    for name, figures in summary["methods"].items():
+        final = format_figure(figures["final_metric"], spread["methods"][name]["final_metric"])
+        to_target = figures["uplink_bytes_to_target"]
+        reached = "not reached" if to_target is None else format_bytes(to_target)
+        lines.append(f"{name:<{width}}  {final:<24} {reached:<18} {format_bytes(figures['uplink_bytes'])}")
+    ratios = summary["ratios"]
+    if ratios["uplink_to_target"] is not None:
+        figure = format_ratio(ratios["uplink_to_target"], spread["ratios"]["uplink_to_target"])
+        lines.append(f"{COMPARED} reached the target with {figure} less uplink than {REFERENCE}")
+        for link, ratio in ratios["time_to_target"].items():
+            if ratio is not None:
+                figure = format_ratio(ratio, spread["ratios"]["time_to_target"][link])
+                lines.append(f"  and, on link {link}, {figure} sooner (simulated clock)")
+    return "\n".join(lines)
