@@ -19,7 +19,7 @@ from fedfstq_hf.reporting.comparison.runs import read_runs
 from fedfstq_hf.reporting.comparison.summary import summarize
 from fedfstq_hf.reporting.comparison.tables import figure_tables
 from fedfstq_hf.reporting.comparison.workloads import group_runs
-from fedfstq_hf.reporting.report import write_comparison
+from fedfstq_hf.reporting.writing import write_report
 from fedfstq_hf.simulation.network import LinkProfile, draw_rates, round_cost
 
 # fedavg improves from 4.0 to 3.0: targets 3.5, 3.25, 3.1, held from rounds 1, 2, 3 on.
@@ -338,15 +338,15 @@ def test_the_command_and_what_it_leaves_alone(tmp_path, monkeypatch, capsys):
     text = first["report.md"].decode()
     assert "fedfstq report run --out report.html" in text
     assert "| run | fedavg, fstq | 0 | finished | fedfstq simulate fed_med --rounds 4 | not recorded |" in text
-    write_comparison(["run"], "report.html", command="fedfstq report run --out report.html")
+    write_report(["run"], "report.html", command="fedfstq report run --out report.html")
     assert {name: (tmp_path / name).read_bytes() for name in first} == first
     before = (run / "report.md").read_bytes()
     with pytest.raises(ConfigError, match=r"report.md exists and was not made by .*--out run/comparison.html"):
-        write_comparison(["run"], "run/report.html", command="")
+        write_report(["run"], "run/report.html", command="")
     assert (run / "report.md").read_bytes() == before
     assert not (run / "report.html").exists()
     with pytest.raises(ConfigError, match=r"--out is page.txt; expected the name of a page. Type --out page.html"):
-        write_comparison(["run"], "page.txt", command="")
+        write_report(["run"], "page.txt", command="")
     shutil.rmtree(run)
     with pytest.raises(SystemExit) as stopped:
         main(["report", "run"])

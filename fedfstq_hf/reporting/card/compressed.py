@@ -8,20 +8,12 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from fedfstq_hf.reporting.card.markup import code, hub_id, license_id, one_line, texts
+from fedfstq_hf.reporting.card.markup import TASKS, code, hub_id, license_id, one_line, texts
 from fedfstq_hf.reporting.units import format_ratio
 from fedfstq_hf.sharing.packed import EXACT_FILE, CompressedAdapter
 
 _TEMPLATE = "compressed_template.md"
 _TAGS = ("peft", "lora", "fedfstq", "compressed-adapter")
-_CLASSES = {
-    "CAUSAL_LM": ("text-generation", "AutoModelForCausalLM"),
-    "SEQ_2_SEQ_LM": ("text2text-generation", "AutoModelForSeq2SeqLM"),
-    "SEQ_CLS": ("text-classification", "AutoModelForSequenceClassification"),
-    "TOKEN_CLS": ("token-classification", "AutoModelForTokenClassification"),
-    "QUESTION_ANS": ("question-answering", "AutoModelForQuestionAnswering"),
-    "FEATURE_EXTRACTION": ("feature-extraction", "AutoModel"),
-}
 
 
 def render_card(
@@ -43,7 +35,7 @@ def render_card(
     """
     base = config.get("base_model_name_or_path")
     kind = config.get("task_type")
-    task, auto_class = _CLASSES.get(str(getattr(kind, "value", kind)), (None, "AutoModelForCausalLM"))
+    task, auto_class = TASKS.get(str(getattr(kind, "value", kind)), (None, "AutoModelForCausalLM"))
     repo_id = hub_id(about.get("repo_id"))
     license, license_name = license_id(about.get("license"))
     data = ModelCardData(

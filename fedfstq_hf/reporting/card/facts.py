@@ -158,16 +158,13 @@ def fate(history: Sequence[HistoryRow]) -> str | None:
     return f"{text}."
 
 
-def training(
-    spec: FederationSpec, record: RoundRecord, adapter_config: Mapping[str, Any], datasets: Sequence[str]
-) -> list[Line]:
+def training(spec: FederationSpec, record: RoundRecord, adapter_config: Mapping[str, Any]) -> list[Line]:
     """How it was trained, one fact per line; what is not known has no line."""
     clients = f"at least {spec.min_clients}"
     if spec.clients_per_round is not None:
         clients += f", {spec.clients_per_round} clients are asked"
     facts = {
         "Base model": base_model_text(spec.model),
-        "Data sets": ", ".join(f"[{name}](https://huggingface.co/datasets/{name})" for name in datasets),
         "Rounds": f"{record.round} of {spec.rounds}",
         "Updates per round": clients,
         "Local training": _join(

@@ -9,8 +9,16 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 _EMPTY = {"", "none", "null", "nan", "[]", "{}"}
-_LANGUAGE = re.compile(r"[a-z]{2,3}(-[A-Za-z0-9]{2,8})*|code|multilingual")
 _LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]{1,40}")
+# PEFT's task type -> the Hub's task, transformers' class; an adapter without a task type is one for causal models here.
+TASKS = {
+    "CAUSAL_LM": ("text-generation", "AutoModelForCausalLM"),
+    "SEQ_2_SEQ_LM": ("text2text-generation", "AutoModelForSeq2SeqLM"),
+    "SEQ_CLS": ("text-classification", "AutoModelForSequenceClassification"),
+    "TOKEN_CLS": ("token-classification", "AutoModelForTokenClassification"),
+    "QUESTION_ANS": ("question-answering", "AutoModelForQuestionAnswering"),
+    "FEATURE_EXTRACTION": ("feature-extraction", "AutoModel"),
+}
 _NOT_ON_HUB = {"demo"}
 """The embedded model and data, which look like ids of the Hub."""
 
@@ -59,11 +67,6 @@ def hub_id(value: object) -> str | None:
     except HFValidationError:
         return None
     return value
-
-
-def language_codes(value: object) -> list[str]:
-    """The language codes among the given texts; the Hub refuses a card with others."""
-    return [text for text in texts(value) if _LANGUAGE.fullmatch(text)]
 
 
 def license_id(value: object) -> tuple[str | None, str | None]:

@@ -1,16 +1,21 @@
-"""Posted metrics as a model card needs them: finite numbers, and those that hold for the published adapter."""
+"""Posted metrics as a model card needs them: finite numbers, those that hold for the published adapter, the chart."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 from fedfstq_hf.federation.history import HistoryRow
 from fedfstq_hf.reporting.card.markup import one_line
+from fedfstq_hf.reporting.chart import Axis, Chart, Level, Line
+from fedfstq_hf.reporting.units import tick_bytes
 
 MAIN_METRIC = "eval_loss"
+_METRICS = {"eval_loss": "Held-out loss (nats per token)", "exact_match": "Exact match on held-out examples"}
+_MAX_SOURCES = 6
 
 Metrics = Mapping[int, Mapping[str, Mapping[str, float]]]
 """Round -> source, which names an evaluation set -> metric -> value."""
@@ -71,6 +76,34 @@ def newest(metrics: Metrics, history: Sequence[HistoryRow], round: int) -> list[
                 first = metrics.get(0, {}).get(source, {}).get(name) if made else None
                 found.setdefault((source, name), Measurement(source, name, made, value, first))
     return [found[key] for key in sorted(found)]
+
+
+def quality_vs_uplink(history: Sequence[HistoryRow], metrics: Metrics) -> Chart | None:
+    """The main metric against the bytes that the clients have sent so far: a line for each source, the first six.
+
+    What stood before the first byte was sent is a level, since a log axis has no zero. None where there is nothing to
+    draw: values of fewer than two rounds, or none after the first byte was sent.
+    """
+    name = main_metric(metrics)
+    if name is None:
+        return None
+    sent = dict(zip([row.round for row in history], accumulate(row.uplink_bytes for row in history), strict=True))
+    curves = {
+        source: [(sent[round], value) for round, value in sorted(values.items()) if round in sent]
+        for source, values in series(metrics, name).items()
+    }
+    known = {round for by_round in series(metrics, name).values() for round in by_round if round in sent}
+    shown = {source: points for source, points in curves.items() if any(x > 0 for x, _ in points)}
+    if len(known) < 2 or not shown:
+        return None
+    lines, levels = [], []
+    for style, (source, points) in enumerate(list(shown.items())[:_MAX_SOURCES], start=1):
+        lines.append(Line(source, style, [(x, y, 0.0) for x, y in points if x > 0]))
+        levels += [Level(y, "before\ntraining", style) for x, y in points if x == 0][-1:]
+    title = f"{_METRICS.get(name, name)} against cumulative uplink"
+    alt = f"{name} against cumulative uplink bytes of all clients"
+    x = Axis("cumulative uplink of all clients", log=True, text_of=tick_bytes)
+    return Chart("quality_vs_uplink", title, alt, x, Axis(name, text_of="{:.5g}".format), lines, levels)
 
 
 def _is_finite(value: object) -> bool:

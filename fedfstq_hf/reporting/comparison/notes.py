@@ -1,8 +1,10 @@
 """What a reader must know about a comparison before its figures: what is missing, torn, paired or not comparable."""
 
-from fedfstq_hf.reporting.comparison.figures import FRACTIONS, Comparison
-from fedfstq_hf.reporting.comparison.summary import REFERENCE, metric_of
+from fedfstq_hf.reporting.comparison.figures import FRACTIONS, TIGHT, Comparison
+from fedfstq_hf.reporting.comparison.summary import COMPARED, REFERENCE, metric_of
 from fedfstq_hf.reporting.comparison.workloads import Workload, rounded_otherwise
+from fedfstq_hf.reporting.units import format_ratio
+from fedfstq_hf.simulation.packets import PACKET_BYTES
 
 CAVEATS = (
     "Measured: every byte (packed messages and published adapters as files), every metric, and, where the table of "
@@ -42,6 +44,30 @@ def settings(workload: Workload) -> list[tuple[str, str]]:
         ("Metric", f"{recipe.evaluation.metric} on held-out examples, every round"),
         ("Seeds", ", ".join(map(str, seeds))),
     ]
+
+
+def findings(comparison: Comparison) -> list[str]:
+    """What the method that every report compares saves to the tight target, and where it ends, beside the reference."""
+    ours, reference = comparison.find(COMPARED), comparison.find(comparison.reference)
+    if ours is None or reference is None or ours is reference:
+        return []
+    lines = []
+    reached = ours.reached.get(TIGHT)
+    if reached is not None and (ratio := reached.uplink_ratio).mean is not None:
+        part = f"{100 * TIGHT:g} % of {reference.label}'s improvement"
+        figure = format_ratio(ratio.mean, ratio.spread)
+        lines.append(f"{ours.label} reaches {part} with {figure} fewer uplink bytes than {reference.label}.")
+        times = {link: time for link, time in reached.seconds_ratio.items() if time.mean is not None}
+        sooner = [f"{format_ratio(time.mean, time.spread)} on {link}" for link, time in times.items()]
+        lines += [f"It reaches it sooner by a factor of {_list(sooner)} (simulated time)."] if sooner else []
+    end, base = ours.final.mean, reference.final.mean
+    if ours.finished and reference.finished and end is not None and base is not None:
+        recipe = comparison.workload.recipe
+        gain = (end - base) * (1 if recipe.evaluation.higher_is_better else -1)
+        verdict = "no worse" if gain == 0 else f"{abs(gain):.4f} {'better' if gain > 0 else 'worse'}"
+        figures = f"{recipe.evaluation.metric} {end:.4f} against {base:.4f}"
+        lines.append(f"After the last round {ours.label} is {verdict} than {reference.label} ({figures}).")
+    return lines
 
 
 def notes(comparison: Comparison) -> list[str]:
@@ -127,6 +153,13 @@ def _runs(workload: Workload) -> list[str]:
         lines.append(
             f"Local compute was measured, in {len(sources)} runs: times and energy on {_list(measured)} compare the "
             "machines and what else ran on them as well as the methods."
+        )
+    if loss := workload.recipe.federation.packet_loss:
+        lines.append(
+            f"Each transmission of a packet of {PACKET_BYTES} bytes is lost with probability {loss:g}; a packet is "
+            f"repeated up to {workload.recipe.federation.retransmissions} times, a message that lacks one is lost, and "
+            "a round of which nothing arrives is sent again. Times and energy count all bytes on the air, uplink bytes "
+            "each message once."
         )
     if widest := rounded_otherwise(workload):
         seed, low, high = widest

@@ -6,7 +6,7 @@ from fedfstq_hf.reporting.comparison.figures import compare, find_sweeps
 from fedfstq_hf.reporting.comparison.runs import read_runs
 from fedfstq_hf.reporting.comparison.tables import overview
 from fedfstq_hf.reporting.comparison.workloads import group_runs
-from fedfstq_hf.reporting.report import write_comparison
+from fedfstq_hf.reporting.writing import write_report
 
 FEDAVG = [4.0, 3.5, 3.2, 3.05, 3.0]  # 90 % of the improvement from round 3 on
 LINKS = [
@@ -55,10 +55,10 @@ def test_one_workload_or_a_sweep_has_no_overview(tmp_path):
 
 
 def test_page_and_text_begin_with_it(tmp_path):
-    page, text = write_comparison(two_workloads(tmp_path), tmp_path / "page.html", command="c")
+    page, text = write_report(two_workloads(tmp_path), tmp_path / "page.html", command="c")
     assert page.read_text().index('<h2 id="overview">') < page.read_text().index('<h2 id="w1">')
     assert '<a href="#overview">' in page.read_text()
     written = text.read_text()
     assert written.index("## Overview") < written.index("| one, fstq | 1 | 300 B |") < written.index("### Quality")
-    _, alone = write_comparison([tmp_path / "one"], tmp_path / "alone.html", command="c")
+    _, alone = write_report([tmp_path / "one"], tmp_path / "alone.html", command="c")
     assert "Overview" not in alone.read_text()

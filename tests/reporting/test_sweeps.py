@@ -9,7 +9,7 @@ from fedfstq_hf.reporting.comparison.figures import compare, find_sweeps
 from fedfstq_hf.reporting.comparison.runs import read_runs
 from fedfstq_hf.reporting.comparison.tables import sweep_tables
 from fedfstq_hf.reporting.comparison.workloads import group_runs
-from fedfstq_hf.reporting.report import write_comparison
+from fedfstq_hf.reporting.writing import write_report
 
 ENDS = {0.0: (3.0, 3.1), 0.3: (3.2, 3.15), 0.7: (3.5, 3.25)}
 """fedavg's and fstq's loss at the end, by dropout."""
@@ -63,18 +63,18 @@ def test_a_method_that_is_missing_somewhere_has_a_dash_there(tmp_path):
 
 
 def test_page_markdown_and_figure_show_it(tmp_path):
-    page, text = write_comparison(
+    page, text = write_report(
         write_sweep(tmp_path / "runs"), tmp_path / "page.html", command="c", plots=tmp_path / "plots"
     )
     assert "# drops: methods side by side" in text.read_text()
-    assert "## drops, over federation.dropout\n\n### Final eval_loss\n" in text.read_text()
+    head = "## drops, over federation.dropout\n\nEach value has a section of its own below.\n\n### Final eval_loss\n"
+    assert head in text.read_text()
     html = page.read_text()
     assert html.index("drops, over federation.dropout") < html.index("drops, dropout=0.0")
-    root = ET.parse(tmp_path / "plots" / "drops-final-eval_loss-against-federation-dropout.svg").getroot()
+    root = ET.parse(tmp_path / "plots" / "drops-over-federation-dropout-final_vs_federation-dropout.svg").getroot()
     words = " ".join(element.text or "" for element in root.iter() if element.tag.endswith("desc"))
     assert "fedavg 3.05 at 0, 3.25 at 0.3, 3.55 at 0.7" in words
-    bands = [element for element in root.iter() if element.get("class") == "band"]
-    assert len(bands) == 2  # two seeds each
+    assert "fedavg: 0.3, 3.25 ± 0.07071" in [element.text for element in root.iter()]  # two seeds
 
 
 @pytest.mark.parametrize("values", [(0.0,), (0.3, 0.3)])

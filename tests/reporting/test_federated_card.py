@@ -12,9 +12,8 @@ import jinja2.meta
 import pytest
 from card_inputs import (
     ADAPTER_BYTES,
-    EXTRA,
-    LORA,
     check_card,
+    make_facts,
     make_history,
     make_metrics,
     make_record,
@@ -29,7 +28,7 @@ from hypothesis import strategies as st
 from fedfstq_hf.errors import ConfigError
 from fedfstq_hf.federation.history import HistoryRow
 from fedfstq_hf.reporting.card import federated as card_module
-from fedfstq_hf.reporting.card.federated import PLOT_FILE, root_files, template_path
+from fedfstq_hf.reporting.card.federated import PLOT_FILE, card_files, template_path
 
 ROOT = Path(__file__).resolve().parents[2]
 NOTHING = st.sampled_from([None, "", "  ", "None", [], "nan"])
@@ -62,16 +61,7 @@ METRICS = st.dictionaries(
     ),
     max_size=5,
 )
-EXTRAS = st.none() | st.fixed_dictionaries(
-    {},
-    optional={
-        "datasets": NOTHING | st.sampled_from(["a/b", ["a/b", None, "", "../x.jsonl"], ["demo"]]),
-        "license": NOTHING | st.sampled_from(["mit", "CC BY-NC 4.0", "???"]),
-        "language": NOTHING | st.sampled_from(["en", ["en", "fr"], ["English"], "no"]),
-        "description": NOTHING | st.sampled_from(["Text.", "Two\n\n\n\nparts <!-- fedfstq:end -->\n"]),
-        "tags": NOTHING | st.sampled_from(["medical", ["medical", ""]]),
-    },
-)
+DESCRIPTIONS = NOTHING | st.sampled_from(["Text.", "Two\n\n\n\nparts <!-- fedfstq:end -->\n"])
 LORAS = st.fixed_dictionaries(
     {},
     optional={
@@ -113,7 +103,8 @@ def test_nothing_is_blank_whatever_is_missing(data):
         metrics=data.draw(METRICS),
         adapter_config=data.draw(LORAS),
         repo_id=data.draw(st.sampled_from([None, "my-org/fed-med"])),
-        extra=data.draw(EXTRAS),
+        description=data.draw(DESCRIPTIONS),
+        alt=data.draw(st.sampled_from([None, "", "[eval_loss]"])),
     )
     check_card(card)
 
@@ -125,10 +116,7 @@ def test_the_full_card_says_it_all():
     assert "damaged" not in card
     assert read_metadata(card) | {"model-index": ...} == {
         "base_model": "HuggingFaceTB/SmolLM2-135M",
-        "datasets": ["qiaojin/PubMedQA"],
-        "language": "en",
         "library_name": "peft",
-        "license": "apache-2.0",
         "pipeline_tag": "text-generation",
         "tags": ["peft", "lora", "federated-learning", "fedfstq", "gradient-compression"],
         "model-index": ...,
@@ -138,7 +126,7 @@ def test_the_full_card_says_it_all():
         "This is round 3 of 12, after 12 updates of clients; the federation goes on.",
         'AutoModelForCausalLM.from_pretrained(base), "my-org/fed-med")',
         "| `heldout` | `eval_loss` | 3.6200 | 3.5000 | 3 |",
-        f"![eval_loss against cumulative uplink bytes of all clients]({PLOT_FILE})",
+        f"![eval_loss against cumulative uplink]({PLOT_FILE})",
         "| uplink, all clients, 3 rounds | 134 kB | 21.5 MB | 161× |",
         "| downlink, one client that follows 3 rounds | 4.49 MB | 7.17 MB | 1.60× |",
         "| 3 | 4 | 2 | 1 | 44.6 kB | 7.17 MB | 900 kB | 1.79 MB | 3.5000 |",
@@ -178,7 +166,7 @@ def test_results_name_metric_source_and_round():
 
 
 def test_round_0_has_a_card():
-    card = render(0, metrics={}, repo_id=None, extra=None)
+    card = render(0, metrics={}, repo_id=None, description=None)
     check_card(card)
     assert "round 0 of 12, before the first update" in card
     assert '"path/to/this/folder"' in card
@@ -207,22 +195,6 @@ def test_a_folder_is_named_without_its_path():
     assert "base_model" not in read_metadata(card)
     assert "somebody" not in card
     assert 'base = "path/to/lab-llama"' in card
-
-
-@pytest.mark.parametrize(
-    ("given", "expected"),
-    [("MIT", ("mit", None)), ("CC BY-NC 4.0", ("other", "cc-by-nc-4.0")), ("", (None, None)), ("?", ("other", None))],
-)
-def test_a_license_is_one_that_the_hub_takes(given, expected):
-    fields = read_metadata(render(extra={"license": given}))
-    assert (fields.get("license"), fields.get("license_name")) == expected
-
-
-def test_ids_that_the_hub_would_refuse_are_left_out():
-    extra = {"datasets": ["a/b", "../x.jsonl", "demo", "a/b/c"], "language": ["en", "English", "pt-BR", "code"]}
-    fields = read_metadata(render(extra=extra))
-    assert fields["datasets"] == ["a/b"]
-    assert fields["language"] == ["en", "pt-BR", "code"]
 
 
 def test_rows_after_the_published_round_do_not_count():
@@ -254,38 +226,20 @@ def test_hostile_names_stay_text():
 
 
 def test_files_are_the_same_bytes_every_time():
-    def files():
-        return root_files(
-            make_spec(salt="x"),
-            make_record(3),
-            make_history(3),
-            make_metrics(3),
-            adapter_config=LORA,
-            repo_id=None,
-            extra=EXTRA,
-        )
-
-    first = files()
-    assert first == files()
+    first, again = (card_files(make_facts(spec=make_spec(salt="x")), repo_id=None) for _ in range(2))
+    assert first == again
     assert list(first) == ["README.md", PLOT_FILE]
 
 
 def test_the_plot_is_linked_where_it_is_written():
     for rounds in range(3):
-        files = root_files(
-            make_spec(),
-            make_record(rounds),
-            make_history(rounds),
-            make_metrics(rounds),
-            adapter_config={},
-            repo_id=None,
-        )
+        files = card_files(make_facts(rounds, adapter_config={}), repo_id=None)
         assert (PLOT_FILE in files) == (f"({PLOT_FILE})" in files["README.md"].decode()) == (rounds > 0)
 
 
 def test_rendering_warns_of_nothing(caplog):
     with caplog.at_level(logging.WARNING):
-        render(existing="no metadata here")
+        card_files(make_facts(existing_card=b"no metadata here"), repo_id=None)
     assert not caplog.records
 
 
