@@ -59,7 +59,7 @@ def file_name(text: str) -> str:
 
 
 def _on_link(link: str) -> Callable[[Reached], Estimate]:
-    return lambda reached: reached.seconds_ratio[link]
+    return lambda reached: reached.times[link].ratio
 
 
 def _quality_vs_uplink(comparison: Comparison, style_of: Mapping[str, int]) -> Chart:

@@ -7,6 +7,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from fedfstq_hf.errors import ConfigError
+from fedfstq_hf.federation import storage
 from fedfstq_hf.reporting.comparison.runs import read_run, read_runs
 from fedfstq_hf.reporting.markdown import render_markdown
 from fedfstq_hf.reporting.page import render_page
@@ -88,6 +89,4 @@ def _check_free(path: Path, mark: str, other: str) -> None:
 
 def _replace(path: Path, content: str | bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(content.encode() if isinstance(content, str) else content)
-    os.replace(partial, path)
+    storage.replace_file(path, content.encode() if isinstance(content, str) else content, durable=False)

@@ -23,6 +23,7 @@ from fedfstq_hf.reporting.comparison.summary import (
     totals,
 )
 from fedfstq_hf.reporting.comparison.workloads import FREE, Method, Workload, flatten
+from fedfstq_hf.simulation.network import LinkProfile
 
 
 @dataclass(frozen=True)
@@ -52,77 +53,68 @@ Series = Mapping[int, Sequence[Row]]
 
 
 @dataclass(frozen=True)
-class Reached:
-    """What a method needed to one target. Ratios are the reference's figure over the method's, mean over seeds.
+class Times:
+    """Simulated seconds to a target on one link.
 
     Attributes:
-        uplink: bytes of all clients.
-        seconds: on each link, simulated.
-        floor: the same with zero uplink bytes; a lower bound on links whose clients differ.
-        ceiling: reference's seconds over the floor: what no compression could exceed in as many rounds.
+        ratio: the reference's seconds over the method's.
+        floor: the seconds with messages of zero bytes.
+        ceiling: the reference's seconds over the floor: what no compression could exceed in as many rounds.
         share: of the ceiling that was reached: the floor over the method's own seconds.
         reference_share: the reference's floor over the method's seconds: what is reached of what messages of zero
             bytes give in as many rounds as the reference needs. Above 1 for a method that needs fewer.
     """
 
+    seconds: Estimate
+    ratio: Estimate
+    floor: Estimate
+    ceiling: Estimate
+    share: Estimate
+    reference_share: Estimate
+
+
+@dataclass(frozen=True)
+class Reached:
+    """What a method needed to one target: bytes of all clients, the reference's over the method's, times by link."""
+
     uplink: Estimate
     uplink_ratio: Estimate
-    seconds: dict[str, Estimate]
-    seconds_ratio: dict[str, Estimate]
-    floor: dict[str, Estimate]
-    ceiling: dict[str, Estimate]
-    share: dict[str, Estimate]
-    reference_share: dict[str, Estimate]
+    times: dict[str, Times]
 
 
 def reach(series: Series, reference: Series, targets: Mapping[int, float], rule: TargetRule, recipe: Recipe) -> Reached:
-    """Figures to the targets of the seeds in `targets`, over those that `series` has."""
+    """Figures to the targets of the seeds in `targets`, over those that `series` has. Ratios are means over seeds."""
     higher = recipe.evaluation.higher_is_better
     seeds = [seed for seed in series if seed in targets]
-    ours = {seed: to_target(series[seed], targets[seed], rule, higher_is_better=higher) for seed in seeds}
-    theirs = {seed: to_target(reference[seed], targets[seed], rule, higher_is_better=higher) for seed in seeds}
-    links = [link.name for link in recipe.links]
-
-    def floors_of(rows: Series) -> dict[str, dict[int, float | None]]:
-        return {link: {seed: _floor(rows[seed], targets[seed], rule, recipe, link) for seed in seeds} for link in links}
-
-    floors, their_floors = floors_of(series), floors_of(reference)
-
-    def seconds(tree: Mapping[int, Mapping[str, Mapping[str, float | None]]], seed: int, link: str) -> float | None:
-        return tree[seed]["seconds_to_target"][link]
-
-    return Reached(
-        uplink=estimate(ours[seed]["uplink_bytes_to_target"] for seed in seeds),
-        uplink_ratio=estimate(
-            quotient(theirs[seed]["uplink_bytes_to_target"], ours[seed]["uplink_bytes_to_target"]) for seed in seeds
-        ),
-        seconds={link: estimate(seconds(ours, seed, link) for seed in seeds) for link in links},
-        seconds_ratio={
-            link: estimate(quotient(seconds(theirs, seed, link), seconds(ours, seed, link)) for seed in seeds)
-            for link in links
-        },
-        floor={link: estimate(floors[link].values()) for link in links},
-        ceiling={
-            link: estimate(quotient(seconds(theirs, seed, link), floors[link][seed]) for seed in seeds)
-            for link in links
-        },
-        share={
-            link: estimate(quotient(floors[link][seed], seconds(ours, seed, link)) for seed in seeds) for link in links
-        },
-        reference_share={
-            link: estimate(quotient(their_floors[link][seed], seconds(ours, seed, link)) for seed in seeds)
-            for link in links
-        },
+    ours, theirs = (
+        [to_target(rows[seed], targets[seed], rule, higher_is_better=higher) for seed in seeds]
+        for rows in (series, reference)
     )
+    times = {}
+    for link in recipe.links:
+        own, base = ([tree["seconds_to_target"][link.name] for tree in trees] for trees in (ours, theirs))
+        floor, base_floor = (
+            [_floor(rows[seed], targets[seed], rule, recipe, link) for seed in seeds] for rows in (series, reference)
+        )
+        times[link.name] = Times(
+            seconds=estimate(own),
+            ratio=_ratio(base, own),
+            floor=estimate(floor),
+            ceiling=_ratio(base, floor),
+            share=_ratio(floor, own),
+            reference_share=_ratio(base_floor, own),
+        )
+    own, base = ([tree["uplink_bytes_to_target"] for tree in trees] for trees in (ours, theirs))
+    return Reached(estimate(own), _ratio(base, own), times)
 
 
-def _floor(rows: Sequence[Row], target: float, rule: TargetRule, recipe: Recipe, name: str) -> float | None:
+def _ratio(above: Sequence[float | None], below: Sequence[float | None]) -> Estimate:
+    return estimate(map(quotient, above, below))
+
+
+def _floor(rows: Sequence[Row], target: float, rule: TargetRule, recipe: Recipe, link: LinkProfile) -> float | None:
     hit = reached_at(rows, target, rule, higher_is_better=recipe.evaluation.higher_is_better)
-    if hit is None:
-        return None
-    link = next(link for link in recipe.links if link.name == name)
-    federation = recipe.federation
-    return seconds_without_uplink(rows[: hit["round"] + 1], link, federation.clients, federation.clients_per_round)
+    return None if hit is None else seconds_without_uplink(rows[: hit["round"] + 1], link, recipe.federation.clients)
 
 
 FRACTIONS = (0.5, 0.75, 0.9)
@@ -242,14 +234,12 @@ def _is_finished(series: Series, workload: Workload) -> bool:
 
 def _energy(series: Series) -> dict[str, tuple[float, float]]:
     rows = [row for by_seed in series.values() for row in by_seed if row.get("energy")]
-    links: Mapping[str, Mapping[str, float]] = rows[0]["energy"] if rows else {}
-    return {
-        link: (
-            fmean(row["energy"][link]["mean"] for row in rows),
-            fmean(row["energy"][link]["straggler"] for row in rows),
-        )
-        for link in links
-    }
+    links = rows[0]["energy"] if rows else {}
+
+    def mean(link: str, who: str) -> float:
+        return fmean(row["energy"][link][who] for row in rows)
+
+    return {link: (mean(link, "mean"), mean(link, "straggler")) for link in links}
 
 
 @dataclass(frozen=True)

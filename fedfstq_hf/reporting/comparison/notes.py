@@ -57,7 +57,7 @@ def findings(comparison: Comparison) -> list[str]:
         part = f"{100 * TIGHT:g} % of {reference.label}'s improvement"
         figure = format_ratio(ratio.mean, ratio.spread)
         lines.append(f"{ours.label} reaches {part} with {figure} fewer uplink bytes than {reference.label}.")
-        times = {link: time for link, time in reached.seconds_ratio.items() if time.mean is not None}
+        times = {link: time.ratio for link, time in reached.times.items() if time.ratio.mean is not None}
         sooner = [f"{format_ratio(time.mean, time.spread)} on {link}" for link, time in times.items()]
         lines += [f"It reaches it sooner by a factor of {_list(sooner)} (simulated time)."] if sooner else []
     end, base = ours.final.mean, reference.final.mean

@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import zstandard
 
+from fedfstq_hf.federation import storage
 from fedfstq_hf.reporting.comparison.figures import Comparison, Estimate, MethodFigures, Reached, compare
 from fedfstq_hf.reporting.comparison.runs import read_archive, read_runs
 from fedfstq_hf.reporting.comparison.summary import read_rows
 from fedfstq_hf.reporting.comparison.workloads import group_runs, settings_text
 
 _LEVEL = 19
+_TIMES = {
+    "seconds": "seconds",
+    "times_sooner": "ratio",
+    "ceiling": "ceiling",
+    "share_of_ceiling": "share",
+    "share_in_reference_rounds": "reference_share",
+}
 
 
 def write_result(archive: Path, path: Path) -> Path:
@@ -34,23 +41,17 @@ def write_result(archive: Path, path: Path) -> Path:
         "workloads": [_workload(compare(workload)) for workload in group_runs(read_runs([archive]))],
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(tree, indent=1) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    storage.replace_file(path, (json.dumps(tree, indent=1) + "\n").encode(), durable=False)
     return path
 
 
 def _workload(comparison: Comparison) -> dict[str, Any]:
     recipe = comparison.workload.recipe
+    federation = ("alpha", "clients", "clients_per_round", "rounds", "dropout", "packet_loss")
     return {
         "recipe": recipe.name,
         "model": recipe.model,
-        "alpha": recipe.federation.alpha,
-        "clients": recipe.federation.clients,
-        "clients_per_round": recipe.federation.clients_per_round,
-        "rounds": recipe.federation.rounds,
-        "dropout": recipe.federation.dropout,
-        "packet_loss": recipe.federation.packet_loss,
+        **{name: getattr(recipe.federation, name) for name in federation},
         "metric": recipe.evaluation.metric,
         "before_training": _pair(comparison.start),
         "targets": {f"{part:g}": values for part, values in comparison.targets.items()},
@@ -73,24 +74,15 @@ def _method(figures: MethodFigures) -> dict[str, Any]:
 
 
 def _reached(reached: Reached) -> dict[str, Any]:
-    links = reached.seconds
-    return {
-        "uplink_bytes": _pair(reached.uplink),
-        "times_fewer_bytes": _pair(reached.uplink_ratio),
-        "seconds": {link: _pair(reached.seconds[link]) for link in links},
-        "times_sooner": {link: _pair(reached.seconds_ratio[link]) for link in links},
-        "ceiling": {link: _pair(reached.ceiling[link]) for link in links},
-        "share_of_ceiling": {link: _pair(reached.share[link]) for link in links},
-        "share_in_reference_rounds": {link: _pair(reached.reference_share[link]) for link in links},
+    by_link = {
+        name: {link: _pair(getattr(times, attribute)) for link, times in reached.times.items()}
+        for name, attribute in _TIMES.items()
     }
+    return {"uplink_bytes": _pair(reached.uplink), "times_fewer_bytes": _pair(reached.uplink_ratio)} | by_link
 
 
 def _pair(value: Estimate) -> list[float | None]:
-    return [_short(value.mean), _short(value.spread)]
-
-
-def _short(value: float | None) -> float | None:
-    return None if value is None else float(f"{value:.6g}")
+    return [None if part is None else float(f"{part:.6g}") for part in (value.mean, value.spread)]
 
 
 def add_to_archive(path: Path, folders: Mapping[str, Path]) -> Path:
@@ -108,10 +100,8 @@ def add_to_archive(path: Path, folders: Mapping[str, Path]) -> Path:
             "ledger": json.loads((folder / "ledger.json").read_text(encoding="utf-8")),
             "rows": read_rows(folder / "metrics.jsonl"),
         }
-    partial = path.with_name(path.name + ".partial")
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial.write_bytes(_compressed(runs[name] for name in sorted(runs)))
-    os.replace(partial, path)
+    storage.replace_file(path, _compressed(runs[name] for name in sorted(runs)), durable=False)
     return path
 
 

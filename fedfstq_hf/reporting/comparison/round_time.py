@@ -1,28 +1,12 @@
-"""Where a round's time goes, and its energy at other transmit powers; computed from the rows afterwards."""
+"""A run's clock without uplink, where a round's time goes, and its energy at other powers; computed from the rows."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from statistics import fmean
 
-from fedfstq_hf.recipe.schema import Recipe
 from fedfstq_hf.reporting.comparison.summary import Row
 from fedfstq_hf.simulation.network import LinkProfile, draw_rates, round_seconds
-
-
-def is_exact(rows: Sequence[Row], link: LinkProfile) -> bool:
-    """Whether `seconds_without_uplink` is no mere bound."""
-    return has_one_rate(link) or knows_clients(rows, link)
-
-
-def knows_clients(rows: Sequence[Row], link: LinkProfile) -> bool:
-    """Whether all rows after round 0 hold what a round of each client took."""
-    return all(_knows_clients(row, link) for row in rows[1:])
-
-
-def _knows_clients(row: Row, link: LinkProfile) -> bool:
-    # Rates that stand for a ratio depend on the adapter's size, which rows do not hold; without downlink none is used.
-    return "clients" in row and (link.upload_ratio is None or math.isinf(link.downlink_ratio))
 
 
 def waited_for(row: Row) -> list[int]:
@@ -32,34 +16,28 @@ def waited_for(row: Row) -> list[int]:
     return [client for client, sent in zip(row["clients"], row["client_air_bytes"], strict=True) if sent]
 
 
-def has_one_rate(link: LinkProfile) -> bool:
-    """Whether every client has the same rate, so that `seconds_without_uplink` is no mere bound."""
-    return not link.spread and not link.tail_fraction
-
-
-def seconds_without_uplink(rows: Sequence[Row], link: LinkProfile, num_clients: int, clients_per_round: int) -> float:
+def seconds_without_uplink(rows: Sequence[Row], link: LinkProfile, num_clients: int) -> float | None:
     """Seconds on `link` from the first of `rows` (round 0) to the last, had every message weighed zero bytes.
 
-    Where `is_exact` says no, a lower bound: server time plus mean compute, round by round.
+    Each round is computed as the round itself was. None where it cannot be: rates that stand for a ratio depend on the
+    adapter's size, which rows do not hold; where downloads take no time, none is used.
     """
-    total = 0.0
-    for before, row in pairwise(rows):
-        if _knows_clients(row, link):
-            clients = row["clients"]
-            total += round_seconds(
-                link,
-                draw_rates(link, num_clients, row["seed"]),
-                uplink_bytes=dict.fromkeys(waited_for(row), 0),
-                downlink_bytes=dict(zip(clients, row["client_downlink_bytes"], strict=True)),
-                compute_seconds=dict(zip(clients, row["client_compute_seconds"], strict=True)),
-            )
-        elif has_one_rate(link):
-            sent = 8 * row["uplink_bytes"] / (clients_per_round - row["num_dropped"])
-            total += row["seconds"][link.name] - before["seconds"][link.name] - sent / (link.uplink_mbps * 1e6)
-        else:
-            compute = row["compute_seconds"] if link.compute_seconds is None else link.compute_seconds
-            total += link.server_seconds + compute
-    return total
+    if _lacks_rates(link):
+        return None
+    return sum(
+        round_seconds(
+            link,
+            draw_rates(link, num_clients, row["seed"]),
+            uplink_bytes=dict.fromkeys(waited_for(row), 0),
+            downlink_bytes=dict(zip(row["clients"], row["client_downlink_bytes"], strict=True)),
+            compute_seconds=dict(zip(row["clients"], row["client_compute_seconds"], strict=True)),
+        )
+        for row in rows[1:]
+    )
+
+
+def _lacks_rates(link: LinkProfile) -> bool:
+    return link.upload_ratio is not None and not math.isinf(link.downlink_ratio)
 
 
 TRANSMIT_WATTS = (0.1, 0.5, 1.0, 2.0, 5.0)
@@ -69,46 +47,32 @@ Parts = tuple[float, float, float, float]
 """Seconds of a round: local compute, uplink, downlink, server."""
 
 
-def mean_parts(series: Sequence[Sequence[Row]], link: LinkProfile, recipe: Recipe) -> Parts | None:
-    """The parts of a round as its slowest client has them, mean over rounds and seeds; None where rows do not say."""
-    parts = [part for rows in series for part in _parts(rows, link, recipe.federation.clients)]
-    if not parts or any(part is None for part in parts):
+def mean_parts(series: Sequence[Sequence[Row]], link: LinkProfile, num_clients: int) -> Parts | None:
+    """The parts of a round as its slowest client has them, mean over rounds and seeds; None where rates are unknown."""
+    parts = [_parts(before, row, link, num_clients) for rows in series for before, row in pairwise(rows)]
+    if not parts or _lacks_rates(link):
         return None
-    compute, uplink, downlink, server = (fmean(column) for column in zip(*filter(None, parts), strict=True))
+    compute, uplink, downlink, server = (fmean(column) for column in zip(*parts, strict=True))
     return compute, uplink, downlink, server
 
 
-def _parts(rows: Sequence[Row], link: LinkProfile, num_clients: int) -> Iterator[Parts | None]:
-    for before, row in pairwise(rows):
-        if "clients" not in row:
-            yield None
-        elif link.upload_ratio is not None and link.compute_seconds is not None:
-            # Who is slowest only its message and rate decide, and the rates are not known here: what is left is uplink.
-            seconds = row["seconds"][link.name] - before["seconds"][link.name]
-            rest = seconds - link.server_seconds - link.compute_seconds
-            yield (link.compute_seconds, rest, 0.0, link.server_seconds) if math.isinf(link.downlink_ratio) else None
-        else:
-            rates = draw_rates(link, num_clients, row["seed"])
-            columns = (
-                row["clients"],
-                row["client_compute_seconds"],
-                row["client_air_bytes"],
-                row["client_downlink_bytes"],
-            )
-            waited = waited_for(row)
-            slowest = max(
-                (
-                    (
-                        computed if link.compute_seconds is None else link.compute_seconds,
-                        8 * sent / float(rates.uplink[client]),
-                        8 * fetched / float(rates.downlink[client]),
-                    )
-                    for client, computed, sent, fetched in zip(*columns, strict=True)
-                    if client in waited
-                ),
-                key=sum,
-            )
-            yield (*slowest, link.server_seconds)
+def _parts(before: Row, row: Row, link: LinkProfile, num_clients: int) -> Parts:
+    if link.upload_ratio is not None and link.compute_seconds is not None:
+        # Who is slowest only its message and rate decide, and the rates are not known here: what is left is uplink.
+        rest = row["seconds"][link.name] - before["seconds"][link.name] - link.server_seconds - link.compute_seconds
+        return link.compute_seconds, rest, 0.0, link.server_seconds
+    rates, waited = draw_rates(link, num_clients, row["seed"]), waited_for(row)
+    names = ("clients", "client_compute_seconds", "client_air_bytes", "client_downlink_bytes")
+    each = [
+        (
+            computed if link.compute_seconds is None else link.compute_seconds,
+            8 * sent / float(rates.uplink[client]),
+            8 * fetched / float(rates.downlink[client]),
+        )
+        for client, computed, sent, fetched in zip(*(row[name] for name in names), strict=True)
+        if client in waited
+    ]
+    return (*max(each, key=sum), link.server_seconds)
 
 
 def mean_energy(series: Sequence[Sequence[Row]], link: LinkProfile, watts: float) -> float | None:

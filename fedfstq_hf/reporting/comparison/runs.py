@@ -29,6 +29,7 @@ _KEYS = (
     "seconds",
     "num_dropped",
 )
+_CLIENT_KEYS = ("compute_seconds", "clients", "client_compute_seconds", "client_air_bytes", "client_downlink_bytes")
 
 
 @dataclass(frozen=True)
@@ -152,7 +153,7 @@ def _recipe(found: object, folder: Path) -> Recipe:
 
 
 def _check_row(row: Any, recipe: Recipe, where: str) -> None:
-    keys = _KEYS if not isinstance(row, dict) or row.get("round") == 0 else (*_KEYS, "compute_seconds")
+    keys = _KEYS if not isinstance(row, dict) or row.get("round") == 0 else (*_KEYS, *_CLIENT_KEYS)
     missing = [key for key in keys if not isinstance(row, dict) or key not in row]
     if missing:
         raise DataError(f"{where} lacks {', '.join(missing)}; expected a row as `fedfstq simulate` writes it.")

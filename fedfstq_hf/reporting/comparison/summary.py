@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from fedfstq_hf.errors import DataError
+from fedfstq_hf.federation import storage
 from fedfstq_hf.reporting.units import format_bytes, format_figure, format_ratio
 
 REFERENCE = "fedavg"
@@ -151,9 +151,8 @@ def summarize(
 
 def write_summary(path: str | Path, summary: Mapping[str, Any]) -> None:
     """Write `summary.json` in one step: a reader sees the old file or the new one."""
-    partial = Path(path).with_suffix(".partial")
-    partial.write_text(json.dumps(summary, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    text = json.dumps(summary, indent=2, allow_nan=False) + "\n"
+    storage.replace_file(Path(path), text.encode(), durable=False)
 
 
 def _one_seed(

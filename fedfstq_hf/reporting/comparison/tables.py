@@ -3,12 +3,9 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from fedfstq_hf.reporting.comparison.figures import TIGHT, Comparison, Estimate, MethodFigures, Reached, Sweep
+from fedfstq_hf.reporting.comparison.figures import TIGHT, Comparison, Estimate, MethodFigures, Sweep
 from fedfstq_hf.reporting.comparison.round_time import (
     TRANSMIT_WATTS,
-    has_one_rate,
-    is_exact,
-    knows_clients,
     mean_energy,
     mean_parts,
 )
@@ -145,42 +142,29 @@ def _to_targets(comparison: Comparison) -> Table:
 
 def _time(comparison: Comparison) -> Table:
     rows = []
-    for link in comparison.workload.recipe.links:
+    for link in comparison.links:
         for figures in comparison.methods:
-            reached, floor = figures.reached[TIGHT], figures.reached[TIGHT].floor[link.name]
-            exact = all(is_exact(rows, link) for rows in figures.series.values())
+            times = figures.reached[TIGHT].times[link]
             rows.append(
                 [
-                    f"{link.name}, {figures.label}",
-                    reached_text(reached.seconds[link.name], format_seconds, figures),
-                    ratio_text(reached.seconds_ratio[link.name]),
-                    NONE if floor.mean is None else ("" if exact else "≥ ") + with_spread(floor, format_seconds),
-                    ratio_text(reached.ceiling[link.name], "" if exact else "≤ "),
-                    _share(reached.share[link.name], "" if exact else "≥ "),
-                    reference_share_text(comparison, reached, link),
+                    f"{link}, {figures.label}",
+                    reached_text(times.seconds, format_seconds, figures),
+                    ratio_text(times.ratio),
+                    NONE if times.floor.mean is None else with_spread(times.floor, format_seconds),
+                    ratio_text(times.ceiling),
+                    _percent(times.share),
+                    _percent(times.reference_share),
                 ]
             )
+    reference = comparison.reference
     head = ["link, method", "time", "sooner", "time with zero uplink", "ceiling", "share of the ceiling"]
-    head.append(f"share in {comparison.reference}'s rounds")
-    return Table(f"Simulated time to {target_name(comparison, TIGHT)}", head, rows, _ceiling_note(comparison))
-
-
-def _ceiling_note(comparison: Comparison) -> str:
     note = (
-        f"Sooner: {comparison.reference}'s time over the method's. Ceiling: {comparison.reference}'s time over the "
-        "method's with messages of zero bytes, which is as far as saving uplink can go in as many rounds. Share in "
-        f"{comparison.reference}'s rounds: {comparison.reference}'s time with zero uplink over the method's time. "
+        f"Sooner: {reference}'s time over the method's. Ceiling: {reference}'s time over the method's with messages of "
+        f"zero bytes, which is as far as saving uplink can go in as many rounds. Share in {reference}'s rounds: "
+        f"{reference}'s time with zero uplink over the method's time."
     )
-    links = comparison.workload.recipe.links
-    rows = [rows for figures in comparison.methods for rows in figures.series.values()]
-    if any(not knows_clients(series, link) and has_one_rate(link) for series in rows for link in links):
-        note += "Sending is taken off the clock as if the messages of a round were of one size. "
-    if unequal := [link.name for link in links if not all(is_exact(series, link) for series in rows)]:
-        note += (
-            f"On {', '.join(unequal)} clients differ, and rows do not hold each client's share: given are bounds, from "
-            "server time and mean compute alone, without the downlink. "
-        )
-    return note.strip()
+    title = f"Simulated time to {target_name(comparison, TIGHT)}"
+    return Table(title, [*head, f"share in {reference}'s rounds"], rows, note)
 
 
 def _breakdown(comparison: Comparison) -> Table:
@@ -188,7 +172,7 @@ def _breakdown(comparison: Comparison) -> Table:
     rows = []
     for link in recipe.links:
         for figures in comparison.methods:
-            parts = mean_parts(list(figures.series.values()), link, recipe)
+            parts = mean_parts(list(figures.series.values()), link, recipe.federation.clients)
             if parts is not None:
                 cells = [f"{link.name}, {figures.label}", *map(format_seconds, (*parts, sum(parts)))]
                 rows.append([*cells, f"{100 * parts[1] / sum(parts):.0f} %" if sum(parts) else NONE])
@@ -230,20 +214,13 @@ def reached_text(value: Estimate, text_of: Callable[[float | None], str], figure
     return f"in {value.known} of {value.count} seeds"
 
 
-def reference_share_text(comparison: Comparison, reached: Reached, link: LinkProfile) -> str:
-    """What was reached of the reference's time with zero uplink, in percent; marked where that is a mere bound."""
-    reference = comparison.find(comparison.reference)
-    exact = reference is not None and all(is_exact(rows, link) for rows in reference.series.values())
-    return _share(reached.reference_share[link.name], "" if exact else "≥ ")
+def _percent(value: Estimate) -> str:
+    return NONE if value.mean is None else f"{100 * value.mean:.0f} %"
 
 
-def _share(value: Estimate, sign: str) -> str:
-    return NONE if value.mean is None else f"{sign}{100 * value.mean:.0f} %"
-
-
-def ratio_text(value: Estimate, sign: str = "") -> str:
-    """A ratio with its spread, a dash where a seed lacks it; `sign` goes before it."""
-    return NONE if value.mean is None else sign + format_ratio(value.mean, value.spread)
+def ratio_text(value: Estimate) -> str:
+    """A ratio with its spread, a dash where a seed lacks it."""
+    return format_ratio(value.mean, value.spread)
 
 
 def overview(comparisons: Sequence[Comparison], sweeps: Sequence[Sweep]) -> Table | None:
@@ -276,13 +253,12 @@ def _row(comparison: Comparison, figures: MethodFigures, links: Sequence[str]) -
     reached = figures.reached[TIGHT]
     cells = [f"{comparison.workload.name}, {figures.label}", str(len(figures.series))]
     cells += [reached_text(reached.uplink, format_bytes, figures), ratio_text(reached.uplink_ratio)]
-    profiles = {link.name: link for link in comparison.workload.recipe.links}
     for name in links:
-        if name not in profiles or reached.seconds_ratio[name].mean is None:
+        times = reached.times.get(name)
+        if times is None or times.ratio.mean is None:
             cells.append(NONE)
         else:
-            share = reference_share_text(comparison, reached, profiles[name])
-            cells.append(f"{ratio_text(reached.seconds_ratio[name])} ({share})")
+            cells.append(f"{ratio_text(times.ratio)} ({_percent(times.reference_share)})")
     return [*cells, format_figure(figures.final.mean, figures.final.spread, digits=4)]
 
 
