@@ -1,8 +1,8 @@
 """`fedfstq simulate`: the methods of a recipe side by side, seed by seed, from one folder that can be resumed.
 
 ```
-OUT/recipe.json metrics.jsonl summary.json report.md *.png adapter/      what one reads
-OUT/runs/METHOD/seed-S/mailbox, clients/                                 each run's federation, for resuming
+OUT/recipe.json metrics.jsonl summary.json report.html report.md *.png adapter/      what one reads
+OUT/runs/METHOD/seed-S/mailbox, clients/                                             each run's federation, for resuming
 ```
 """
 
