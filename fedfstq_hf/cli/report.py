@@ -28,12 +28,10 @@ def report(
 
     Runs of the same workload are merged, whatever their methods and seeds; others get sections of their own.
     """
-    from fedfstq_hf.reporting.comparison import write_comparison
+    from fedfstq_hf.reporting.writing import write_report
 
     more = [] if plots is None else ["--plots", str(plots)]
     more += [] if methods is None else ["--methods", methods]
     command = shlex.join(["fedfstq", "report", *map(str, runs), "--out", str(out), *more])
-    page, text = write_comparison(
-        runs, out, command=command, plots=plots, methods=methods.split(",") if methods else None
-    )
+    page, text = write_report(runs, out, command=command, plots=plots, methods=methods.split(",") if methods else None)
     typer.echo(f"Wrote {page} and {text}.")

@@ -38,7 +38,7 @@ def simulate(
     if workers > 1:
         warm_up()  # imports beside us
     quieten()
-    from fedfstq_hf.reporting.console import render_summary
+    from fedfstq_hf.reporting.comparison.summary import render_summary
     from fedfstq_hf.simulation.precision import slow_bf16
     from fedfstq_hf.simulation.runner import SUMMARY_FILE, Simulation
 

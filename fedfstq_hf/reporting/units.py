@@ -12,6 +12,12 @@ def format_bytes(value: float | None) -> str:
     return f"{_digits(value / 1e12)} TB"
 
 
+def tick_bytes(value: float) -> str:
+    """`50 kB`: bytes without the zeros that `format_bytes` ends in."""
+    number, unit = format_bytes(value).split()
+    return f"{float(number):g} {unit}"
+
+
 def format_seconds(value: float | None) -> str:
     """`4.2 s`, `3.5 min`, `2.1 h`; a dash for None."""
     if value is None:

@@ -18,8 +18,8 @@ from fedfstq_hf.codec import parse_budget
 from fedfstq_hf.errors import BudgetError, ConfigError
 from fedfstq_hf.evaluation import Evaluator
 from fedfstq_hf.federation import adapter_file
+from fedfstq_hf.reporting.card.compressed import render_card
 from fedfstq_hf.sharing.calibration import adapter_fisher, pair_weights
-from fedfstq_hf.sharing.card import render_card
 from fedfstq_hf.sharing.coding import DEFAULT_CODEC, Coded, Coder
 from fedfstq_hf.sharing.imitation import Imitation, predicts_tokens
 from fedfstq_hf.sharing.initial import initial_state

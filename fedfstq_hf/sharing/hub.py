@@ -13,7 +13,7 @@ from torch import nn
 from fedfstq_hf.errors import ConfigError, MailboxError, MessageError
 from fedfstq_hf.federation.mailbox.hub.http import Outcome, Patience, diagnose
 from fedfstq_hf.federation.mailbox.hub.repo import HubRepo, additions
-from fedfstq_hf.reporting.card_merge import decode, merge_card
+from fedfstq_hf.reporting.card.merge import decode, merge_card
 from fedfstq_hf.sharing.compress import compress_adapter
 from fedfstq_hf.sharing.expand import expand
 from fedfstq_hf.sharing.packed import (

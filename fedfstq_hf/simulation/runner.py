@@ -1,8 +1,8 @@
 """`fedfstq simulate`: the methods of a recipe side by side, seed by seed, from one folder that can be resumed.
 
 ```
-OUT/recipe.json metrics.jsonl summary.json report.md *.png adapter/      what one reads
-OUT/runs/METHOD/seed-S/mailbox, clients/                                 each run's federation, for resuming
+OUT/recipe.json metrics.jsonl summary.json report.html report.md *.png adapter/      what one reads
+OUT/runs/METHOD/seed-S/mailbox, clients/                                             each run's federation, for resuming
 ```
 """
 
@@ -32,8 +32,8 @@ from fedfstq_hf.federation.mailbox.protocol import ADAPTER_CONFIG_FILE, ADAPTER_
 from fedfstq_hf.founding import Founding, found, make_spec, training_arguments
 from fedfstq_hf.recipe import Recipe, validate
 from fedfstq_hf.recipe.method import RecipeMethod, TimeCap
-from fedfstq_hf.reporting.report import write_report
-from fedfstq_hf.reporting.summary import COMPARED, TargetRule, read_rows, summarize, write_summary
+from fedfstq_hf.reporting.comparison.summary import COMPARED, TargetRule, read_rows, summarize, write_summary
+from fedfstq_hf.reporting.writing import write_run_report
 from fedfstq_hf.simulation.network import LinkProfile, LinkRates, draw_rates
 from fedfstq_hf.simulation.participation import Row, SimulatedParticipation, TrainElsewhere
 from fedfstq_hf.simulation.partition import make_shards
@@ -229,7 +229,7 @@ class Simulation:
             self._rows, metric=recipe.evaluation.metric, higher_is_better=recipe.evaluation.higher_is_better, rule=rule
         )
         write_summary(self.folder / SUMMARY_FILE, summary)
-        write_report(self.folder, command=self._command)
+        write_run_report(self.folder, command=self._command)
         self._copy_adapter()
         return summary
 

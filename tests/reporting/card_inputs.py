@@ -14,8 +14,9 @@ from specs import flat_spec
 
 from fedfstq_hf.federation.history import HistoryRow
 from fedfstq_hf.federation.record import RoundRecord
+from fedfstq_hf.federation.server.publication import RoundFacts
 from fedfstq_hf.federation.spec import FederationSpec
-from fedfstq_hf.reporting.card import render_card
+from fedfstq_hf.reporting.card.federated import render_card
 
 _UNFILLED = re.compile(r"\b(?:none|null|nan|undefined)\b|\[\]|\{\}|\{\{|\{%|[\s\]]\(\)|(?<!`)``(?!`)", re.IGNORECASE)
 
@@ -27,12 +28,7 @@ LORA = {
     "lora_dropout": 0.05,
     "target_modules": ["q_proj", "v_proj"],
 }
-EXTRA = {
-    "datasets": ["qiaojin/PubMedQA"],
-    "license": "apache-2.0",
-    "language": "en",
-    "description": "Answers to biomedical questions.",
-}
+DESCRIPTION = "Answers to biomedical questions."
 
 
 def make_spec(**changes: Any) -> FederationSpec:
@@ -79,19 +75,29 @@ def make_metrics(rounds: int, source: str = "heldout") -> dict[int, dict[str, di
     return {round: {source: {"eval_loss": 3.62 - 0.04 * round}} for round in range(rounds + 1)}
 
 
-def render(rounds: int = 3, **changes: Any) -> str:
-    """A card after some rounds; `changes` replace any argument of `render_card`."""
-    arguments: dict[str, Any] = {
+def make_facts(rounds: int = 3, **changes: Any) -> RoundFacts:
+    """What a card is made from after some rounds; `changes` replace any of it."""
+    fields: dict[str, Any] = {
         "spec": make_spec(),
         "record": make_record(rounds),
         "history": make_history(rounds),
         "metrics": make_metrics(rounds),
         "adapter_config": LORA,
-        "repo_id": "my-org/fed-med",
-        "extra": EXTRA,
-    } | changes
-    positional = [arguments.pop(name) for name in ("spec", "record", "history", "metrics")]
-    return render_card(*positional, **arguments)
+        "existing_card": None,
+    }
+    return RoundFacts(**(fields | changes))
+
+
+def render(
+    rounds: int = 3,
+    *,
+    repo_id: str | None = "my-org/fed-med",
+    description: str | None = DESCRIPTION,
+    alt: str | None = "eval_loss against cumulative uplink",
+    **changes: Any,
+) -> str:
+    """A card after some rounds; `changes` are those of `make_facts`."""
+    return render_card(make_facts(rounds, **changes), repo_id=repo_id, description=description, alt=alt)
 
 
 def metadata(card: str) -> dict[str, Any]:

@@ -26,6 +26,10 @@ def make_rows(
             "num_updates": 4 if number else 0,
             "num_dropped": 0,
             "compute_seconds": 1.0 if number else 0.0,
+            "clients": [0, 1, 2, 3] if number else [],
+            "client_compute_seconds": [1.0] * 4 if number else [],
+            "client_air_bytes": [bytes_per_round / 4] * 4 if number else [],
+            "client_downlink_bytes": [250] * 4 if number else [],
             "energy": {"lte-20mbps": {"mean": 4.0, "straggler": 9.5}} if number else None,
         }
         for number, metric in enumerate(metrics)

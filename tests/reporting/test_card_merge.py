@@ -4,13 +4,13 @@ import re
 
 import pytest
 import yaml
-from card_inputs import check_card, make_history, metadata, render
+from card_inputs import check_card, make_facts, metadata, render
 from huggingface_hub import ModelCard
 from hypothesis import Phase, example, given, settings
 from hypothesis import strategies as st
 
-from fedfstq_hf.reporting.card import root_files
-from fedfstq_hf.reporting.card_merge import decode, merge_card
+from fedfstq_hf.reporting.card.federated import card_files
+from fedfstq_hf.reporting.card.merge import decode, merge_card
 
 OLD = render(2)
 NEW = render(3)
@@ -35,9 +35,8 @@ def test_text_around_the_markers_stays():
 
 
 def test_metadata_of_a_person_stay_as_written():
-    edited = OLD.replace("license: apache-2.0", "# see LICENSE\nlicense:   mit # both of us agreed").replace(
-        "language: en", "language: [en, fr]\nthumbnail: 'x.png'"
-    )
+    theirs = "# see LICENSE\nlicense:   mit # both of us agreed\nlanguage: [en, fr]\nthumbnail: 'x.png'\n"
+    edited = OLD.replace("pipeline_tag: ", f"{theirs}pipeline_tag: ")
     edited = edited.replace("library_name: peft", "library_name: transformers").replace(
         "base_model: ", "base_model: my/"
     )
@@ -171,9 +170,5 @@ def test_any_text_gives_a_valid_card_that_holds_still(existing):
 @given(st.binary(max_size=200))
 @settings(deadline=None, max_examples=50, phases=[Phase.generate])
 def test_any_bytes_give_a_card_in_utf_8(existing):
-    from card_inputs import LORA, make_record, make_spec
-
-    files = root_files(
-        make_spec(), make_record(1), make_history(1), {}, adapter_config=LORA, repo_id=None, existing=existing
-    )
+    files = card_files(make_facts(1, metrics={}, existing_card=existing), repo_id=None)
     assert metadata(files["README.md"].decode().replace("\r\n", "\n"))["library_name"] == "peft"

@@ -7,7 +7,14 @@ from hypothesis import strategies as st
 from metric_rows import make_rows
 
 from fedfstq_hf.errors import DataError
-from fedfstq_hf.reporting.summary import TargetRule, reached_at, read_rows, summarize, target_value, write_summary
+from fedfstq_hf.reporting.comparison.summary import (
+    TargetRule,
+    reached_at,
+    read_rows,
+    summarize,
+    target_value,
+    write_summary,
+)
 
 # fedavg improves from 4.0 to 3.0: its target is 3.1, met in rounds 3 and 4.
 FEDAVG = [4.0, 3.5, 3.2, 3.05, 3.0]

@@ -6,7 +6,8 @@ import re
 import pytest
 from huggingface_hub import ModelCard
 
-from fedfstq_hf.sharing.card import render_card
+from fedfstq_hf.reporting.card.compressed import render_card
+from fedfstq_hf.reporting.card.markup import license_id
 from fedfstq_hf.sharing.packed import EXACT_FILE
 
 CONFIG = {"base_model_name_or_path": "org/base", "task_type": "CAUSAL_LM", "r": 4, "lora_alpha": 8}
@@ -68,3 +69,11 @@ def test_how_it_was_made_is_told_as_it_was(made):
     assert "equal product of orthogonal components" in calibrated
     assert "drawn again from its seed" in render(dataclasses.replace(made, seeded=True))
     assert "orthogonal" not in render(made, codec="fp16")
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [("MIT", ("mit", None)), ("CC BY-NC 4.0", ("other", "cc-by-nc-4.0")), ("", (None, None)), ("?", ("other", None))],
+)
+def test_a_license_is_one_that_the_hub_takes(given, expected):
+    assert license_id(given) == expected

@@ -13,8 +13,8 @@ from light_updates import ones, post
 from fedfstq_hf.federation.mailbox import posted_metrics
 from fedfstq_hf.federation.mailbox.posted_metrics import posted_losses
 from fedfstq_hf.federation.server.coordinator import Coordinator
-from fedfstq_hf.reporting import card, card_plot
-from fedfstq_hf.reporting.card_maker import card_maker
+from fedfstq_hf.reporting.card import federated as card
+from fedfstq_hf.reporting.card.federated import card_maker
 
 pytestmark = pytest.mark.timeout(30)
 
@@ -197,7 +197,7 @@ def test_a_plot_takes_no_name_for_a_formula_or_for_tex(monkeypatch):
 
     history = [HistoryRow(round, 0.0, 1, 100 * (round + 1), 1, 1, 1) for round in range(2)]
     metrics = {round: {r"$\frac{a": {r"\input{x} $\undefined{}$": 3.0 - round}} for round in range(2)}
-    plain = card_plot.quality_vs_uplink(history, metrics)
+    plain = card.quality_vs_uplink(history, metrics).png()
     monkeypatch.setitem(matplotlib.rcParams, "text.usetex", True)
     monkeypatch.setattr(
         "matplotlib.texmanager.TexManager.get_text_width_height_descent",
@@ -205,7 +205,7 @@ def test_a_plot_takes_no_name_for_a_formula_or_for_tex(monkeypatch):
     )
     monkeypatch.setattr("matplotlib.texmanager.TexManager.get_rgba", lambda *a, **k: numpy.zeros((9, 9, 4)))
     assert plain.startswith(PNG)
-    assert card_plot.quality_vs_uplink(history, metrics).startswith(PNG)
+    assert card.quality_vs_uplink(history, metrics).png().startswith(PNG)
 
 
 def test_extreme_but_allowed_values_make_a_card_and_a_plot(mailbox):

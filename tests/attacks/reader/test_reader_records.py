@@ -18,7 +18,7 @@ from fedfstq_hf.federation.mailbox.folder import FolderMailbox
 from fedfstq_hf.federation.record import FIGURES, RoundRecord
 from fedfstq_hf.federation.server.coordinator import Coordinator
 from fedfstq_hf.federation.signed_records import open_figures, seal_figures
-from fedfstq_hf.reporting.card_facts import fate
+from fedfstq_hf.reporting.card.facts import fate
 from fedfstq_hf.reporting.status import render_status
 
 BOSS, OTHER = keys.KeyPair(b"\1" * 32), keys.KeyPair(b"\2" * 32)

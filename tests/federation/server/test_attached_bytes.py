@@ -10,7 +10,7 @@ from fedfstq_hf.federation.mailbox.protocol import SALIENCY_FILE
 from fedfstq_hf.federation.record import RoundRecord
 from fedfstq_hf.federation.server.attachments import MAX_BYTES
 from fedfstq_hf.federation.server.coordinator import Coordinator
-from fedfstq_hf.reporting.card_facts import totals
+from fedfstq_hf.reporting.card.facts import totals
 from fedfstq_hf.reporting.status import render_status
 from fedfstq_hf.reporting.units import format_bytes
 

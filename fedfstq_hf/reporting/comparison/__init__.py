@@ -1,0 +1,1 @@
+"""Runs side by side: read, merged by workload, reduced to figures, put into tables and notes."""
