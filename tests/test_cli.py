@@ -29,7 +29,7 @@ def python(code):
     [
         "import fedfstq_hf",
         "import fedfstq_hf; dir(fedfstq_hf); fedfstq_hf.FedFSTQConfig; fedfstq_hf.FedFSTQError",
-        "import fedfstq_hf.cli, fedfstq_hf.config, fedfstq_hf.client_file",
+        "import fedfstq_hf.cli, fedfstq_hf.config, fedfstq_hf.running.client_file",
         "from fedfstq_hf.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass",
         "from fedfstq_hf.cli import main\ntry: main(['simulate', '--help'])\nexcept SystemExit: pass",
         "from fedfstq_hf.cli import main\ntry: main(['--version'])\nexcept SystemExit: pass",

@@ -10,7 +10,6 @@ from typer.testing import CliRunner
 
 from fedfstq_hf import FedFSTQConfig, FedFSTQTrainer
 from fedfstq_hf.cli import app
-from fedfstq_hf.client_file import load_client_file
 from fedfstq_hf.codec import Schema, get_codec, message
 from fedfstq_hf.errors import BudgetError, ConfigError
 from fedfstq_hf.federation.budgets import MessageBudget, open_refinement_budget
@@ -18,6 +17,7 @@ from fedfstq_hf.federation.record import RoundRecord
 from fedfstq_hf.federation.spec import FederationSpec
 from fedfstq_hf.recipe import load_recipe, validate
 from fedfstq_hf.recipe.method import MethodSettings, TimeCap
+from fedfstq_hf.running.client_file import load_client_file
 from fedfstq_hf.switches import check_refinement
 from tests.training.small_federation import found, served, settings_of
 

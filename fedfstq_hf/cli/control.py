@@ -77,7 +77,7 @@ def _removal(clients: list[str]) -> Callable[[Control], Control]:
 def _change(address: str, change: Callable[[Any], Any]) -> Control:
     """Change the control file of a federation that is there and goes on."""
     from fedfstq_hf.federation.control import change_control
-    from fedfstq_hf.running_coordinator import open_federation
+    from fedfstq_hf.running.serve import open_federation
 
     mailbox, _ = open_federation(address)
     return change_control(mailbox, change)

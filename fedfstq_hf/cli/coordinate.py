@@ -31,7 +31,7 @@ def serve(
     """Coordinate a federation until it ends. Needs neither GPU nor base model; stop and restart it at any time."""
     quieten()
     from fedfstq_hf.reporting.status import describe_round
-    from fedfstq_hf.running_coordinator import make_coordinator
+    from fedfstq_hf.running.serve import make_coordinator
     from fedfstq_hf.text import printable
 
     coordinator = make_coordinator(mailbox, key_file=key)
@@ -56,7 +56,7 @@ def stop(mailbox: _Mailbox, key: _Key = None) -> None:
     """End a federation now: what has arrived is used, and the round made from it is the last one."""
     quieten()
     from fedfstq_hf.reporting.status import describe_round
-    from fedfstq_hf.running_coordinator import make_coordinator
+    from fedfstq_hf.running.serve import make_coordinator
 
     coordinator = make_coordinator(mailbox, key_file=key)
     typer.echo(describe_round(coordinator.stop(), coordinator.spec))
@@ -72,7 +72,7 @@ def rollback(
     """Publish an earlier round's adapter as the next round; updates that wait are refused, and clients keep them."""
     quieten()
     from fedfstq_hf.reporting.status import describe_round
-    from fedfstq_hf.running_coordinator import make_coordinator
+    from fedfstq_hf.running.serve import make_coordinator
 
     coordinator = make_coordinator(mailbox, key_file=key, reads_messages=False)
     typer.echo(describe_round(coordinator.rollback(round), coordinator.spec))

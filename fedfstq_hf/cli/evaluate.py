@@ -53,8 +53,8 @@ def evaluate(
     quieten()
     from fedfstq_hf.federation.mailbox import checked_name, open_mailbox
     from fedfstq_hf.recipe import apply_overrides
-    from fedfstq_hf.running_coordinator import make_coordinator, open_federation
-    from fedfstq_hf.running_evaluation import measure
+    from fedfstq_hf.running.evaluate import measure
+    from fedfstq_hf.running.serve import make_coordinator, open_federation
 
     box, spec = open_federation(mailbox)
     name = checked_name(source or _source_name(changes.get("path", "data")))

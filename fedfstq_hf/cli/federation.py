@@ -27,11 +27,11 @@ def train(
 
     Any key of the file can be changed: --client_id c2 --data.path mine.jsonl --training.per_device_train_batch_size 2
     """
-    from fedfstq_hf.client_file import load_client_file
+    from fedfstq_hf.running.client_file import load_client_file
 
     settings = load_client_file(client_file, parse_overrides(context.args))
     quieten()
-    from fedfstq_hf.running_client import run_client
+    from fedfstq_hf.running.train import run_client
 
     try:
         run_client(settings, consent=lambda lines: _ask(lines, yes))

@@ -85,8 +85,8 @@ def init(
     from fedfstq_hf.federation.control import Control, Enrolment
     from fedfstq_hf.federation.founding import found_federation
     from fedfstq_hf.federation.keys import signer
-    from fedfstq_hf.founding import found, make_spec
     from fedfstq_hf.reporting.card_maker import card_maker
+    from fedfstq_hf.running.foundation import found, make_spec
 
     loaded = loaded.for_method(method)
     sealing_key = None if seal_to is None else _public_key(seal_to)

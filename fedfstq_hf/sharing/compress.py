@@ -16,8 +16,8 @@ from fedfstq_hf import __version__
 from fedfstq_hf.adapter import base_fingerprint
 from fedfstq_hf.codec import parse_budget
 from fedfstq_hf.errors import BudgetError, ConfigError
-from fedfstq_hf.evaluation import Evaluator
 from fedfstq_hf.federation import adapter_file
+from fedfstq_hf.running.evaluator import Evaluator
 from fedfstq_hf.sharing.calibration import adapter_fisher, pair_weights
 from fedfstq_hf.sharing.card import render_card
 from fedfstq_hf.sharing.coding import DEFAULT_CODEC, Coded, Coder
@@ -183,7 +183,7 @@ def _open(model_or_path: nn.Module | str | Path, base_model: nn.Module | None) -
         return _trained(model_or_path)
     folder = Path(model_or_path)
     if base_model is None:
-        from fedfstq_hf.founding import load_base
+        from fedfstq_hf.running.foundation import load_base
 
         name = read_config(folder).get("base_model_name_or_path")
         if not name:

@@ -68,7 +68,7 @@ def test_the_plain_file_holds_what_a_reader_gets(tmp_path):
 
 
 def test_a_folder_with_its_own_base(tmp_path, tiny_recipe):
-    from fedfstq_hf.founding import load_base
+    from fedfstq_hf.running.foundation import load_base
 
     base, _ = load_base(str(tiny_recipe.parent / "model"), "float32")
     model = get_peft_model(base, LoraConfig(r=4, target_modules="all-linear"))

@@ -16,15 +16,16 @@ from peft import get_peft_model
 from peft_kinds import KINDS
 from tiny import make_tiny_model
 
-from fedfstq_hf import adapter_size, founding
+from fedfstq_hf import adapter_size
 from fedfstq_hf.adapter import base_fingerprint, check_same_adapter, check_same_base, config_json
 from fedfstq_hf.adapter_config import MAX_BYTES, believed
 from fedfstq_hf.errors import AdapterMismatchError, MailboxError
 from fedfstq_hf.federation import adapter_file
 from fedfstq_hf.federation.founding import found_federation
 from fedfstq_hf.federation.local import FolderMailbox
-from fedfstq_hf.founding import wrap_base
 from fedfstq_hf.module_patterns import is_bounded
+from fedfstq_hf.running import foundation
+from fedfstq_hf.running.foundation import wrap_base
 from tests.attacks.peak import peak_bytes
 from tests.federation.light import initial_state, make_spec
 
@@ -57,7 +58,7 @@ def no_peft(monkeypatch):
         raise AssertionError("PEFT was reached")
 
     plain()
-    monkeypatch.setattr(founding, "get_peft_model", reached)
+    monkeypatch.setattr(foundation, "get_peft_model", reached)
     monkeypatch.setattr(peft.LoraConfig, "__post_init__", reached)
 
 
@@ -177,7 +178,7 @@ TOO_LARGE = {
 @pytest.mark.parametrize("name", TOO_LARGE)
 def test_an_adapter_beyond_its_base_is_refused_before_it_is_made(name, monkeypatch):
     monkeypatch.setattr(adapter_size, "_ALWAYS_ALLOWED", 0)
-    monkeypatch.setattr(founding, "get_peft_model", lambda *_: pytest.fail("PEFT was asked to make it"))
+    monkeypatch.setattr(foundation, "get_peft_model", lambda *_: pytest.fail("PEFT was asked to make it"))
     small = base()
     with pytest.raises(MailboxError, match=r"asks for about [\d,]+ numbers on this base model of [\d,]+"):
         wrap_base(small, config(**TOO_LARGE[name]))

@@ -8,13 +8,13 @@ from typing import Any
 
 from fedfstq_hf.adapter import AdapterView, base_fingerprint, check_same_base
 from fedfstq_hf.errors import ConfigError, DataError
-from fedfstq_hf.evaluation import Evaluator
 from fedfstq_hf.federation import adapter_file
 from fedfstq_hf.federation.mailbox import ADAPTER_CONFIG_FILE, ADAPTER_FILE, Mailbox
 from fedfstq_hf.federation.records import Records
 from fedfstq_hf.federation.spec import FederationSpec
-from fedfstq_hf.founding import load_base, load_shared_base, wrap_base
-from fedfstq_hf.own_data import own_data
+from fedfstq_hf.running.evaluator import Evaluator
+from fedfstq_hf.running.foundation import load_base, load_shared_base, wrap_base
+from fedfstq_hf.running.own_data import own_data
 from fedfstq_hf.workloads import DataConfig
 from fedfstq_hf.workloads.formats import read_text
 from fedfstq_hf.workloads.rows import read_rows
