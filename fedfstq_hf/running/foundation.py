@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments,
 from transformers.utils import find_adapter_config_file
 
 from fedfstq_hf.adapter import AdapterView, base_fingerprint, config_json
-from fedfstq_hf.adapter_config import parse as parse_adapter_config
-from fedfstq_hf.adapter_size import make_config
+from fedfstq_hf.adapters.allow_list import parse as parse_adapter_config
+from fedfstq_hf.adapters.size import make_config
 from fedfstq_hf.errors import ConfigError, MailboxError
 from fedfstq_hf.federation import adapter_file
 from fedfstq_hf.federation.limits import CLIENT_DEFAULTS, SHARED_DATA, SHARED_TRAINING_ARGUMENTS
@@ -118,7 +118,7 @@ def found(recipe: Recipe, seed: int) -> Founding:
 def wrap_base(base: Any, adapter_config: bytes) -> PeftModel:
     """The base with a trainable adapter of a published configuration; its numbers come from the mailbox later.
 
-    Only what adapter_config.py believes reaches PEFT, and no adapter larger than the base is made. The base that the
+    Only what allow_list.py believes reaches PEFT, and no adapter larger than the base is made. The base that the
     configuration names is not looked up: the adapter's is the one given here.
 
     Raises:

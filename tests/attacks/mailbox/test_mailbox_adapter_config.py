@@ -16,14 +16,14 @@ from peft import get_peft_model
 from peft_kinds import KINDS
 from tiny import make_tiny_model
 
-from fedfstq_hf import adapter_size
 from fedfstq_hf.adapter import base_fingerprint, check_same_adapter, check_same_base, config_json
-from fedfstq_hf.adapter_config import MAX_BYTES, believed
+from fedfstq_hf.adapters import size
+from fedfstq_hf.adapters.allow_list import MAX_BYTES, believed
+from fedfstq_hf.adapters.module_patterns import is_bounded
 from fedfstq_hf.errors import AdapterMismatchError, MailboxError
 from fedfstq_hf.federation import adapter_file
 from fedfstq_hf.federation.founding import found_federation
 from fedfstq_hf.federation.local import FolderMailbox
-from fedfstq_hf.module_patterns import is_bounded
 from fedfstq_hf.running import foundation
 from fedfstq_hf.running.foundation import wrap_base
 from tests.attacks.peak import peak_bytes
@@ -177,7 +177,7 @@ TOO_LARGE = {
 
 @pytest.mark.parametrize("name", TOO_LARGE)
 def test_an_adapter_beyond_its_base_is_refused_before_it_is_made(name, monkeypatch):
-    monkeypatch.setattr(adapter_size, "_ALWAYS_ALLOWED", 0)
+    monkeypatch.setattr(size, "_ALWAYS_ALLOWED", 0)
     monkeypatch.setattr(foundation, "get_peft_model", lambda *_: pytest.fail("PEFT was asked to make it"))
     small = base()
     with pytest.raises(MailboxError, match=r"asks for about [\d,]+ numbers on this base model of [\d,]+"):
@@ -199,7 +199,7 @@ def test_four_hundred_bytes_cost_no_memory():
 def test_numbers_are_counted_before_they_are_there(kind):
     """At least as many as PEFT then holds, frozen projections and indices included, and not many times more."""
     made = KINDS[kind]()
-    counted = adapter_size.count_numbers(base(), made)
+    counted = size.count_numbers(base(), made)
     model = base()
     before = numbers_of(model)
     held = numbers_of(get_peft_model(model, made)) - before
@@ -210,7 +210,7 @@ def test_numbers_are_counted_before_they_are_there(kind):
 
 def test_whole_modules_are_counted_each():
     made = peft.LoraConfig(r=1, target_modules=["q_proj"], modules_to_save=["model", "norm"])
-    assert adapter_size.count_numbers(base(), made) > sum(p.numel() for p in base().parameters())
+    assert size.count_numbers(base(), made) > sum(p.numel() for p in base().parameters())
 
 
 PATTERNS = {

@@ -13,9 +13,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from fedfstq_hf.adapters.module_patterns import MAX_LENGTH, is_bounded
 from fedfstq_hf.errors import AdapterMismatchError, FedFSTQError
 from fedfstq_hf.federation.untrusted import parse_object
-from fedfstq_hf.module_patterns import MAX_LENGTH, is_bounded
 from fedfstq_hf.text import printable
 
 MAX_BYTES = 1 << 18

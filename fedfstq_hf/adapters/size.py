@@ -25,7 +25,7 @@ def make_config(base: nn.Module, fields: Mapping[str, Any], *, inference_mode: b
 
     Args:
         base: that it is for.
-        fields: believed ones (adapter_config.py). How the numbers would start is left to PEFT's default.
+        fields: believed ones (allow_list.py). How the numbers would start is left to PEFT's default.
 
     Raises:
         AdapterMismatchError: the adapter would hold more numbers than the base, or PEFT refuses a field.
@@ -58,7 +58,7 @@ def check_size(base: nn.Module, config: PeftConfig) -> None:
 def count_numbers(base: nn.Module, config: PeftConfig) -> int:
     """Numbers that PEFT holds for an adapter at most, frozen ones and indices included.
 
-    config: of a kind and with fields that adapter_config.py believes.
+    config: of a kind and with fields that allow_list.py believes.
     """
     shapes = dict(_shapes(base))
     targets = {name: shape for name, shape in shapes.items() if _targeted(config, name)}
