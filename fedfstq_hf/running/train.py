@@ -13,9 +13,8 @@ from fedfstq_hf.errors import DataError
 from fedfstq_hf.federation.agreement import Terms, agree, is_agreed, read_terms, summary
 from fedfstq_hf.federation.mailbox import open_mailbox
 from fedfstq_hf.federation.spec import FederationSpec
-from fedfstq_hf.running.client_file import ClientFile
+from fedfstq_hf.running.client_file import ClientFile, own_data
 from fedfstq_hf.running.foundation import load_base, load_shared_base, quiet_arguments, wrap_base
-from fedfstq_hf.running.own_data import own_data
 from fedfstq_hf.text import printable
 from fedfstq_hf.trainer import FedFSTQTrainer
 from fedfstq_hf.training.private_state import make_state_folder, state_folder

@@ -17,7 +17,7 @@ from fedfstq_hf.adapter import base_fingerprint
 from fedfstq_hf.codec import parse_budget
 from fedfstq_hf.errors import BudgetError, ConfigError
 from fedfstq_hf.federation import adapter_file
-from fedfstq_hf.running.evaluator import Evaluator
+from fedfstq_hf.running.evaluate import Evaluator
 from fedfstq_hf.sharing.calibration import adapter_fisher, pair_weights
 from fedfstq_hf.sharing.card import render_card
 from fedfstq_hf.sharing.coding import DEFAULT_CODEC, Coded, Coder

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import nll_loss
 
-from fedfstq_hf.running.evaluator import logits_at
+from fedfstq_hf.running.evaluate import logits_at
 from fedfstq_hf.sharing.trained import TrainedAdapter
 from fedfstq_hf.workloads.collate import IGNORED_LABEL, collate
 

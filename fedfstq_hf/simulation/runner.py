@@ -32,7 +32,7 @@ from fedfstq_hf.recipe import Recipe, validate
 from fedfstq_hf.recipe.method import MethodSettings, TimeCap
 from fedfstq_hf.reporting.report import write_report
 from fedfstq_hf.reporting.summary import COMPARED, TargetRule, read_rows, summarize, write_summary
-from fedfstq_hf.running.evaluator import Evaluator
+from fedfstq_hf.running.evaluate import Evaluator
 from fedfstq_hf.running.foundation import Founding, found, make_spec, training_arguments
 from fedfstq_hf.simulation.network import LinkProfile, LinkRates, draw_rates
 from fedfstq_hf.simulation.participation import Row, SimulatedParticipation, TrainElsewhere

@@ -30,7 +30,7 @@ from transformers import set_seed
 
 from fedfstq_hf import load_compressed_adapter, save_compressed_adapter
 from fedfstq_hf.cli.options import quieten
-from fedfstq_hf.running.evaluator import Evaluator
+from fedfstq_hf.running.evaluate import Evaluator
 from fedfstq_hf.running.foundation import load_base
 from fedfstq_hf.workloads import DataConfig, collate, load_workload
 

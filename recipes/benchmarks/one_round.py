@@ -29,7 +29,7 @@ from fedfstq_hf.cli.options import parse_overrides, quieten
 from fedfstq_hf.codec import CodecContext, get_codec, parse_budget
 from fedfstq_hf.federation.client import Assignment, LocalResult
 from fedfstq_hf.recipe import Recipe, load_recipe
-from fedfstq_hf.running.evaluator import Evaluator
+from fedfstq_hf.running.evaluate import Evaluator
 from fedfstq_hf.running.foundation import Founding
 from fedfstq_hf.simulation import runner
 from fedfstq_hf.simulation.participation import SimulatedParticipation

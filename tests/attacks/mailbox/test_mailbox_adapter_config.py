@@ -18,8 +18,7 @@ from tiny import make_tiny_model
 
 from fedfstq_hf.adapter import base_fingerprint, check_same_adapter, check_same_base, config_json
 from fedfstq_hf.adapters import size
-from fedfstq_hf.adapters.allow_list import MAX_BYTES, believed
-from fedfstq_hf.adapters.module_patterns import is_bounded
+from fedfstq_hf.adapters.allow_list import MAX_BYTES, believed, is_bounded
 from fedfstq_hf.errors import AdapterMismatchError, MailboxError
 from fedfstq_hf.federation import adapter_file
 from fedfstq_hf.federation.founding import found_federation

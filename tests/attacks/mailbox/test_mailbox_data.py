@@ -10,8 +10,8 @@ from tiny_workload import make_recipe
 
 from fedfstq_hf.errors import ConfigError
 from fedfstq_hf.recipe import Recipe
+from fedfstq_hf.running.client_file import own_data
 from fedfstq_hf.running.foundation import make_spec as recipe_spec
-from fedfstq_hf.running.own_data import own_data
 from fedfstq_hf.workloads import DataConfig, load_texts
 
 WHERE = "data of client a"
