@@ -62,7 +62,7 @@ def test_recipes(launcher, tmp_path):
     assert not (tmp_path / "other.yaml").exists()
     assert "quickstart is valid" in launcher.run("recipes", "validate", tmp_path / "mine.yaml").stdout
     message = fails(launcher, "recipes", "validate", tmp_path / "mine.yaml", "--methods.fstq.codec", "fstqq")
-    assert "methods.fstq.codec: unknown codec 'fstqq', did you mean 'fstq'?" in message
+    assert "methods.fstq.codec: unknown codec 'fstqq'; did you mean 'fstq'?" in message
 
 
 @pytest.mark.parametrize(
@@ -76,7 +76,7 @@ def test_recipes(launcher, tmp_path):
         (["simulate", "quickstart", "--rounds", "-1"], "rounds must be above 0, got -1"),
         (["simulate", "quickstart", "--rounds"], "--rounds needs a value: type --rounds VALUE."),
         (["simulate", "quickstart", "3"], "Cannot make sense of '3'; expected --KEY VALUE"),
-        (["simulate", "nowhere.yaml"], "no recipe called 'nowhere.yaml'; Known:"),
+        (["simulate", "nowhere.yaml"], "unknown recipe 'nowhere.yaml'. Known:"),
         (["init", "box", "--recipe", "quickstart", "--method", "fstk"], "no method 'fstk'; it has fedavg, fstq."),
         (["train", "nowhere.yaml"], "There is no client file nowhere.yaml. Write one with the keys mailbox"),
         (["serve", "nowhere"], "nowhere holds no federation. Make one with `fedfstq init nowhere ...`."),

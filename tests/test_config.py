@@ -32,7 +32,7 @@ def test_a_damaged_file_is_named(tmp_path, content):
 
 def test_an_unknown_key_is_named_with_the_nearest():
     with pytest.raises(
-        ConfigError, match=r"Unknown setting 'uplink_buget'\. Did you mean 'uplink_budget'\? Known: client_id,"
+        ConfigError, match=r"unknown setting 'uplink_buget'; did you mean 'uplink_budget'\? Known: client_id,"
     ):
         FedFSTQConfig.from_dict({"uplink_buget": "96kB"})
 

@@ -1,4 +1,4 @@
-"""Quality on held-out examples: mean loss a target token, and exact match. `fedfstq evaluate` of a published adapter."""
+"""Quality on held-out examples (loss a target token, exact match), and `fedfstq evaluate` of a published adapter."""
 
 from __future__ import annotations
 

@@ -141,7 +141,7 @@ def test_quality_is_measured_with_the_values_that_a_reader_gets(tmp_path):
 def test_other_codecs_and_their_budgets():
     fine = compress_adapter(trained(), "20bpp", codec="fp16")
     assert fine.error < 1e-6
-    with pytest.raises(ConfigError, match="unknown codec 'unifrom', did you mean 'uniform'"):
+    with pytest.raises(ConfigError, match="unknown codec 'unifrom'; did you mean 'uniform'"):
         compress_adapter(trained(), 4000, codec="unifrom")
 
 
