@@ -10,13 +10,17 @@ import pytest
 import torch
 
 from fedfstq_hf.errors import ConfigError, DataError, NonFiniteError
-from fedfstq_hf.metrics.cores.corpus import mean_of_best
-from fedfstq_hf.metrics.cores.exact_match import exact_match
-from fedfstq_hf.metrics.cores.normalize import normalize_answer
-from fedfstq_hf.metrics.cores.rouge_l import RougeL, common_subsequence_length, rouge_l
-from fedfstq_hf.metrics.cores.token_f1 import token_f1
-from fedfstq_hf.metrics.cores.token_recall import token_recall
-from fedfstq_hf.metrics.cores.words import words
+from fedfstq_hf.metrics.sensitive_tokens import token_recall
+from fedfstq_hf.metrics.text_scores import (
+    RougeL,
+    common_subsequence_length,
+    exact_match,
+    mean_of_best,
+    normalize_answer,
+    rouge_l,
+    token_f1,
+    words,
+)
 from fedfstq_hf.sensitivity import TokenSensitivity
 
 _VOCABULARY = ["the", "a", "cat", "cats", "sat", "sitting", "nationally", "national", "hopping", "hop", "happily"]
