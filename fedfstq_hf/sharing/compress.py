@@ -28,7 +28,7 @@ from fedfstq_hf.sharing.pairs import even_weights
 from fedfstq_hf.sharing.refine import refine
 from fedfstq_hf.sharing.trained import CONFIG_FILE, TrainedAdapter, compact_config, load_trained, read_config
 from fedfstq_hf.sharing.trained import trained_adapter as _trained
-from fedfstq_hf.workloads.collate import collate
+from fedfstq_hf.workloads.examples import collate
 
 Examples = Sequence[Mapping[str, Any]]
 """Rows with `input_ids` and `labels` (-100 where no loss is wanted), as lists or one-dimensional tensors."""

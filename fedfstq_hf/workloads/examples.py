@@ -1,13 +1,22 @@
-"""Turns prompt and answer into token ids and labels; whatever is cut for length, the answer is the last to go."""
+"""From prompt and answer to token ids and labels, and from those to padded batches.
+
+Whatever is cut for length, the answer is the last to go.
+"""
 
 import logging
-from collections.abc import Sequence
-from typing import Any, NotRequired, TypedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
 
 from fedfstq_hf.errors import DataError
-from fedfstq_hf.workloads.collate import IGNORED_LABEL
+
+if TYPE_CHECKING:
+    import torch
 
 logger = logging.getLogger(__name__)
+
+IGNORED_LABEL = -100
+"""Label that the loss skips, as everywhere in transformers."""
 
 
 class Example(TypedDict):
@@ -65,3 +74,32 @@ def fit(prompt: list[int], answer: list[int], max_length: int) -> tuple[list[int
         head = room // 4
         prompt = prompt[:head] + prompt[len(prompt) - (room - head) :]
     return prompt, answer
+
+
+def collate(examples: Sequence[Mapping[str, Any]], pad_id: int) -> "dict[str, torch.Tensor]":
+    """Stack examples into `input_ids`, `attention_mask`, `labels`: int64, shape (B, T) with T the longest example."""
+    import torch
+
+    if not examples:
+        raise DataError("cannot make a batch of no examples")
+    width = max(len(example["input_ids"]) for example in examples)
+    input_ids = torch.full((len(examples), width), pad_id, dtype=torch.long)
+    labels = torch.full((len(examples), width), IGNORED_LABEL, dtype=torch.long)
+    attention_mask = torch.zeros((len(examples), width), dtype=torch.long)
+    for row, example in enumerate(examples):
+        length = len(example["input_ids"])
+        input_ids[row, :length] = torch.as_tensor(example["input_ids"], dtype=torch.long)
+        labels[row, :length] = torch.as_tensor(example["labels"], dtype=torch.long)
+        attention_mask[row, :length] = 1
+    return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+
+
+@dataclass(frozen=True)
+class Collator:
+    """`collate` with its padding id: a `data_collator` that pickles into worker processes."""
+
+    pad_id: int
+
+    def __call__(self, examples: Sequence[Mapping[str, Any]]) -> "dict[str, torch.Tensor]":
+        """Batch `examples`; keys other than `input_ids` and `labels` are left out."""
+        return collate(examples, self.pad_id)
