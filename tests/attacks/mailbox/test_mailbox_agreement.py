@@ -10,7 +10,7 @@ from launcher import fails, wait_for
 from light import found, make_spec
 from tiny_workload import write_client_file
 
-from fedfstq_hf.cli.federation import _ask
+from fedfstq_hf.cli.participate import _ask
 from fedfstq_hf.errors import ConfigError, MailboxError
 from fedfstq_hf.federation.agreement import AGREEMENT_FILE, agree, is_agreed, read_terms, summary
 from fedfstq_hf.federation.spec import FederationSpec

@@ -21,7 +21,7 @@ from fedfstq_hf.workloads import rows as rows_module
 from fedfstq_hf.workloads.examples import fit
 from fedfstq_hf.workloads.topics import cluster_topics
 
-SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
+SHARED_DATA = Path(__file__).parents[3] / "shared" / "data"
 WORDS = [*"abcdefghijklmnopqrstuvwxyz", "yes", "no", "Question", "Answer", ":", "#", "Instruction", "Input", "Response"]
 
 
