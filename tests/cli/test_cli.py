@@ -14,7 +14,18 @@ from fedfstq_hf import __version__
 from fedfstq_hf.cli.options import parse_overrides
 from fedfstq_hf.errors import ConfigError
 
-HEAVY = ("torch", "transformers", "peft", "matplotlib", "datasets", "accelerate", "safetensors", "constriction", "pandas", "jinja2")
+HEAVY = [
+    "torch",
+    "transformers",
+    "peft",
+    "matplotlib",
+    "datasets",
+    "accelerate",
+    "safetensors",
+    "constriction",
+    "pandas",
+    "jinja2",
+]
 
 
 def python(code):
