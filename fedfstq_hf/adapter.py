@@ -12,7 +12,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from fedfstq_hf.adapter_config import check_own
+from fedfstq_hf.adapters.allow_list import check_own
 from fedfstq_hf.codec import Schema
 from fedfstq_hf.errors import AdapterMismatchError
 from fedfstq_hf.federation.trained_part import is_lora_a
@@ -219,7 +219,7 @@ def config_json(model: PeftModel, name: str) -> bytes:
     """`adapter_config.json` as PEFT writes it, for inference.
 
     Raises:
-        AdapterMismatchError: no client would join with it, because a field is not one that adapter_config.py believes.
+        AdapterMismatchError: no client would join with it, because a field is not one that allow_list.py believes.
     """
     config = model.peft_config[name].to_dict()
     config["inference_mode"] = True

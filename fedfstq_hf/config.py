@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 import os
 import re
@@ -13,6 +12,7 @@ from typing import Any
 
 from fedfstq_hf.errors import ConfigError
 from fedfstq_hf.methods import LocalSwitches
+from fedfstq_hf.text import unknown
 
 CONFIG_FILE = "fedfstq_config.json"
 _ANY_ADAPTER = 10**12  # parameters, to check how a budget is written before the adapter is known
@@ -137,8 +137,5 @@ class FedFSTQConfig(LocalSwitches):
         known = [f.name for f in dataclasses.fields(cls)]
         for key in values:
             if key not in known:
-                nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
-                raise ConfigError(
-                    f"Unknown setting {key!r}. Did you mean {nearest!r}? Known: {', '.join(sorted(known))}."
-                )
+                raise ConfigError(unknown("setting", key, sorted(known)))
         return cls(**values)

@@ -1,4 +1,4 @@
-"""The `fedfstq` command, one module per group of commands. Nothing heavy is imported before a command needs it."""
+"""The `fedfstq` command, one module for each role. Nothing heavy is imported before a command needs it."""
 
 from __future__ import annotations
 
@@ -9,19 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from fedfstq_hf import __version__
-from fedfstq_hf.cli import (
-    control,
-    coordinate,
-    evaluate,
-    federation,
-    init,
-    keys,
-    messages,
-    recipes,
-    report,
-    sharing,
-    simulate,
-)
+from fedfstq_hf.cli import coordinate, experiment, participate, report, sharing
 from fedfstq_hf.errors import FedFSTQError
 from fedfstq_hf.text import printable
 
@@ -33,10 +21,10 @@ app = typer.Typer(
     add_completion=False,
     help="Federated LoRA fine-tuning in Fisher-guided messages. Start with: fedfstq simulate quickstart",
 )
-for group in (simulate, report, init, coordinate, federation, evaluate, control, messages, sharing):
+for group in (experiment, report, coordinate, participate, sharing):
     app.add_typer(group.app)
-app.add_typer(recipes.app, name="recipes")
-app.add_typer(keys.app, name="keys")
+app.add_typer(experiment.recipes_app, name="recipes")
+app.add_typer(participate.keys_app, name="keys")
 
 
 @app.callback(invoke_without_command=True)

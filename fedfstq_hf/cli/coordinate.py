@@ -1,25 +1,192 @@
-"""Closing rounds: `fedfstq serve | stop | rollback`."""
+"""Who founds and runs a federation: `fedfstq init | serve | stop | rollback | pause | resume | enrol`."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fedfstq_hf.cli.options import INTERRUPTED, quieten
+from fedfstq_hf.cli.options import INTERRUPTED, OVERRIDABLE, MailboxAddress, parse_overrides, quieten
+from fedfstq_hf.errors import ConfigError
+
+if TYPE_CHECKING:
+    from fedfstq_hf.federation.control import Control
+    from fedfstq_hf.federation.keys import KeyPair
+    from fedfstq_hf.federation.mailbox.protocol import Mailbox
+    from fedfstq_hf.federation.spec import FederationSpec
 
 app = typer.Typer()
 
-_Mailbox = Annotated[str, typer.Argument(help="Address of a federation: hf://ORG/REPO or a folder.")]
 _Key = Annotated[
     Path | None, typer.Option(metavar="KEYFILE", help="Key file that opens sealed messages and signs records.")
 ]
 
 
+@app.command(context_settings=OVERRIDABLE)
+def init(
+    context: typer.Context,
+    mailbox: Annotated[str, typer.Argument(help="Address of the new federation: hf://ORG/REPO or a folder.")],
+    recipe: Annotated[str, typer.Option(help="Recipe that says model, adapter, training and rounds.")],
+    method: Annotated[str, typer.Option(help="Which of the recipe's methods to run.")] = "fstq",
+    clients: Annotated[
+        str | None, typer.Option(metavar="A,B,C", help="Clients that may take part; anybody who can write if left out.")
+    ] = None,
+    clients_per_round: Annotated[
+        int | None, typer.Option(help="Ask only that many of --clients for an update in each round, drawn by seed.")
+    ] = None,
+    min_clients: Annotated[
+        int | None, typer.Option(help="Updates that close a round; the recipe's clients_per_round if left out.")
+    ] = None,
+    round_seconds: Annotated[
+        float | None, typer.Option(help="Close a round after this time even with fewer updates.")
+    ] = None,
+    mean_examples: Annotated[
+        int | None,
+        typer.Option(help="Training examples of a client on average, for methods with budget_by_examples."),
+    ] = None,
+    max_staleness: Annotated[
+        int | None, typer.Option(help="Rounds by which an update may be late and still be used, at a discount.")
+    ] = None,
+    clip: Annotated[
+        float | None,
+        typer.Option(help="Scale updates down to that many times the round's median norm; 0 for no limit."),
+    ] = None,
+    signatures: Annotated[
+        bool, typer.Option("--signatures", help="Take only messages signed with a key enrolled for their client.")
+    ] = False,
+    seal_to: Annotated[
+        str | None,
+        typer.Option(metavar="KEY", help="Seal messages: the coordinator's key file, or its x25519: public key."),
+    ] = None,
+    key: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="KEYFILE", help="Sign each round's record with this key; clients refuse any other record."
+        ),
+    ] = None,
+    share_saliency: Annotated[
+        bool,
+        typer.Option("--share-saliency", help="Clients that agree send which tokens matter; published in aggregate."),
+    ] = False,
+    layout: Annotated[
+        str | None, typer.Option(help="On the Hub, where clients write: own (repos), shared (repo) or pull-request.")
+    ] = None,
+    public: Annotated[bool, typer.Option("--public", help="On the Hub: repos that everybody can read.")] = False,
+) -> None:
+    """Found a federation: publish round 0 (adapter and spec) into a mailbox.
+
+    Any key of the recipe can be changed: --rounds 20 --model PATH --training.learning_rate 1e-3
+    """
+    from fedfstq_hf.recipe import load_recipe
+
+    loaded = load_recipe(recipe, parse_overrides(context.args))
+    if method not in loaded.methods:
+        raise ConfigError(
+            f"The recipe has no method {method!r}; it has {', '.join(loaded.methods)}. Type --method NAME."
+        )
+    names = None if clients is None else _names(clients)
+    box = _new_mailbox(mailbox, layout, public)
+    quieten()
+    from fedfstq_hf.federation.control import Control, Enrolment
+    from fedfstq_hf.federation.founding import found_federation
+    from fedfstq_hf.federation.keys import signer
+    from fedfstq_hf.reporting.card.federated import card_maker
+    from fedfstq_hf.running.foundation import found, make_spec
+
+    loaded = loaded.for_method(method)
+    sealing_key = None if seal_to is None else _public_key(seal_to)
+    pair = None if key is None else _founder(key, sealing_key)
+    founding = found(loaded, loaded.seeds[0])
+    usual = loaded.federation.clients_per_round if clients_per_round is None else clients_per_round
+    count = min(usual, len(names) if names else usual) if min_clients is None else min_clients
+    spec = make_spec(
+        loaded,
+        method,
+        founding,
+        seed=loaded.seeds[0],
+        min_clients=count,
+        num_clients=len(names) if names else None,
+        mean_examples=mean_examples,
+        clients_per_round=clients_per_round,
+        round_seconds=round_seconds,
+        changes={
+            **({} if max_staleness is None else {"max_staleness": max_staleness}),
+            **({} if clip is None else {"clip": clip or None}),
+        },
+        signatures=signatures,
+        sealing_key=sealing_key,
+        founder_key=None if pair is None else pair.verify_key,
+        share_saliency=share_saliency,
+    )
+    record = found_federation(
+        box,
+        spec,
+        founding.adapter,
+        founding.adapter_config,
+        control=None if names is None else Control(clients={name: Enrolment() for name in names}),
+        card=card_maker(mailbox, description=loaded.description),
+        sign=None if pair is None else signer(pair, spec.id),
+    )
+    typer.echo(
+        f"Founded {loaded.name} in {mailbox}: {founding.view.schema.num_params:,} adapter parameters "
+        f"({record.adapter_bytes:,} bytes), codec {spec.method.codec}, {spec.rounds} rounds of {spec.local_steps} "
+        f"local steps, {spec.min_clients} updates a round."
+    )
+    typer.echo(_next_steps(mailbox, spec, names))
+
+
+def _names(clients: str) -> list[str]:
+    from fedfstq_hf.federation.mailbox.protocol import checked_name
+
+    names = [checked_name(name.strip()) for name in clients.split(",") if name.strip()]
+    if not names or len(set(names)) != len(names):
+        raise ConfigError(f"--clients takes distinct names, such as --clients a,b,c; got {clients!r}.")
+    return names
+
+
+def _new_mailbox(address: str, layout: str | None, public: bool) -> Mailbox:
+    from fedfstq_hf.federation.mailbox.open import open_mailbox
+
+    if public and not address.startswith("hf://"):
+        raise ConfigError("--public is for the Hub; who can read a folder is up to its permissions. Leave it out.")
+    return open_mailbox(address, create=True, layout=layout, private=not public)
+
+
+def _public_key(key: str) -> str:
+    """The public key itself, or that of the key file."""
+    from fedfstq_hf.federation import key_files, keys
+
+    if key.startswith("x25519:") and not Path(key).exists():
+        keys.parse_public_key(key, "x25519")
+        return key
+    return key_files.load_signing_key(key).seal_key
+
+
+def _founder(key: Path, sealing_key: str | None) -> KeyPair:
+    """The keys that sign records; `serve` takes one key file, which must open sealed messages too."""
+    from fedfstq_hf.federation import key_files
+
+    pair = key_files.load_signing_key(key)
+    if sealing_key not in (None, pair.seal_key):
+        raise ConfigError(f"--key and --seal-to are of different key files. Type --seal-to {key} as well.")
+    return pair
+
+
+def _next_steps(mailbox: str, spec: FederationSpec, names: list[str] | None) -> str:
+    lines = []
+    if spec.signatures:
+        who = names[0] if names else "CLIENT"
+        lines.append(f"Enrol each client's key: fedfstq enrol {mailbox} {who} --verify-key ed25519:...")
+    key = " --key KEYFILE" if (spec.sealing_key, spec.founder_key) != (None, None) else ""
+    lines.append(f"Next: fedfstq serve {mailbox}{key}")
+    return "\n".join(lines)
+
+
 @app.command()
 def serve(
-    mailbox: _Mailbox,
+    mailbox: MailboxAddress,
     once: Annotated[
         bool, typer.Option("--once", help="Close the rounds that are ready, then exit (for cron).")
     ] = False,
@@ -31,7 +198,7 @@ def serve(
     """Coordinate a federation until it ends. Needs neither GPU nor base model; stop and restart it at any time."""
     quieten()
     from fedfstq_hf.reporting.status import describe_round
-    from fedfstq_hf.running_coordinator import make_coordinator
+    from fedfstq_hf.running.serve import make_coordinator
     from fedfstq_hf.text import printable
 
     coordinator = make_coordinator(mailbox, key_file=key)
@@ -52,11 +219,11 @@ def serve(
 
 
 @app.command()
-def stop(mailbox: _Mailbox, key: _Key = None) -> None:
+def stop(mailbox: MailboxAddress, key: _Key = None) -> None:
     """End a federation now: what has arrived is used, and the round made from it is the last one."""
     quieten()
     from fedfstq_hf.reporting.status import describe_round
-    from fedfstq_hf.running_coordinator import make_coordinator
+    from fedfstq_hf.running.serve import make_coordinator
 
     coordinator = make_coordinator(mailbox, key_file=key)
     typer.echo(describe_round(coordinator.stop(), coordinator.spec))
@@ -65,14 +232,14 @@ def stop(mailbox: _Mailbox, key: _Key = None) -> None:
 
 @app.command()
 def rollback(
-    mailbox: _Mailbox,
+    mailbox: MailboxAddress,
     round: Annotated[int, typer.Argument(help="Round whose adapter to go back to.")],
     key: _Key = None,
 ) -> None:
     """Publish an earlier round's adapter as the next round; updates that wait are refused, and clients keep them."""
     quieten()
     from fedfstq_hf.reporting.status import describe_round
-    from fedfstq_hf.running_coordinator import make_coordinator
+    from fedfstq_hf.running.serve import make_coordinator
 
     coordinator = make_coordinator(mailbox, key_file=key, reads_messages=False)
     typer.echo(describe_round(coordinator.rollback(round), coordinator.spec))
@@ -81,3 +248,70 @@ def rollback(
 def _say_finished(mailbox: str) -> None:
     address = mailbox.removeprefix("hf://")
     typer.echo(f"Finished. Load it with: PeftModel.from_pretrained(base, {address!r})")
+
+
+@app.command()
+def pause(
+    mailbox: MailboxAddress,
+    reason: Annotated[str, typer.Option(help="Why: clients and `fedfstq status` show it.")] = "",
+) -> None:
+    """Close no more rounds until `fedfstq resume`. Clients may still send what they are training."""
+    from fedfstq_hf.federation import control
+
+    changed = _change(mailbox, control.pause(reason))
+    typer.echo(f"Paused {mailbox}: {changed.paused}. Go on with: fedfstq resume {mailbox}")
+
+
+@app.command()
+def resume(mailbox: MailboxAddress) -> None:
+    """Let rounds be closed again."""
+    from fedfstq_hf.federation import control
+
+    _change(mailbox, control.resume)
+    typer.echo(f"{mailbox} goes on.")
+
+
+@app.command()
+def enrol(
+    mailbox: MailboxAddress,
+    clients: Annotated[list[str], typer.Argument(metavar="CLIENT...", help="Names of clients.")],
+    repo: Annotated[str | None, typer.Option(help="Hub repo, ORG/NAME, that its messages are read from.")] = None,
+    account: Annotated[str | None, typer.Option(help="Hub account that opens the client's pull request.")] = None,
+    verify_key: Annotated[
+        str | None, typer.Option(help="The client's ed25519: public key: `fedfstq keys show` prints it.")
+    ] = None,
+    max_examples: Annotated[int | None, typer.Option(help="Count the client as at most that many examples.")] = None,
+    remove: Annotated[bool, typer.Option("--remove", help="Take the clients off the list.")] = False,
+) -> None:
+    """Let clients take part, change what is known of them, or take them off the list."""
+    from fedfstq_hf.federation import control
+
+    own = {"repo": repo, "account": account, "verify_key": verify_key}
+    fields = {name: value for name, value in {**own, "max_examples": max_examples}.items() if value is not None}
+    if remove and fields:
+        raise ConfigError(f"--remove takes clients off the list: leave --{next(iter(fields)).replace('_', '-')} out.")
+    if given := [name.replace("_", "-") for name, value in own.items() if value is not None and len(clients) > 1]:
+        raise ConfigError(f"--{given[0]} is one client's own; enrol {', '.join(clients)} one by one.")
+    changed = _change(mailbox, _removal(clients) if remove else control.enrol(clients, **fields))
+    enrolled = changed.clients or {}
+    typer.echo(f"Enrolled are now {len(enrolled)}: {', '.join(sorted(enrolled)) or 'none'}. All others are refused.")
+
+
+def _removal(clients: list[str]) -> Callable[[Control], Control]:
+    from fedfstq_hf.federation.control import dismiss
+
+    def change(control: Control) -> Control:
+        for client in clients:
+            control = dismiss(client)(control)
+        return control
+
+    return change
+
+
+def _change(address: str, change: Callable[[Any], Any]) -> Control:
+    """Change the control file of a federation that is there and goes on."""
+    from fedfstq_hf.federation.control import change_control
+    from fedfstq_hf.running.serve import open_federation
+
+    mailbox, _ = open_federation(address)
+    return change_control(mailbox, change)

@@ -1,15 +1,20 @@
-"""What several commands share: `--key value` overrides, exit codes, quiet libraries."""
+"""What several commands share: `--key value` overrides, an address, exit codes, quiet libraries."""
 
 from __future__ import annotations
 
 import logging
 import sys
+from typing import Annotated
+
+import typer
 
 from fedfstq_hf.errors import ConfigError
 from fedfstq_hf.text import printable
 
 OVERRIDABLE = {"allow_extra_args": True, "ignore_unknown_options": True}
 INTERRUPTED = 130
+
+MailboxAddress = Annotated[str, typer.Argument(help="Address of a federation: hf://ORG/REPO or a folder.")]
 
 
 def parse_overrides(arguments: list[str]) -> dict[str, str]:

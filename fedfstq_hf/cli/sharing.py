@@ -72,7 +72,7 @@ def compress(
     name = base_model or read_config(adapter).get("base_model_name_or_path")
     if not name:
         raise ConfigError(f"The adapter in {adapter} names no base model; type --base-model NAME.")
-    from fedfstq_hf.founding import load_base
+    from fedfstq_hf.running.foundation import load_base
 
     base, tokenizer = load_base(str(name), dtype)
     examples: dict[str, Any] = {}

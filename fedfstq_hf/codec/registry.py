@@ -5,9 +5,8 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any, Protocol, TypeVar
@@ -15,6 +14,7 @@ from typing import Any, Protocol, TypeVar
 from torch import Tensor
 
 from ..errors import ConfigError
+from ..text import unknown
 from .schema import Schema
 from .update import SparseUpdate
 
@@ -109,16 +109,10 @@ def get_codec(name: str, /, **options: Any) -> Codec:
     if name not in _REGISTRY and name in _BUILTIN:
         import_module(_BUILTIN[name], __package__)
     if name not in _REGISTRY:
-        raise ConfigError(f"unknown codec {name!r}{_nearest(name, codec_names())}; known: {', '.join(codec_names())}")
+        raise ConfigError(unknown("codec", name, codec_names()))
     factory = _REGISTRY[name]
     known = [p for p in inspect.signature(factory).parameters if p != "self"]
     for option in options:
         if option not in known:
-            listed = ", ".join(known) or "none"
-            raise ConfigError(f"codec {name!r} has no option {option!r}{_nearest(option, known)}; options: {listed}")
+            raise ConfigError(unknown("option", option, known, f" of codec {name!r}"))
     return factory(**options)
-
-
-def _nearest(given: str, known: Iterable[str]) -> str:
-    matches = difflib.get_close_matches(str(given), list(known), n=1, cutoff=0.4)
-    return f", did you mean {matches[0]!r}?" if matches else ""

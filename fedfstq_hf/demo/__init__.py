@@ -20,7 +20,7 @@ def model_path() -> Path:
 
 
 def load_model(dtype: "torch.dtype | None" = None) -> Any:
-    """The pretrained base as a `LlamaForCausalLM`, in `dtype` (float32 unless given; the file holds bfloat16)."""
+    """The pretrained base as a `LlamaForCausalLM`, in `dtype` (float32 unless given; the file holds float8)."""
     import torch
     from transformers import AutoModelForCausalLM
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from fedfstq_hf.adapter_config import check_own
+from fedfstq_hf.adapters.allow_list import check_own
 from fedfstq_hf.errors import ConfigError, RoundConflictError
 from fedfstq_hf.federation import history
 from fedfstq_hf.federation.control import Control

@@ -10,7 +10,8 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
-from fedfstq_hf.adapter_config import MAX_BYTES
+from fedfstq_hf.adapters.allow_list import MAX_BYTES
+from fedfstq_hf.adapters.folder import file_in
 from fedfstq_hf.errors import AdapterMismatchError, ConfigError
 from fedfstq_hf.federation.mailbox.protocol import ADAPTER_CONFIG_FILE
 from fedfstq_hf.federation.untrusted import parse_object
@@ -19,7 +20,6 @@ from fedfstq_hf.generation.saliency_file import FILE_NAME, unpack
 from fedfstq_hf.generation.saliency_file import MAX_BYTES as MAX_SALIENCY_BYTES
 from fedfstq_hf.generation.scorer import Scorer
 from fedfstq_hf.generation.scorers import Combined, QueryAttention, TokenTable
-from fedfstq_hf.given_folder import file_in
 from fedfstq_hf.text import printable
 
 logger = logging.getLogger(__name__)

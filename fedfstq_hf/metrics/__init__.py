@@ -1,6 +1,6 @@
 """Local `evaluate` modules: metrics that load and compute without network, and their way into a Trainer.
 
-`load("rouge_l")`, or `evaluate.load(folder("rouge_l"))`; the numbers come from the pure functions in `cores`.
+`load("rouge_l")`, or `evaluate.load(SCRIPT, "rouge_l")`; the numbers come from text_scores.py and sensitive_tokens.py.
 """
 
 from __future__ import annotations
@@ -10,17 +10,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .compute import make_compute_metrics, predicted_ids
-    from .modules import folder, load, names
+    from .modules import SCRIPT, load, names
 
 _HOME = {
-    "folder": "modules",
+    "SCRIPT": "modules",
     "load": "modules",
     "make_compute_metrics": "compute",
     "names": "modules",
     "predicted_ids": "compute",
 }
 
-__all__ = ["folder", "load", "make_compute_metrics", "names", "predicted_ids"]
+__all__ = ["SCRIPT", "load", "make_compute_metrics", "names", "predicted_ids"]
 
 
 def __getattr__(name: str) -> Any:

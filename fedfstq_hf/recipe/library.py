@@ -1,6 +1,5 @@
 """Finds recipes by name or path: in a source checkout under `recipes/`, in an installed package under `_recipes/`."""
 
-import difflib
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
@@ -10,6 +9,7 @@ from fedfstq_hf.errors import ConfigError
 from fedfstq_hf.recipe.overrides import apply_overrides
 from fedfstq_hf.recipe.schema import Recipe
 from fedfstq_hf.recipe.strict import parse_yaml
+from fedfstq_hf.text import unknown
 
 
 def recipes_folder() -> Path:
@@ -42,11 +42,7 @@ def find_recipe(name: str | Path) -> Path:
     known = list_recipes()
     if shipped.as_posix() in known:
         return recipes_folder() / f"{shipped.as_posix()}.yaml"
-    near = difflib.get_close_matches(shipped.as_posix(), known, n=1)
-    hint = f"did you mean {near[0]!r}? " if near else ""
-    raise ConfigError(
-        f"no recipe called {str(name)!r}; {hint}Known: {', '.join(known)}. The path of a .yaml file works too."
-    )
+    raise ConfigError(f"{unknown('recipe', str(name), known)} The path of a .yaml file works too.")
 
 
 def load_recipe(name_or_path: str | Path, overrides: Mapping[str, object] | None = None) -> Recipe:

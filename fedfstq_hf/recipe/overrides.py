@@ -1,12 +1,12 @@
 """Changes to a recipe from the command line: `training.learning_rate=1e-3`, or short names for the commonest."""
 
 import copy
-import difflib
 from collections.abc import Mapping
 from typing import Any
 
 from fedfstq_hf.errors import ConfigError
 from fedfstq_hf.recipe.strict import parse_yaml, unknown_key
+from fedfstq_hf.text import nearest
 
 ALIASES = {
     "data": "data.path",
@@ -33,8 +33,8 @@ def apply_overrides(mapping: Mapping[str, Any], overrides: Mapping[str, object])
     picked: list[str] | None = None
     for key, value in overrides.items():
         path = ALIASES.get(key, key)
-        if path not in mapping and (near := difflib.get_close_matches(path, ALIASES, n=1, cutoff=0.8)):
-            raise ConfigError(f"unknown key {key!r}; did you mean {near[0]!r}, which stands for {ALIASES[near[0]]}?")
+        if path not in mapping and (near := nearest(path, ALIASES, cutoff=0.8)):
+            raise ConfigError(f"unknown key {key!r}; did you mean {near!r}, which stands for {ALIASES[near]}?")
         if path == "methods":
             picked = _names(value)
         elif path == "links" and isinstance(value, str) and not value.lstrip().startswith(("[", "{")):

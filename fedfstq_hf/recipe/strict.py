@@ -4,7 +4,6 @@ Every error names the value by its dotted path, says what was expected and, for 
 """
 
 import dataclasses
-import difflib
 import re
 import types
 import typing
@@ -14,6 +13,7 @@ from typing import Any, TypeVar, Union, get_args, get_origin
 import yaml
 
 from fedfstq_hf.errors import ConfigError
+from fedfstq_hf.text import unknown
 
 T = TypeVar("T")
 
@@ -48,10 +48,7 @@ def parse_yaml(text: str, where: str) -> Any:
 
 def unknown_key(key: object, valid: Iterable[str], where: str) -> ConfigError:
     """The error for a key that `where` does not have, with the nearest valid one."""
-    names = sorted(valid)
-    near = difflib.get_close_matches(str(key), names, n=1, cutoff=0.5)
-    hint = f"; did you mean {near[0]!r}?" if near else "."
-    return ConfigError(f"unknown key {str(key)!r} in {where}{hint} Valid keys: {', '.join(names)}")
+    return ConfigError(unknown("key", str(key), sorted(valid), f" in {where}"))
 
 
 def build(cls: type[T], mapping: object, where: str) -> T:

@@ -16,9 +16,9 @@ from fedfstq_hf import __version__
 from fedfstq_hf.adapter import base_fingerprint
 from fedfstq_hf.codec import parse_budget
 from fedfstq_hf.errors import BudgetError, ConfigError
-from fedfstq_hf.evaluation import Evaluator
 from fedfstq_hf.federation import adapter_file
 from fedfstq_hf.reporting.card.compressed import render_card
+from fedfstq_hf.running.evaluate import Evaluator
 from fedfstq_hf.sharing.calibration import adapter_fisher, pair_weights
 from fedfstq_hf.sharing.coding import DEFAULT_CODEC, Coded, Coder
 from fedfstq_hf.sharing.imitation import Imitation, predicts_tokens
@@ -28,7 +28,7 @@ from fedfstq_hf.sharing.pairs import even_weights
 from fedfstq_hf.sharing.refine import refine
 from fedfstq_hf.sharing.trained import CONFIG_FILE, TrainedAdapter, compact_config, load_trained, read_config
 from fedfstq_hf.sharing.trained import trained_adapter as _trained
-from fedfstq_hf.workloads.collate import collate
+from fedfstq_hf.workloads.examples import collate
 
 Examples = Sequence[Mapping[str, Any]]
 """Rows with `input_ids` and `labels` (-100 where no loss is wanted), as lists or one-dimensional tensors."""
@@ -183,7 +183,7 @@ def _open(model_or_path: nn.Module | str | Path, base_model: nn.Module | None) -
         return _trained(model_or_path)
     folder = Path(model_or_path)
     if base_model is None:
-        from fedfstq_hf.founding import load_base
+        from fedfstq_hf.running.foundation import load_base
 
         name = read_config(folder).get("base_model_name_or_path")
         if not name:

@@ -10,9 +10,9 @@ import torch
 from peft import PeftModel, get_peft_model, set_peft_model_state_dict
 from torch import Tensor, nn
 
-from fedfstq_hf import adapter_config
 from fedfstq_hf.adapter import base_fingerprint, check_same_base
-from fedfstq_hf.adapter_size import make_config
+from fedfstq_hf.adapters import allow_list
+from fedfstq_hf.adapters.size import make_config
 from fedfstq_hf.codec import Schema, get_codec, message
 from fedfstq_hf.errors import AdapterMismatchError, ConfigError, MessageError
 from fedfstq_hf.federation.adapter_file import load_tensors
@@ -31,13 +31,13 @@ def expand(base_model: nn.Module, facts: Facts, read: Read) -> PeftModel:
 
     Raises:
         AdapterMismatchError: the base is another one, or already has an adapter.
-        MessageError: a file is damaged, not for this adapter, or asks for what is not believed (adapter_config.py).
+        MessageError: a file is damaged, not for this adapter, or asks for what is not believed (allow_list.py).
     """
     if isinstance(base_model, PeftModel):
         raise AdapterMismatchError("The base model already has an adapter; give the plain base (model.unload()).")
-    config_bytes = read(CONFIG_FILE, adapter_config.MAX_BYTES)
+    config_bytes = read(CONFIG_FILE, allow_list.MAX_BYTES)
     check_digest(CONFIG_FILE, config_bytes, facts.sha256[CONFIG_FILE])
-    fields = adapter_config.parse(config_bytes, CONFIG_FILE, MessageError, ("LORA",))
+    fields = allow_list.parse(config_bytes, CONFIG_FILE, MessageError, ("LORA",))
     remedy = f"Load {_base_name(fields)}."
     training = base_model.training
     try:

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import nll_loss
 
-from fedfstq_hf.evaluation import logits_at
+from fedfstq_hf.running.evaluate import logits_at
 from fedfstq_hf.sharing.trained import TrainedAdapter
-from fedfstq_hf.workloads.collate import IGNORED_LABEL, collate
+from fedfstq_hf.workloads.examples import IGNORED_LABEL, collate
 
 Measure = Callable[[Mapping[str, Tensor], Tensor, Tensor], Tensor]
 

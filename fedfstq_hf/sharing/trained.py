@@ -14,11 +14,11 @@ from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from torch import Tensor, nn
 
 from fedfstq_hf.adapter import check_config
-from fedfstq_hf.adapter_config import MAX_BYTES, check_own, parse
-from fedfstq_hf.adapter_size import make_config
+from fedfstq_hf.adapters.allow_list import MAX_BYTES, check_own, parse
+from fedfstq_hf.adapters.folder import file_in, read_in
+from fedfstq_hf.adapters.size import make_config
 from fedfstq_hf.errors import AdapterMismatchError, NonFiniteError
 from fedfstq_hf.federation.adapter_file import MAX_HEADER, check_header
-from fedfstq_hf.given_folder import file_in, read_in
 from fedfstq_hf.sharing.pairs import Pair, find_pairs
 
 CONFIG_FILE = "adapter_config.json"
@@ -138,7 +138,7 @@ def load_trained(base: nn.Module, folder: Path) -> PeftModel:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The believed fields (adapter_config.py) of the `adapter_config.json` in a folder.
+    """The believed fields (allow_list.py) of the `adapter_config.json` in a folder.
 
     Raises:
         AdapterMismatchError: there is none, it cannot be read, or is no LoRA adapter's.

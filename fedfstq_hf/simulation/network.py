@@ -3,7 +3,6 @@
 Nothing sleeps. Round time is straggler-limited (paper, section III): the server waits for its slowest survivor.
 """
 
-import difflib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -13,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from fedfstq_hf.errors import ConfigError
+from fedfstq_hf.text import unknown
 
 NOTHING: Mapping[int, Any] = MappingProxyType({})
 _RATE_STREAM = 0x11A7E  # keeps the rates' random stream apart from those of the plan and the partition
@@ -132,11 +132,9 @@ def get_link(name: str) -> LinkProfile:
     """Return the profile called `name`; an unknown name raises `ConfigError` with the nearest known one."""
     if name in PROFILES:
         return PROFILES[name]
-    near = difflib.get_close_matches(str(name), PROFILES, n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
     raise ConfigError(
-        f"unknown link profile {name!r}{hint} Known: {', '.join(PROFILES)}. "
-        "A profile of your own is written in place, e.g. {name: office, uplink_mbps: 5}."
+        unknown("link profile", name, PROFILES)
+        + " A profile of your own is written in place, e.g. {name: office, uplink_mbps: 5}."
     )
 
 

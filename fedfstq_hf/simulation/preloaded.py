@@ -6,7 +6,7 @@ logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # peft imports it whe
 
 import transformers  # noqa: E402
 
-import fedfstq_hf.founding  # noqa: E402
+import fedfstq_hf.running.foundation  # noqa: E402
 import fedfstq_hf.simulation.workers  # noqa: E402
 import fedfstq_hf.trainer.trainer  # noqa: E402, F401
 

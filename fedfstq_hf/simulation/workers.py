@@ -25,7 +25,6 @@ from torch import Tensor
 
 from fedfstq_hf.codec.budget import Budgets, open_budget, open_refinement_budget
 from fedfstq_hf.errors import FedFSTQError
-from fedfstq_hf.evaluation import Evaluator
 from fedfstq_hf.federation.client.participation import Assignment, LocalResult, local_seed, store_message
 from fedfstq_hf.federation.client.session import Caps, ClientSession
 from fedfstq_hf.federation.mailbox.folder import FolderMailbox
@@ -33,6 +32,7 @@ from fedfstq_hf.federation.mailbox.protocol import RECORD_FILE
 from fedfstq_hf.federation.record import RoundRecord
 from fedfstq_hf.federation.scaffold import read_variate
 from fedfstq_hf.federation.spec import FederationSpec
+from fedfstq_hf.running.evaluate import Evaluator
 from fedfstq_hf.simulation.processes import start_method, warm_up
 
 _LOOK_SECONDS = 2.0  # between two looks at whether the workers still live
@@ -264,7 +264,7 @@ def _work(model: Any, datasets: Sequence[Any], pad_id: int, evaluator: Evaluator
     import transformers
 
     from fedfstq_hf.adapter import AdapterView
-    from fedfstq_hf.founding import quiet_arguments
+    from fedfstq_hf.running.foundation import quiet_arguments
     from fedfstq_hf.trainer.trainer import FedFSTQTrainer
     from fedfstq_hf.workloads import Collator
 

@@ -1,16 +1,26 @@
-"""From a `DataConfig` to tokenised train and test examples."""
+"""From a `DataConfig` to tokenised train and test examples.
 
+Train and test are the data's own split where there is one, else one by group; a group is never on both sides.
+"""
+
+import hashlib
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
+
+from fedfstq_hf.errors import DataError
 from fedfstq_hf.workloads.config import DataConfig
+from fedfstq_hf.workloads.examples import Example, tokenize_pairs
 from fedfstq_hf.workloads.formats import Text, read_text
 from fedfstq_hf.workloads.rows import read_rows
-from fedfstq_hf.workloads.splits import split_texts
-from fedfstq_hf.workloads.tokenize import Example, tokenize_pairs
 from fedfstq_hf.workloads.topics import cluster_topics
+
+_TEST_NAMES = ("test",)
+_UNUSED_NAMES = ("validation", "valid", "val", "dev")
 
 
 @dataclass(frozen=True)
@@ -66,3 +76,71 @@ def _tokenize(texts: Sequence[Text], tokenizer: Any, max_length: int) -> list[Ex
             example["client"] = text.client
         examples.append(example)
     return examples
+
+
+def split_texts(
+    texts: Sequence[Text], config: DataConfig, *, need_test: bool, held_out: str = "test"
+) -> tuple[list[Text], list[Text]]:
+    """Return (train, test), each within its limit and in the order of the file; test may be empty if not needed.
+
+    With `held_out="validation"` what is returned in the place of the test rows is no test row: the rows whose split
+    says validation, or, where none does, `test_fraction` of the groups of the training rows, which are then held out.
+    """
+    if held_out == "validation":
+        return _validation(texts, config)
+    if any(text.split is not None for text in texts):
+        train, test = _by_column(texts)
+    elif need_test:
+        train, test = _by_group(texts, config.test_fraction)
+    else:
+        train, test = list(texts), []
+    for name, part in (("train", train), ("test", test)):
+        if not part and (name == "train" or need_test):
+            raise DataError(f"{config.path} has no {name} rows; a split column must say train and test")
+    return _limit(train, config.train_limit), _limit(test, config.test_limit)
+
+
+def _validation(texts: Sequence[Text], config: DataConfig) -> tuple[list[Text], list[Text]]:
+    train, _ = split_texts(texts, config, need_test=True)
+    own = [text for text in texts if text.split in _UNUSED_NAMES]
+    if own:
+        return train, _limit(own, config.test_limit)
+    train, held_out = _by_group(train, config.test_fraction)
+    return train, _limit(held_out, config.test_limit)
+
+
+def _by_column(texts: Sequence[Text]) -> tuple[list[Text], list[Text]]:
+    train = [text for text in texts if text.split == "train"]
+    test = [text for text in texts if text.split in _TEST_NAMES]
+    for text in texts:
+        if text.split is None or text.split not in ("train", *_TEST_NAMES, *_UNUSED_NAMES):
+            raise DataError(f"{text.place}: split must be train or test, got {text.split!r}")
+    homes = {text.group: text.place for text in train if text.group is not None}
+    for text in test:
+        if text.group in homes:
+            raise DataError(
+                f"{text.place}: group {text.group!r} is in test and also in train ({homes[text.group]}), so the test "
+                "would see what was trained on; give the whole group one split, or remove the split column"
+            )
+    return train, test
+
+
+def _by_group(texts: Sequence[Text], fraction: float) -> tuple[list[Text], list[Text]]:
+    """Hold out `fraction` of the groups, chosen by hash; a row without a group goes with rows of the same prompt."""
+    keys = [text.group if text.group is not None else f"prompt:{text.prompt}" for text in texts]
+    groups = sorted(set(keys), key=lambda key: hashlib.sha256(key.encode()).digest())
+    if len(groups) < 2:
+        raise DataError(
+            f"{texts[0].place}: all {len(texts)} rows are of one group, which cannot be split into train and test; "
+            "add a split column or more groups"
+        )
+    held_out = set(groups[: min(math.ceil(fraction * len(groups)), len(groups) - 1)])
+    train = [text for text, key in zip(texts, keys, strict=True) if key not in held_out]
+    return train, [text for text, key in zip(texts, keys, strict=True) if key in held_out]
+
+
+def _limit(texts: list[Text], limit: int | None) -> list[Text]:
+    if limit is None or len(texts) <= limit:
+        return texts
+    chosen = np.random.default_rng(0).permutation(len(texts))[:limit]
+    return [texts[index] for index in sorted(chosen)]

@@ -30,8 +30,8 @@ from transformers import set_seed
 
 from fedfstq_hf import load_compressed_adapter, save_compressed_adapter
 from fedfstq_hf.cli.options import quieten
-from fedfstq_hf.evaluation import Evaluator
-from fedfstq_hf.founding import load_base
+from fedfstq_hf.running.evaluate import Evaluator
+from fedfstq_hf.running.foundation import load_base
 from fedfstq_hf.workloads import DataConfig, collate, load_workload
 
 BARS = {2.0: 0.005, 1.0: 0.02}

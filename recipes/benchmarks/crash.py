@@ -28,7 +28,7 @@ from pathlib import Path
 
 import torch
 
-import fedfstq_hf.running_client  # noqa: F401 - imported once here, for all processes that are forked
+import fedfstq_hf.running.train  # noqa: F401 - imported once here, for all processes that are forked
 from fedfstq_hf.cli import main as fedfstq
 from fedfstq_hf.demo import make_examples  # noqa: F401
 from fedfstq_hf.federation.mailbox.folder import FolderMailbox

@@ -26,8 +26,8 @@ from fedfstq_hf import FedFSTQConfig, FedFSTQTrainer
 from fedfstq_hf.adapter import AdapterView
 from fedfstq_hf.cli.options import quieten
 from fedfstq_hf.codec import CodecContext, get_codec, parse_budget
-from fedfstq_hf.founding import found, training_arguments
 from fedfstq_hf.recipe import load_recipe
+from fedfstq_hf.running.foundation import found, training_arguments
 from fedfstq_hf.simulation.partition import make_shards
 from fedfstq_hf.workloads import Collator, load_workload
 

@@ -72,7 +72,7 @@ def make_stage(root: Path) -> Stage:
     from fedfstq_hf.federation.founding import found_federation
     from fedfstq_hf.federation.mailbox.folder import FolderMailbox
     from fedfstq_hf.federation.server.coordinator import Coordinator
-    from fedfstq_hf.founding import found, make_spec
+    from fedfstq_hf.running.foundation import found, make_spec
 
     root.mkdir(parents=True, exist_ok=True)
     (root / hostile.SECRET).write_text(json.dumps({"prompt": "private", "answer": "private"}) + "\n")
@@ -149,9 +149,9 @@ def run_case(stage: Stage, seed: int) -> str:
 
 def _join(stage: Stage, box: Path, home: Path) -> str:
     """What `fedfstq train --yes` does; the client never waits for a second round."""
-    from fedfstq_hf.client_file import ClientFile
     from fedfstq_hf.errors import FedFSTQError
-    from fedfstq_hf.running_client import run_client
+    from fedfstq_hf.running.client_file import ClientFile
+    from fedfstq_hf.running.train import run_client
 
     settings = ClientFile(
         mailbox=str(box),
@@ -360,10 +360,10 @@ def batch(root: str, first: int, count: int) -> hostile_run.Outcome:
 
 def _keep_base(stage: Stage) -> None:
     """The client names its own base model, so no mailbox has a part in loading it: it is loaded once and copied."""
-    from fedfstq_hf import running_client
+    from fedfstq_hf.running import train
 
-    kept = running_client.load_base(str(stage.model), "float32")
-    running_client.load_base = lambda name, dtype: copy.deepcopy(kept)
+    kept = train.load_base(str(stage.model), "float32")
+    train.load_base = lambda name, dtype: copy.deepcopy(kept)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,11 @@ _TOKENS = ("tests/sensitivity/test_tokens.py",)
 _FISHER = ("tests/sensitivity/test_adapter.py",)
 _OBJECTIVE = ("tests/sensitivity/test_objective.py",)
 _LOSS = ("tests/sensitivity/test_cross_entropy.py",)
-_OPTIONS = ("tests/test_config.py", "tests/sensitivity/test_objective.py", "tests/trainer/test_fisher_options.py")
+_OPTIONS = (
+    "tests/recipe/test_config.py",
+    "tests/sensitivity/test_objective.py",
+    "tests/trainer/test_fisher_options.py",
+)
 _SELECTION = ("tests/generation/test_selection.py",)
 _SERVER = ("tests/federation/server/test_server_optimizers.py", "tests/federation/server/test_aggregation.py")
 _UPDATE = ("tests/codec/test_update.py",)

@@ -27,10 +27,10 @@ from torch import Tensor
 
 from fedfstq_hf.cli.options import parse_overrides, quieten
 from fedfstq_hf.codec import CodecContext, get_codec, parse_budget
-from fedfstq_hf.evaluation import Evaluator
 from fedfstq_hf.federation.client.participation import Assignment, LocalResult
-from fedfstq_hf.founding import Founding
 from fedfstq_hf.recipe import Recipe, load_recipe
+from fedfstq_hf.running.evaluate import Evaluator
+from fedfstq_hf.running.foundation import Founding
 from fedfstq_hf.simulation import runner
 from fedfstq_hf.simulation.participation import SimulatedParticipation
 from fedfstq_hf.workloads import load_workload

@@ -27,8 +27,8 @@ from torch import Tensor
 from fedfstq_hf.adapter import AdapterView
 from fedfstq_hf.cli.options import parse_overrides, quieten
 from fedfstq_hf.federation.client.participation import Assignment, LocalResult
-from fedfstq_hf.founding import Founding
 from fedfstq_hf.recipe import load_recipe
+from fedfstq_hf.running.foundation import Founding
 from fedfstq_hf.simulation import runner
 from fedfstq_hf.simulation.participation import SimulatedParticipation
 from fedfstq_hf.workloads import Collator, load_workload

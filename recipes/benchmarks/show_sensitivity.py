@@ -21,7 +21,7 @@ from fedfstq_hf import FedFSTQConfig, FedFSTQTrainer
 from fedfstq_hf.demo import load_model, load_tokenizer, make_examples
 from fedfstq_hf.demo.vocabulary import SPECIALTIES
 from fedfstq_hf.reporting.shading import SensitivityText
-from fedfstq_hf.workloads.collate import collate
+from fedfstq_hf.workloads.examples import collate
 
 
 def encode(tokenizer: Any, example: dict[str, str]) -> dict[str, list[int]]:

@@ -19,9 +19,9 @@ from peft import PeftModel
 from torch import Tensor
 
 from fedfstq_hf.cli.options import quieten
-from fedfstq_hf.founding import load_base
-from fedfstq_hf.metrics.cores.token_recall import DEFAULT_P, token_recall
+from fedfstq_hf.metrics.sensitive_tokens import DEFAULT_P, token_recall
 from fedfstq_hf.recipe import Recipe
+from fedfstq_hf.running.foundation import load_base
 from fedfstq_hf.sensitivity import TokenSensitivity
 from fedfstq_hf.workloads import Collator, load_workload
 

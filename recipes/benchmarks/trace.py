@@ -32,8 +32,8 @@ from fedfstq_hf.demo import load_model, load_tokenizer, make_examples
 from fedfstq_hf.federation.founding import found_federation
 from fedfstq_hf.federation.mailbox.open import open_mailbox
 from fedfstq_hf.federation.server.coordinator import Coordinator
-from fedfstq_hf.founding import found, make_spec, quiet_arguments
 from fedfstq_hf.recipe import load_recipe
+from fedfstq_hf.running.foundation import found, make_spec, quiet_arguments
 from fedfstq_hf.simulation.runner import Simulation
 from fedfstq_hf.workloads import Collator, load_workload
 

@@ -17,8 +17,8 @@ def test_importing_the_demo_does_not_import_torch():
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def test_package_data_stays_below_4_mb():
-    assert sum(file.stat().st_size for file in model_path().rglob("*") if file.is_file()) <= 4_000_000
+def test_package_data_stays_below_1_mb():
+    assert sum(file.stat().st_size for file in model_path().rglob("*") if file.is_file()) <= 1_000_000
 
 
 def test_loads_offline_by_the_auto_classes(monkeypatch):

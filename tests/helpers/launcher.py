@@ -154,7 +154,7 @@ def _serve() -> None:
     import torch
 
     torch.set_num_threads(1)
-    import fedfstq_hf.running_client
+    import fedfstq_hf.running.train
     import fedfstq_hf.simulation.runner  # noqa: F401
 
     gc.freeze()

@@ -8,9 +8,9 @@ import pytest
 from typer.testing import CliRunner
 
 from fedfstq_hf.cli import app
-from fedfstq_hf.client_file import load_client_file
 from fedfstq_hf.config import FedFSTQConfig
 from fedfstq_hf.errors import ConfigError, MailboxError
+from fedfstq_hf.running.client_file import load_client_file
 from fedfstq_hf.trainer import joining
 from tests.loopback_hub.federation import HubFederation
 from tests.loopback_hub.loopback import LoopbackHub

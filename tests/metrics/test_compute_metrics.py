@@ -10,7 +10,7 @@ from transformers import EvalPrediction, Trainer, TrainingArguments
 from fedfstq_hf.demo import load_model, load_tokenizer, make_examples
 from fedfstq_hf.errors import ConfigError, DataError
 from fedfstq_hf.metrics import load, make_compute_metrics, predicted_ids
-from fedfstq_hf.workloads.collate import collate
+from fedfstq_hf.workloads.examples import collate
 
 
 @pytest.fixture(scope="module")

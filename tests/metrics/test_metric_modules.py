@@ -6,14 +6,13 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import evaluate
 import pytest
 
 from fedfstq_hf import metrics
 from fedfstq_hf.errors import ConfigError
-from fedfstq_hf.metrics.cores.rouge_l import rouge_l
+from fedfstq_hf.metrics.text_scores import rouge_l
 
 PREDICTIONS = ["the cat sat", "a dog"]
 REFERENCES = ["cat sat on", "dog"]
@@ -35,12 +34,7 @@ def _refuse(*_: object) -> None:
 
 
 def _by_path(name: str) -> evaluate.Metric:
-    return evaluate.load(metrics.folder(name))
-
-
-def test_names_are_the_folders_with_a_script():
-    root = Path(metrics.folder("rouge_l")).parent
-    assert metrics.names() == sorted(path.stem for path in root.glob("*/*.py") if path.stem == path.parent.name)
+    return evaluate.load(metrics.SCRIPT, name)
 
 
 @pytest.mark.parametrize("load", [metrics.load, _by_path])
@@ -94,7 +88,7 @@ def test_two_on_disk_at_once_do_not_mix(tmp_path):
 
 
 def test_unknown_names_are_listed():
-    for call in (metrics.load, metrics.folder):
+    for call in (metrics.load, _by_path):
         with pytest.raises(ConfigError, match="no metric 'rouge'; expected one of exact_match, rouge_l"):
             call("rouge")
 
@@ -111,7 +105,7 @@ def scores(metric, predictions, references):
     return metric.compute()["rouge_l"]
 
 def work(pair):
-    metric = evaluate.load(metrics.folder("rouge_l"))
+    metric = evaluate.load(metrics.SCRIPT, "rouge_l")
     return [scores(metric, *pair) for _ in range(5)]
 
 pairs = json.loads(sys.argv[1])

@@ -6,7 +6,7 @@ import pytest
 from peft import LoraConfig, get_peft_model
 
 from fedfstq_hf.cli import main
-from fedfstq_hf.founding import load_base
+from fedfstq_hf.running.foundation import load_base
 
 
 def run(*arguments):

@@ -68,7 +68,7 @@ def test_the_plain_file_holds_what_a_reader_gets(tmp_path):
 
 
 def test_a_folder_with_its_own_base(tmp_path, tiny_recipe):
-    from fedfstq_hf.founding import load_base
+    from fedfstq_hf.running.foundation import load_base
 
     base, _ = load_base(str(tiny_recipe.parent / "model"), "float32")
     model = get_peft_model(base, LoraConfig(r=4, target_modules="all-linear"))
@@ -141,7 +141,7 @@ def test_quality_is_measured_with_the_values_that_a_reader_gets(tmp_path):
 def test_other_codecs_and_their_budgets():
     fine = compress_adapter(trained(), "20bpp", codec="fp16")
     assert fine.error < 1e-6
-    with pytest.raises(ConfigError, match="unknown codec 'unifrom', did you mean 'uniform'"):
+    with pytest.raises(ConfigError, match="unknown codec 'unifrom'; did you mean 'uniform'"):
         compress_adapter(trained(), 4000, codec="unifrom")
 
 

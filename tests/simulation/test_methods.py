@@ -9,8 +9,8 @@ from test_runner import adapters, rows
 from tiny_workload import OWNERS, write_client_file
 
 from fedfstq_hf.errors import ConfigError
-from fedfstq_hf.founding import found, make_spec
 from fedfstq_hf.recipe import load_recipe
+from fedfstq_hf.running.foundation import found, make_spec
 from fedfstq_hf.simulation.runner import Simulation
 
 METHODS = {

@@ -9,8 +9,8 @@ import pytest
 import torch
 from peft import PeftModel
 
-from fedfstq_hf.founding import load_base
 from fedfstq_hf.recipe import Recipe, load_recipe
+from fedfstq_hf.running.foundation import load_base
 from fedfstq_hf.simulation.runner import Simulation
 from fedfstq_hf.workloads import Collator, load_workload
 from recipes.benchmarks import token_recall

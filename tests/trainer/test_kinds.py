@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 from fedfstq_hf import FedFSTQTrainer
 from fedfstq_hf.adapter import AdapterView, check_same_adapter
 from fedfstq_hf.errors import AdapterMismatchError, MailboxError
-from fedfstq_hf.founding import wrap_base
+from fedfstq_hf.running.foundation import wrap_base
 
 
 def base():

@@ -6,7 +6,6 @@ step 4; Reddi et al., "Adaptive Federated Optimization", for the pseudo-gradient
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,6 +16,7 @@ from torch import Tensor
 from fedfstq_hf.codec import SparseUpdate
 from fedfstq_hf.errors import ConfigError, MailboxError
 from fedfstq_hf.federation.server.server_optimizers import SGD, FedAdam
+from fedfstq_hf.text import unknown
 
 
 class WeightedMean:
@@ -96,12 +96,7 @@ def _build(server: Mapping[str, Any], parameter: Tensor, progress: float) -> tor
         if isinstance(value, type) and issubclass(value, torch.optim.Optimizer) and value is not torch.optim.Optimizer
     }
     if name not in known:
-        by_lower = {key.lower(): key for key in sorted(known)}
-        nearest = by_lower[difflib.get_close_matches(str(name).lower(), by_lower, n=1, cutoff=0.0)[0]]
-        raise ConfigError(
-            f"server.optimizer {name!r} is neither FedAdam nor a torch.optim class. Did you mean {nearest!r}? "
-            f"Known: {', '.join(sorted(known))}."
-        )
+        raise ConfigError(unknown("server.optimizer", name, sorted(known)))
     options.setdefault("lr", 1.0)
     final = options.pop("final_lr", None)
     try:

@@ -27,7 +27,7 @@ from fedfstq_hf.errors import ConfigError, DataError
 from fedfstq_hf.generation.attention import content_keys
 from fedfstq_hf.generation.blocks import base_of, block_at, can_cut, cut_before, decoder_blocks, read_block
 from fedfstq_hf.trainer.methods.hooks import LocalMethod, MicroBatch
-from fedfstq_hf.workloads.collate import IGNORED_LABEL
+from fedfstq_hf.workloads.examples import IGNORED_LABEL
 
 _MASKS = ("sdpa", "eager")
 

@@ -70,7 +70,7 @@ def test_a_shared_configuration_is_refused_before_anything_is_made(folder, name,
     base = fresh_base()
     monkeypatch.setattr(expanding, "get_peft_model", lambda *_: pytest.fail("PEFT was asked to make it"))
     if name == "whole models":
-        monkeypatch.setattr("fedfstq_hf.adapter_size._ALWAYS_ALLOWED", 0)
+        monkeypatch.setattr("fedfstq_hf.adapters.size._ALWAYS_ALLOWED", 0)
     with pytest.raises(FedFSTQError, match=r"adapter_config\.json cannot be read: |asks for about [\d,]+ numbers"):
         load_compressed_adapter(base, folder)
     assert not [module for module in base.modules() if hasattr(module, "lora_A")]

@@ -16,15 +16,15 @@ from peft import get_peft_model
 from peft_kinds import KINDS
 from tiny import make_tiny_model
 
-from fedfstq_hf import adapter_size, founding
 from fedfstq_hf.adapter import base_fingerprint, check_same_adapter, check_same_base, config_json
-from fedfstq_hf.adapter_config import MAX_BYTES, believed
+from fedfstq_hf.adapters import size
+from fedfstq_hf.adapters.allow_list import MAX_BYTES, believed, is_bounded
 from fedfstq_hf.errors import AdapterMismatchError, MailboxError
 from fedfstq_hf.federation import adapter_file
 from fedfstq_hf.federation.founding import found_federation
 from fedfstq_hf.federation.mailbox.folder import FolderMailbox
-from fedfstq_hf.founding import wrap_base
-from fedfstq_hf.module_patterns import is_bounded
+from fedfstq_hf.running import foundation
+from fedfstq_hf.running.foundation import wrap_base
 from tests.attacks.peak import peak_bytes
 from tests.federation.light import initial_state, make_spec
 
@@ -57,7 +57,7 @@ def no_peft(monkeypatch):
         raise AssertionError("PEFT was reached")
 
     plain()
-    monkeypatch.setattr(founding, "get_peft_model", reached)
+    monkeypatch.setattr(foundation, "get_peft_model", reached)
     monkeypatch.setattr(peft.LoraConfig, "__post_init__", reached)
 
 
@@ -176,8 +176,8 @@ TOO_LARGE = {
 
 @pytest.mark.parametrize("name", TOO_LARGE)
 def test_an_adapter_beyond_its_base_is_refused_before_it_is_made(name, monkeypatch):
-    monkeypatch.setattr(adapter_size, "_ALWAYS_ALLOWED", 0)
-    monkeypatch.setattr(founding, "get_peft_model", lambda *_: pytest.fail("PEFT was asked to make it"))
+    monkeypatch.setattr(size, "_ALWAYS_ALLOWED", 0)
+    monkeypatch.setattr(foundation, "get_peft_model", lambda *_: pytest.fail("PEFT was asked to make it"))
     small = base()
     with pytest.raises(MailboxError, match=r"asks for about [\d,]+ numbers on this base model of [\d,]+"):
         wrap_base(small, config(**TOO_LARGE[name]))
@@ -198,7 +198,7 @@ def test_four_hundred_bytes_cost_no_memory():
 def test_numbers_are_counted_before_they_are_there(kind):
     """At least as many as PEFT then holds, frozen projections and indices included, and not many times more."""
     made = KINDS[kind]()
-    counted = adapter_size.count_numbers(base(), made)
+    counted = size.count_numbers(base(), made)
     model = base()
     before = numbers_of(model)
     held = numbers_of(get_peft_model(model, made)) - before
@@ -209,7 +209,7 @@ def test_numbers_are_counted_before_they_are_there(kind):
 
 def test_whole_modules_are_counted_each():
     made = peft.LoraConfig(r=1, target_modules=["q_proj"], modules_to_save=["model", "norm"])
-    assert adapter_size.count_numbers(base(), made) > sum(p.numel() for p in base().parameters())
+    assert size.count_numbers(base(), made) > sum(p.numel() for p in base().parameters())
 
 
 PATTERNS = {

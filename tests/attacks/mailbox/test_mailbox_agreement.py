@@ -10,12 +10,12 @@ from launcher import fails, wait_for
 from light import found, make_spec
 from tiny_workload import write_client_file
 
-from fedfstq_hf.cli.federation import _ask
-from fedfstq_hf.client_file import load_client_file
+from fedfstq_hf.cli.participate import _ask
 from fedfstq_hf.errors import ConfigError, MailboxError
 from fedfstq_hf.federation.client.agreement import AGREEMENT_FILE, agree, is_agreed, read_terms, summary
 from fedfstq_hf.federation.spec import FederationSpec
-from fedfstq_hf.running_client import run_client
+from fedfstq_hf.running.client_file import load_client_file
+from fedfstq_hf.running.train import run_client
 
 KEY = "x25519:" + "ab" * 32
 

@@ -9,9 +9,9 @@ from light import make_spec
 from tiny_workload import make_recipe
 
 from fedfstq_hf.errors import ConfigError
-from fedfstq_hf.founding import make_spec as recipe_spec
-from fedfstq_hf.own_data import own_data
 from fedfstq_hf.recipe import Recipe
+from fedfstq_hf.running.client_file import own_data
+from fedfstq_hf.running.foundation import make_spec as recipe_spec
 from fedfstq_hf.workloads import DataConfig, load_texts
 
 WHERE = "data of client a"
@@ -43,7 +43,7 @@ def test_no_path_of_the_founder_is_published(tmp_path, monkeypatch):
     recipe = Recipe.from_dict(make_recipe(tmp_path / "secret-project"))
     schema = types.SimpleNamespace(fingerprint="0" * 64, num_params=10)
     founding = types.SimpleNamespace(model=None, view=types.SimpleNamespace(schema=schema))
-    monkeypatch.setattr("fedfstq_hf.founding.base_fingerprint", lambda model: {})
+    monkeypatch.setattr("fedfstq_hf.running.foundation.base_fingerprint", lambda model: {})
     spec = recipe_spec(recipe, "fstq", founding, seed=0, min_clients=1)
     assert spec.data == {"format": "jsonl", "max_length": 16}
     assert b"secret-project" not in dataclasses.replace(spec, model="demo").to_json()

@@ -10,8 +10,8 @@ import transformers
 from tiny_workload import make_model
 
 import fedfstq_hf
-from fedfstq_hf import founding
 from fedfstq_hf.errors import ConfigError
+from fedfstq_hf.running import foundation
 
 
 @pytest.mark.parametrize(
@@ -32,9 +32,9 @@ from fedfstq_hf.errors import ConfigError
     ],
 )
 def test_a_mailbox_names_no_path(name, monkeypatch):
-    monkeypatch.setattr(founding, "_load", lambda *args, **options: pytest.fail("loaded"))
+    monkeypatch.setattr(foundation, "_load", lambda *args, **options: pytest.fail("loaded"))
     with pytest.raises(ConfigError, match=r"is no Hub id\. Name the base model yourself: type --model") as error:
-        founding.load_shared_base(name, "float32")
+        foundation.load_shared_base(name, "float32")
     assert "\x1b" not in str(error.value)
 
 
@@ -43,15 +43,15 @@ def test_a_folder_that_looks_like_a_hub_id_is_not_for_a_mailbox_to_choose(name, 
     monkeypatch.chdir(tmp_path)
     make_model(tmp_path / name)
     with pytest.raises(ConfigError, match=rf"names its base model '{name}', and here that is a path"):
-        founding.load_shared_base(name, "float32")
-    assert founding.load_base(name, "float32")[0].config.model_type == "llama"  # its owner may
+        foundation.load_shared_base(name, "float32")
+    assert foundation.load_base(name, "float32")[0].config.model_type == "llama"  # its owner may
 
 
 @pytest.fixture
 def repo(tmp_path, monkeypatch):
     """The folder that stands for the Hub's repo evil/base."""
     make_model(tmp_path / "repo")
-    monkeypatch.setattr(founding, "resolve_model", lambda name: str(tmp_path / "repo"))
+    monkeypatch.setattr(foundation, "resolve_model", lambda name: str(tmp_path / "repo"))
     return tmp_path / "repo"
 
 
@@ -60,9 +60,9 @@ def change(file, **fields):
 
 
 def test_plain_weights_load(repo):
-    model, tokenizer = founding.load_shared_base("evil/base", "float32")
+    model, tokenizer = foundation.load_shared_base("evil/base", "float32")
     assert (model.config.hidden_size, tokenizer.pad_token) == (16, "<pad>")
-    assert founding.load_shared_base("demo", "float32")[0].config.hidden_size == 16
+    assert foundation.load_shared_base("demo", "float32")[0].config.hidden_size == 16
 
 
 def test_pickled_weights_are_refused(repo):
@@ -70,7 +70,7 @@ def test_pickled_weights_are_refused(repo):
     torch.save(model.state_dict(), repo / "pytorch_model.bin")
     (repo / "model.safetensors").unlink()
     with pytest.raises(ConfigError, match="cannot be loaded"):
-        founding.load_shared_base("evil/base", "float32")
+        foundation.load_shared_base("evil/base", "float32")
 
 
 @pytest.mark.parametrize("own", [True, False])
@@ -80,7 +80,7 @@ def test_code_in_the_repo_is_not_run(repo, own, tmp_path):
     change(repo / "config.json", model_type="evil", auto_map={"AutoConfig": "evil.A", "AutoModelForCausalLM": "evil.B"})
     change(repo / "tokenizer_config.json", auto_map={"AutoTokenizer": ["evil.C", None]}, tokenizer_class="C")
     with pytest.raises(ConfigError, match="cannot be loaded"):
-        (founding.load_base if own else founding.load_shared_base)("evil/base", "float32")
+        (foundation.load_base if own else foundation.load_shared_base)("evil/base", "float32")
     assert not canary.exists()
 
 
@@ -88,7 +88,7 @@ def test_a_kernel_in_the_config_is_not_fetched(repo, monkeypatch):
     asked = []
     monkeypatch.setattr("transformers.integrations.hub_kernels.get_kernel", lambda *a, **k: asked.append(a))
     change(repo / "config.json", attn_implementation="evil/kernel")
-    model, _ = founding.load_shared_base("evil/base", "float32")
+    model, _ = foundation.load_shared_base("evil/base", "float32")
     assert model.config._attn_implementation in ("sdpa", "eager")
     assert asked == []
 
@@ -96,13 +96,13 @@ def test_a_kernel_in_the_config_is_not_fetched(repo, monkeypatch):
 def test_an_adapter_in_the_place_of_a_base_is_refused(repo):
     (repo / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "/srv/models/private"}))
     with pytest.raises(ConfigError, match="it is an adapter, which names another base"):
-        founding.load_shared_base("evil/base", "float32")
+        foundation.load_shared_base("evil/base", "float32")
 
 
 def test_whatever_a_repo_makes_transformers_raise_is_one_kind_of_error(repo):
     change(repo / "config.json", hidden_size="x" * 10_000)
     with pytest.raises(ConfigError, match="cannot be loaded") as error:
-        founding.load_shared_base("evil/base", "float32")
+        foundation.load_shared_base("evil/base", "float32")
     assert len(str(error.value)) < 2000
 
 

@@ -340,7 +340,7 @@ def test_no_federation_says_how_to_make_one(tmp_path):
 
 
 def test_what_cannot_work_is_refused_before_anything_is_written(tmp_path):
-    with pytest.raises(ConfigError, match="Did you mean 'SGD'"):
+    with pytest.raises(ConfigError, match="did you mean 'SGD'"):
         found(tmp_path, server={"optimizer": "SGDD"})
     with pytest.raises(ConfigError, match="unknown codec"):
         found(tmp_path, codec="zip")

@@ -1,1 +1,0 @@
-"""The metrics' arithmetic: pure functions of strings and numbers, one per file, without `evaluate`."""

@@ -1,1 +1,0 @@
-"""Folder of an `evaluate` module: `evaluate.load` reads `exact_match.py` in it, without network."""

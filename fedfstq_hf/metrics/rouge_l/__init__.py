@@ -1,1 +1,0 @@
-"""Folder of an `evaluate` module: `evaluate.load` reads `rouge_l.py` in it, without network."""

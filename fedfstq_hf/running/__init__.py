@@ -1,0 +1,1 @@
+"""What `fedfstq train | serve | evaluate | init` do, for a program that calls them itself."""
