@@ -52,7 +52,7 @@ def test_a_spec_of_another_format_says_which_version_to_install():
         data = json.dumps(fields | {"package_version": version}).encode()
         with pytest.raises(MailboxError, match=rf"spec has format 99; fedfstq_hf .* reads format 3\. {remedy}"):
             FederationSpec.from_json(data)
-        with pytest.raises(MailboxError, match=rf"round record has format 99; .* reads format 2\. {remedy}"):
+        with pytest.raises(MailboxError, match=rf"round record has format 99; .* reads format 3\. {remedy}"):
             RoundRecord.from_json(data)
 
 
