@@ -60,7 +60,6 @@ class LocalSteps:
         self._federated = isinstance(settings, FederationSpec)
         self._fisher = settings.fisher
         self.observer = GradientObserver(
-            view.model,
             view,
             rho=settings.rho,
             refresh_steps=settings.refresh_steps,
