@@ -27,8 +27,7 @@ class GradientObserver:
     """Keeps the two Fisher averages of one client, and the fit of its saliency probe.
 
     Args:
-        model: base or PEFT model, for its input embeddings.
-        view: of the adapter.
+        view: of the adapter, and of its model's input embeddings.
         rho: decay of both averages.
         refresh_steps: token sensitivity is read off at local steps 0, H, 2H, ...
         processes: that train together; each enters the tokens of all.
@@ -45,7 +44,6 @@ class GradientObserver:
 
     def __init__(
         self,
-        model: nn.Module,
         view: AdapterView,
         *,
         rho: float,
@@ -55,7 +53,7 @@ class GradientObserver:
         keep_fisher: bool = True,
         fit_probe: bool = False,
     ) -> None:
-        self._model, self._view, self._processes = model, view, processes or Processes()
+        self._model, self._view, self._processes = view.model, view, processes or Processes()
         self.rho, self.refresh_steps = rho, refresh_steps
         self._own_gradients, self._keep_fisher, self._fit_probe = own_gradients, keep_fisher, fit_probe
         self.fisher = AdapterFisher(view.parameters, rho=rho)
@@ -179,7 +177,7 @@ class GradientObserver:
             if output.requires_grad and torch.is_grad_enabled():
                 output.register_hook(collect)  # type: ignore[no-untyped-call]
 
-        handles = [self._model.get_input_embeddings().register_forward_hook(watch)]  # type: ignore[operator]
+        handles = [self._model.get_input_embeddings().register_forward_hook(watch)]
         if self.probe is not None:
             from fedfstq_hf.generation.blocks import block_at, read_block
 
@@ -198,7 +196,7 @@ class GradientObserver:
                 handle.remove()
 
     def _new_tokens(self) -> TokenSensitivity:
-        vocab_size = self._model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+        vocab_size = self._model.get_input_embeddings().weight.shape[0]
         return TokenSensitivity(int(vocab_size), rho=self.rho)
 
     def _new_probe(self) -> ProbeFit | None:
@@ -207,7 +205,7 @@ class GradientObserver:
         from fedfstq_hf.generation.blocks import decoder_blocks
         from fedfstq_hf.generation.scorers.probe import ProbeFit
 
-        size = self._model.config.get_text_config(decoder=True).hidden_size  # type: ignore[union-attr, operator]
+        size = self._model.config.get_text_config(decoder=True).hidden_size
         return ProbeFit(int(size), layer=min(1, len(decoder_blocks(self._model)) - 1))
 
 

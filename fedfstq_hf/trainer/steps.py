@@ -62,7 +62,6 @@ class LocalSteps:
         self._federated = isinstance(settings, FederationSpec)
         self._fisher = switches.fisher
         self.observer = GradientObserver(
-            view.model,
             view,
             rho=settings.rho,
             refresh_steps=settings.refresh_steps,

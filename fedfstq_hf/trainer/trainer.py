@@ -71,12 +71,12 @@ class FedFSTQMixin(_TrainerLike):  # type: ignore[misc]
     @property
     def sensitivity(self) -> TokenSensitivity:
         """Sensitivity of the loss to each token id, as of the last refresh step."""
-        return self._steps.observer.tokens
+        return self._held_steps.observer.tokens
 
     @property
     def adapter_fisher(self) -> AdapterFisher:
         """Fisher information of the adapter's coordinates from their gradients, as of the last step."""
-        return self._steps.observer.fisher
+        return self._held_steps.observer.fisher
 
     def fisher_vector(self) -> Tensor:
         """What messages are weighted by: (num_params,) float32, from the source that the settings name.
