@@ -47,7 +47,7 @@ def token_weights(
         (which makes `hard` the mean over the kept ones), and N in expectation under `unbiased`.
     """
     OneOf(OBJECTIVES).check("objective", objective)
-    Number(0, 1, above=True).check("token_keep_ratio", ratio)
+    Number(0, 1, above=True, hint="0.5 keeps half").check("token_keep_ratio", ratio)
     weights = torch.zeros(valid.shape, dtype=torch.float64)
     count = int(valid.sum())
     if count == 0:

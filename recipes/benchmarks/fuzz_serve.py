@@ -132,7 +132,7 @@ def _template(root: Path, name: str, state: dict[str, Any], rounds: int) -> Temp
             longest = max(longest, float(step.norm()))
             result = LocalResult(work.adapter + step, None, 5, {}, variate=None if work.variate is None else step)
             part.complete(work, result)
-            part._following.wait()
+            part.uplink.background.wait()
             if client == BAD and round == rounds:  # the good ones' alone lie there; this is where mutations start
                 path = folder / "updates" / f"{round:06d}" / f"{BAD}.safetensors"
                 message = path.read_bytes()

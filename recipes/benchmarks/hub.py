@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 CHECKOUT = Path(__file__).parents[2]
-sys.path[:0] = [str(CHECKOUT), str(CHECKOUT / "tests" / "federation")]
+sys.path[:0] = [str(CHECKOUT), str(CHECKOUT / "tests" / "helpers"), str(CHECKOUT / "tests" / "federation")]
 
 LAYOUTS = ("own", "shared", "pull-request")
 ADDRESS = "hf://lab/run"

@@ -63,12 +63,11 @@ def test_what_init_says_stands_in_the_spec(found):
         "clients_per_round": 2,
         "min_clients": 2,
         "round_seconds": 60.0,
-        "max_staleness": 2,
-        "clip": 4.0,
         "signatures": True,
         "sealing_key": None,
     }
     assert {name: spec(box)[name] for name in expected} == expected
+    assert (spec(box)["method"]["max_staleness"], spec(box)["method"]["clip"]) == (2, 4.0)
     assert sorted(json.loads((box / "control.json").read_text())["clients"]) == CLIENTS
     assert len(record(box, 0)["selected"]) == 2
 
@@ -76,7 +75,8 @@ def test_what_init_says_stands_in_the_spec(found):
 def test_defaults_let_anybody_take_part(found):
     box, said = found()
     assert said.rstrip().endswith(f"Next: fedfstq serve {box}")
-    assert (spec(box)["clip"], spec(box)["max_staleness"], spec(box)["signatures"]) == (10.0, 0, False)
+    method = spec(box)["method"]
+    assert (method["clip"], method["max_staleness"], spec(box)["signatures"]) == (10.0, 0, False)
     assert not (box / "control.json").exists()
     assert (box / "README.md").read_text().startswith("---\n")
     assert load((box / "history.jsonl").read_bytes())[0].round == 0
@@ -84,7 +84,7 @@ def test_defaults_let_anybody_take_part(found):
 
 def test_clipping_can_be_switched_off_and_min_clients_follows_the_list(found):
     box, _ = found("--clip", "0", "--clients", "a,b")
-    assert (spec(box)["clip"], spec(box)["min_clients"]) == (None, 2)
+    assert (spec(box)["method"]["clip"], spec(box)["min_clients"]) == (None, 2)
 
 
 # Control

@@ -35,7 +35,7 @@ class Run:
         self.loss = loss
         self.folder, self.plan, self.rows, self.evaluated, self.trained = folder, plan, [], [], []
         if not (folder / "mailbox").exists():
-            settings = {"rounds": len(plan), "min_clients": 1, "codec": "fstq", "uplink_budget": 400}
+            settings = {"rounds": len(plan), "min_clients": 1, "codec": "topk", "uplink_budget": 400}
             found(folder / "mailbox", **(settings | spec))
         self.restart()
 
@@ -108,7 +108,7 @@ def test_it_is_the_federation_of_real_clients(tmp_path):
         tmp_path / "real",
         rounds=4,
         min_clients=3,
-        codec="fstq",
+        codec="topk",
         server={"optimizer": "SGD", "lr": 0.9, "momentum": 0.5},
     )
     coordinator = Coordinator(mailbox)
