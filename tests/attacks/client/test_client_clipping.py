@@ -13,7 +13,7 @@ from fedfstq_hf.federation.client.participation import LocalResult
 from fedfstq_hf.federation.control import Control
 from fedfstq_hf.federation.founding import found_federation
 from fedfstq_hf.federation.scaffold import VariateChanges
-from fedfstq_hf.federation.server.clipping import Usual, longest, scale
+from fedfstq_hf.federation.server.aggregation import UsualNorm, longest, scale
 from fedfstq_hf.federation.server.coordinator import Coordinator
 
 ADAPTER = math.sqrt(sum(float(tensor.square().sum()) for tensor in initial_state().values()))  # about 13
@@ -114,12 +114,12 @@ def test_the_round_before_is_asked_only_where_most_say_nothing():
 @pytest.mark.parametrize(
     ("norms", "usual", "expected"),
     [
-        ([0, 0, 5], Usual((1.0, 1.0, 0.0), 100.0), 10),
-        ([0, 0, 5], Usual((1.0, 1.0), 3.0), 3),
-        ([0, 5], Usual((), 100.0), 50),
-        ([0, 5], Usual((7.0,), 0.0), 50),
-        ([0, 5], Usual(), 0),
-        ([0, 0, 5, 6], Usual(), 50),
+        ([0, 0, 5], UsualNorm((1.0, 1.0, 0.0), 100.0), 10),
+        ([0, 0, 5], UsualNorm((1.0, 1.0), 3.0), 3),
+        ([0, 5], UsualNorm((), 100.0), 50),
+        ([0, 5], UsualNorm((7.0,), 0.0), 50),
+        ([0, 5], UsualNorm(), 0),
+        ([0, 0, 5, 6], UsualNorm(), 50),
     ],
 )
 def test_the_longest_where_most_say_nothing(norms, usual, expected):
@@ -130,7 +130,7 @@ def test_the_usual_lengths_are_those_that_were_used(tmp_path):
     mailbox = found_enrolled(tmp_path, NAMES, rounds=9, min_clients=3)
     coordinator = Coordinator(mailbox)
     close(mailbox, 0, 1, 1, 1000, coordinator=coordinator)
-    usual = Usual.of(coordinator.record, coordinator.adapter)
+    usual = UsualNorm.of(coordinator.record, coordinator.adapter)
     assert usual.lengths == pytest.approx((1, 1, 10), rel=1e-4)
     assert usual.adapter == pytest.approx(float(coordinator.adapter.norm()), rel=1e-6)
 
