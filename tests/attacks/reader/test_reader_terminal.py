@@ -40,7 +40,7 @@ def evil_mailbox(path):
 
 
 def mailbox_base(mailbox):
-    return json.loads(mailbox.read(0, "round.json"))["adapter_sha256"]
+    return json.loads(mailbox.read(0, "round.json"))["adapter_digest"]
 
 
 def test_status_shows_them_escaped(tmp_path):
