@@ -13,7 +13,7 @@ from fedfstq_hf.federation.client.participation import LocalResult
 from fedfstq_hf.federation.control import Control
 from fedfstq_hf.federation.founding import found_federation
 from fedfstq_hf.federation.scaffold import VariateChanges
-from fedfstq_hf.federation.server.aggregation import UsualNorm, longest, scale
+from fedfstq_hf.federation.server.aggregation import UsualNorm, clip_scale, longest_norm
 from fedfstq_hf.federation.server.coordinator import Coordinator
 
 ADAPTER = math.sqrt(sum(float(tensor.square().sum()) for tensor in initial_state().values()))  # about 13
@@ -106,9 +106,9 @@ def test_the_round_before_is_asked_only_where_most_say_nothing():
     def asked():
         raise AssertionError
 
-    assert longest([1, 2, 3], 10.0, asked) == 20
-    assert longest([0, 2, 3], 10.0, asked) == 20
-    assert longest([0, 0], 10.0, asked) == longest([], 10.0, asked) == longest([0, 0, 9], None, asked) == math.inf
+    assert longest_norm([1, 2, 3], 10.0, asked) == 20
+    assert longest_norm([0, 2, 3], 10.0, asked) == 20
+    assert longest_norm([0, 0], 10.0, asked) == longest_norm([], 10.0, asked) == longest_norm([0, 0, 9], None, asked) == math.inf
 
 
 @pytest.mark.parametrize(
@@ -123,7 +123,7 @@ def test_the_round_before_is_asked_only_where_most_say_nothing():
     ],
 )
 def test_the_longest_where_most_say_nothing(norms, usual, expected):
-    assert longest(norms, 10.0, lambda: usual) == expected
+    assert longest_norm(norms, 10.0, lambda: usual) == expected
 
 
 def test_the_usual_lengths_are_those_that_were_used(tmp_path):
@@ -136,7 +136,7 @@ def test_the_usual_lengths_are_those_that_were_used(tmp_path):
 
 
 def test_how_much_of_an_update_is_left():
-    assert (scale(2.0, 4.0), scale(4.0, 4.0), scale(8.0, 4.0), scale(0.0, 0.0), scale(8.0, 0.0)) == (1, 1, 0.5, 1, 0)
+    assert (clip_scale(2.0, 4.0), clip_scale(4.0, 4.0), clip_scale(8.0, 4.0), clip_scale(0.0, 0.0), clip_scale(8.0, 0.0)) == (1, 1, 0.5, 1, 0)
 
 
 # Control variates
