@@ -9,16 +9,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from . import message
     from .budget import parse_budget
-    from .feedback import ErrorFeedback
     from .registry import Codec, CodecContext, Encoded, codec_names, get_codec, register
     from .schema import Schema, TensorSpec
-    from .update import SparseUpdate
+    from .update import ErrorFeedback, SparseUpdate
 
 _HOME = {
     "Codec": "registry",
     "CodecContext": "registry",
     "Encoded": "registry",
-    "ErrorFeedback": "feedback",
+    "ErrorFeedback": "update",
     "Schema": "schema",
     "SparseUpdate": "update",
     "TensorSpec": "schema",

@@ -22,10 +22,9 @@ from torch import Tensor
 
 from ..errors import BudgetError, MessageError
 from .coding import index_coding
-from .coding.coordinates import Coordinates
+from .coding.coordinates import Coordinates, read_delta
 from .coding.entropy import Reader, Writer
 from .coding.index_coding import Layout
-from .coding.inputs import read_delta
 from .registry import CodecContext, Encoded, register
 from .schema import Schema
 from .update import SparseUpdate

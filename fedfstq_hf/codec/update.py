@@ -1,4 +1,7 @@
-"""What a decoded message is: a sparse (or dense) vector of changes in the adapter's coordinate order."""
+"""What a decoded message is: a sparse (or dense) vector of changes in the adapter's coordinate order.
+
+And error feedback: what a message did not carry is added to the client's next update.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from ..errors import ConfigError
 
 _PART = 1 << 17  # coordinates at a time: temporaries stay in the cache
 
@@ -61,3 +66,29 @@ def _sum(terms: Tensor) -> float:
         terms[: len(terms) - half] += terms[half:]
         terms = terms[:half]
     return float(terms[0]) if len(terms) else 0.0
+
+
+@dataclass(frozen=True)
+class ErrorFeedback:
+    """Residual `r' = (delta + decay * r) - sent`. decay 1 forgets nothing, 0 switches error feedback off."""
+
+    decay: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.decay <= 1.0:
+            raise ConfigError(f"error feedback decay is {self.decay!r}; expected a number from 0 (off) to 1 (keep all)")
+
+    def corrected(self, delta: Tensor, residual: Tensor | None) -> Tensor:
+        """What to encode: `delta + decay * residual`, a new vector (num_params,). residual None: first round."""
+        if residual is None or self.decay == 0.0:
+            return delta.clone()
+        return delta + self.decay * residual
+
+    def after(self, corrected: Tensor, sent: SparseUpdate) -> Tensor:
+        """Residual once `sent` was accepted: `corrected - sent`, a new vector (num_params,).
+
+        If the update was refused or lost, the residual stays what it was before: the next `delta` replaces this one.
+        """
+        residual = corrected.clone()
+        sent.add_to(residual, -1.0)
+        return residual

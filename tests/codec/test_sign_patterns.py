@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from fedfstq_hf.codec.sign_patterns import MAGNITUDE_STEPS, OCTAVES, magnitude_grid, nearest_magnitude
+from fedfstq_hf.codec.fstq import MAGNITUDE_STEPS, OCTAVES, magnitude_grid, nearest_magnitude
 
 
 def test_the_grid_is_geometric_and_holds_powers_of_two():

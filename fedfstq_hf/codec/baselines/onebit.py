@@ -27,7 +27,7 @@ from torch import Tensor
 
 from ...errors import ConfigError, MessageError
 from ..coding.bits import check_fits, draws, packed_bytes, read_floats
-from ..coding.inputs import read_delta
+from ..coding.coordinates import read_delta
 from ..registry import CodecContext, Encoded, register
 from ..schema import Schema
 from ..update import SparseUpdate

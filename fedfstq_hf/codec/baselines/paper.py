@@ -30,9 +30,9 @@ from torch import Tensor
 from ...errors import ConfigError, MessageError
 from ..coding import index_coding
 from ..coding.allocation import Draft, fill, root_weight, strongest
+from ..coding.coordinates import read_delta, read_fisher
 from ..coding.entropy import Reader, Writer, table, uniform
 from ..coding.index_coding import Int64, Layout
-from ..coding.inputs import read_delta, read_fisher
 from ..registry import CodecContext, Encoded, register
 from ..schema import Schema
 from ..update import SparseUpdate

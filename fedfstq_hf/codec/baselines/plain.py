@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ...errors import BudgetError, MessageError, NonFiniteError
-from ..coding.inputs import read_delta
+from ..coding.coordinates import read_delta
 from ..registry import CodecContext, Encoded, register
 from ..schema import Schema
 from ..update import SparseUpdate

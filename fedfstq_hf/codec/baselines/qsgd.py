@@ -34,9 +34,8 @@ from torch import Tensor
 
 from ...errors import ConfigError, MessageError, NonFiniteError
 from ..coding.bits import Float64, check_fits, draws, pack_bits, packed_bytes, read_floats, unpack_bits
-from ..coding.coordinates import runs
+from ..coding.coordinates import read_delta, runs
 from ..coding.entropy import Reader, Writer, table, uniform
-from ..coding.inputs import read_delta
 from ..registry import CodecContext, Encoded, register
 from ..schema import Schema
 from ..update import SparseUpdate

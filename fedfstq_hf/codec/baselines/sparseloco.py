@@ -34,8 +34,8 @@ from torch import Tensor
 from ...errors import ConfigError, MessageError
 from ..coding.allocation import Draft, fill
 from ..coding.bits import pack_bits, packed_bytes, unpack_bits
+from ..coding.coordinates import read_delta
 from ..coding.entropy import Reader, Writer, table, uniform
-from ..coding.inputs import read_delta
 from ..registry import CodecContext, Encoded, register
 from ..schema import Schema
 from ..update import SparseUpdate

@@ -26,7 +26,7 @@ from torch import Tensor
 from ...errors import BudgetError, ConfigError, MessageError, NonFiniteError
 from ..coding.allocation import strongest
 from ..coding.bits import pack_bits, packed_bytes, read_floats, unpack_bits
-from ..coding.inputs import read_delta
+from ..coding.coordinates import read_delta
 from ..registry import CodecContext, Encoded, register
 from ..schema import Schema
 from ..update import SparseUpdate

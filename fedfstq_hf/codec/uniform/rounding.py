@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ...errors import BudgetError
-from ..coding.inputs import read_delta, read_fisher
+from ..coding.coordinates import read_delta, read_fisher
 from ..registry import Encoded
 from ..schema import Schema, TensorSpec
 from .grid import MAX_MAGNITUDE, Float32, as_groups, assemble, is_tall, shape_of, step_grid
