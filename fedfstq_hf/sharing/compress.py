@@ -19,14 +19,17 @@ from fedfstq_hf.errors import BudgetError, ConfigError
 from fedfstq_hf.federation import adapter_file
 from fedfstq_hf.reporting.card.compressed import render_card
 from fedfstq_hf.running.evaluate import Evaluator
-from fedfstq_hf.sharing.calibration import adapter_fisher, pair_weights
-from fedfstq_hf.sharing.coding import DEFAULT_CODEC, Coded, Coder
-from fedfstq_hf.sharing.imitation import Imitation, predicts_tokens
-from fedfstq_hf.sharing.initial import initial_state
+from fedfstq_hf.sharing.calibration import Imitation, adapter_fisher, pair_weights, predicts_tokens
+from fedfstq_hf.sharing.coding import DEFAULT_CODEC, Coded, Coder, initial_state, refine
 from fedfstq_hf.sharing.packed import EXACT_FILE, FACTS_FILE, MESSAGE_FILE, CompressedAdapter, Facts
-from fedfstq_hf.sharing.pairs import even_weights
-from fedfstq_hf.sharing.refine import refine
-from fedfstq_hf.sharing.trained import CONFIG_FILE, TrainedAdapter, compact_config, load_trained, read_config
+from fedfstq_hf.sharing.trained import (
+    CONFIG_FILE,
+    TrainedAdapter,
+    compact_config,
+    even_weights,
+    load_trained,
+    read_config,
+)
 from fedfstq_hf.sharing.trained import trained_adapter as _trained
 from fedfstq_hf.workloads.examples import collate
 

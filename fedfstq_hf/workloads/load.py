@@ -15,8 +15,7 @@ import numpy as np
 from fedfstq_hf.errors import DataError
 from fedfstq_hf.workloads.config import DataConfig
 from fedfstq_hf.workloads.examples import Example, tokenize_pairs
-from fedfstq_hf.workloads.formats import Text, read_text
-from fedfstq_hf.workloads.rows import read_rows
+from fedfstq_hf.workloads.rows import Text, read_rows, read_text
 from fedfstq_hf.workloads.topics import cluster_topics
 
 _TEST_NAMES = ("test",)
