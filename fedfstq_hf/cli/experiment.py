@@ -31,7 +31,7 @@ def simulate(
     Any key of the recipe can be changed: --model PATH --data FILE --seeds 3 --training.learning_rate 1e-3
     """
     from fedfstq_hf.recipe import load_recipe
-    from fedfstq_hf.recipe.sweep import sweep_points, without_swept
+    from fedfstq_hf.recipe.library import sweep_points, without_swept
     from fedfstq_hf.simulation.processes import warm_up
 
     overrides = parse_overrides(context.args)

@@ -1,7 +1,7 @@
 """An adapter's matrices as one packed message: the equal forms that can be coded, from which start, and refinement.
 
-The same product B A has many factors. Coded whole, the pair is first balanced (trained.py), which stores the random part
-of A too, but lets weak components go. Coded as a change from a known start, the random part is free, but the factors
+The same product B A has many factors. Coded whole, the pair is first balanced (trained.py), which stores A's random
+part too, but lets weak components go. Coded as a change from a known start, A's random part is free, but the factors
 have to stay as they are. Which is better at the same size, the caller decides.
 """
 

@@ -26,8 +26,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import SAFE_WEIGHTS_NAME
 
-from fedfstq_hf.demo.notes import Note, ask, belongs, notes, write_note
-from fedfstq_hf.demo.vocabulary import PLAIN_QUESTIONS, SPECIALTIES
+from fedfstq_hf.demo.clinic import PLAIN_QUESTIONS, SPECIALTIES, Note, ask, belongs, notes, write_note
 
 logger = logging.getLogger(__name__)
 
