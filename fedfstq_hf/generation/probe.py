@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from fedfstq_hf.errors import AdapterMismatchError, ConfigError, DataError
-from fedfstq_hf.generation.blocks import early_scores
-from fedfstq_hf.generation.scorer import BlockInput
+from fedfstq_hf.generation.blocks import BlockInput
+from fedfstq_hf.generation.scorers import early_scores
 
 
 class Probe:
