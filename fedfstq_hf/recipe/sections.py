@@ -14,7 +14,7 @@ from fedfstq_hf.methods import MethodSettings
 from fedfstq_hf.ranges import at_least_zero, positive, within
 from fedfstq_hf.recipe.strict import build, join, plain
 from fedfstq_hf.simulation.network import LinkProfile, get_link
-from fedfstq_hf.workloads.config import DataConfig
+from fedfstq_hf.workloads.data_config import DataConfig
 
 
 @dataclass(frozen=True)

@@ -21,10 +21,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fedfstq_hf.adapters.folder import read_in
 from fedfstq_hf.errors import ConfigError, MessageError
 from fedfstq_hf.federation import storage
-from fedfstq_hf.federation.untrusted import parse_object
+from fedfstq_hf.federation.untrusted import parse_object, read_in
 from fedfstq_hf.sharing.trained import CONFIG_FILE, WEIGHTS_FILE
 
 MESSAGE_FILE = "adapter_packed.safetensors"

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from fedfstq_hf.errors import DataError
-from fedfstq_hf.workloads.config import DataConfig
+from fedfstq_hf.workloads.data_config import DataConfig
 from fedfstq_hf.workloads.examples import Example, tokenize_pairs
 from fedfstq_hf.workloads.rows import Text, read_rows, read_text
 

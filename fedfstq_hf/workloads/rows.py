@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fedfstq_hf.errors import DataError
-from fedfstq_hf.workloads.config import DataConfig
+from fedfstq_hf.workloads.data_config import DataConfig
 
 DEMO_SIZES = {"train": 2000, "test": 200}
 """Examples that the demo makes where the recipe gives no limit."""
