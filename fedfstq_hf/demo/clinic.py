@@ -130,19 +130,6 @@ QUESTIONS: dict[str, tuple[str, ...]] = {
     "raised": ("what is increased", "what is doubled"),
 }
 
-# The same questions in plain words, which only the tokenizer sees: it has tokens for more than notes and charts.
-PLAIN_QUESTIONS: dict[str, tuple[str, ...]] = {
-    "present": ("what does the patient have now?", "which problem is there?"),
-    "absent": ("what does the patient not have?", "which problem is ruled out?"),
-    "resolved": ("what did the patient have before?", "which problem is over?"),
-    "familial": ("what do relatives have?", "which problem lies in the blood?"),
-    "kept": ("which drug stays as it is?", "what is not to be changed?"),
-    "stopped": ("which drug is no longer given?", "what was ended?"),
-    "started": ("which drug is given for the first time?", "what came on top?"),
-    "raised": ("which drug is given in a larger dose?", "what went up?"),
-}
-
-
 _BUCKETS = 8
 SPLITS: dict[str, range] = {"test": range(0, 2), "train": range(2, 5), "pretrain": range(5, _BUCKETS)}
 _NUM_FINDINGS = 4  # the first kinds are said of findings, the others of drugs

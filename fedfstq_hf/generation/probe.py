@@ -24,12 +24,7 @@ class Probe:
             raise ConfigError(f"weight has shape {tuple(weight.shape)}, layer is {layer}; expected (H,) and >= 0")
         self.weight = weight.detach().float().cpu()
         self.bias = bias
-        self._layer = layer
-
-    @property
-    def layer(self) -> int:
-        """How many blocks see the whole prompt."""
-        return self._layer
+        self.layer = layer
 
     def scores(self, model: Any, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """(B, T) float32, higher = keep: an estimate of `log g`."""

@@ -73,14 +73,9 @@ class QueryAttention:
                 f"layer is {layer}, window {window}, reach {reach}; expected at least 0, 1 and 0, for example "
                 "QueryAttention(layer=2, window=8, reach=2)"
             )
-        self._layer = layer
+        self.layer = layer
         self.window = window
         self.reach = reach
-
-    @property
-    def layer(self) -> int:
-        """How many blocks see the whole prompt."""
-        return self._layer
 
     def scores(self, model: Any, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """(B, T) float32 in [0, 1], higher = keep."""
@@ -135,12 +130,7 @@ class Combined:
         if len(layers) > 1:
             raise ConfigError(f"scorers read hidden states at layers {layers}; give them all the same layer")
         self.parts = tuple(zip(scorers, weights, strict=True))
-        self._layer = layers[0] if layers else 0
-
-    @property
-    def layer(self) -> int:
-        """How many blocks see the whole prompt."""
-        return self._layer
+        self.layer = layers[0] if layers else 0
 
     def scores(self, model: Any, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """(B, T) float32, higher = keep."""

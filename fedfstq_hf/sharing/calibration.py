@@ -10,8 +10,7 @@ that follow their squares leave the rest of the task behind (measured: docs/shar
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ from torch.nn.functional import nll_loss
 from fedfstq_hf.errors import DataError, NonFiniteError
 from fedfstq_hf.running.evaluate import logits_at
 from fedfstq_hf.sensitivity import AdapterFisher
-from fedfstq_hf.sharing.trained import Pair, PairWeights, TrainedAdapter, matrices
+from fedfstq_hf.sharing.trained import Pair, PairWeights, TrainedAdapter, differentiable, evaluating, matrices
 from fedfstq_hf.workloads.examples import IGNORED_LABEL, collate
 
 _LONG_MEMORY = 0.9999  # all batches of a calibration set count alike
@@ -42,26 +41,17 @@ def adapter_fisher(
     names, params = list(parameters), list(parameters.values())
     fisher = AdapterFisher(params, rho=_LONG_MEMORY)
     device = next(model.parameters()).device
-    before, was_training = [p.requires_grad for p in params], model.training
-    model.eval()
     examples = 0
-    try:
-        for p in params:
-            p.requires_grad_(True)
-        with torch.enable_grad():
-            for batch in batches:
-                loss = model(**{name: tensor.to(device) for name, tensor in batch.items()}).loss
-                if loss is None or not bool(torch.isfinite(loss)):
-                    raise NonFiniteError(
-                        f"The calibration loss is {None if loss is None else loss.item()} in batch {examples}; "
-                        "expected batches with labels, some of them not -100, and an adapter without NaN."
-                    )
-                fisher.update(torch.autograd.grad(loss, params, allow_unused=True))
-                examples += len(batch["input_ids"])
-    finally:
-        for p, needed in zip(params, before, strict=True):
-            p.requires_grad_(needed)
-        model.train(was_training)
+    with evaluating(model), differentiable(params):
+        for batch in batches:
+            loss = model(**{name: tensor.to(device) for name, tensor in batch.items()}).loss
+            if loss is None or not bool(torch.isfinite(loss)):
+                raise NonFiniteError(
+                    f"The calibration loss is {None if loss is None else loss.item()} in batch {examples}; "
+                    "expected batches with labels, some of them not -100, and an adapter without NaN."
+                )
+            fisher.update(torch.autograd.grad(loss, params, allow_unused=True))
+            examples += len(batch["input_ids"])
     if not examples:
         raise DataError("The calibration set is empty; give some tens of examples of the adapter's task, or None.")
     parts = torch.split(fisher.vector().cpu(), [p.numel() for p in params])
@@ -132,7 +122,7 @@ class Imitation:
     def _means(self, states: Sequence[Mapping[str, Tensor]], at_most: int | None, measure: Measure) -> list[float]:
         count = len(self) if at_most is None else min(at_most, len(self))
         totals, tokens = [0.0] * len(states), 0
-        with self._evaluating():
+        with evaluating(self._adapter.model):
             for start in range(0, count, self._batch_size):
                 batch, keep, wanted = self._trained(range(start, min(start + self._batch_size, count)))
                 tokens += len(wanted)
@@ -148,19 +138,11 @@ class Imitation:
         rounding the task forgives.
         """
         params = [self._adapter.parameters[name] for name in state]
-        before = [p.requires_grad for p in params]
-        with self._evaluating():
+        with evaluating(self._adapter.model):
             batch, keep, wanted = self._trained(picks)
             # autograd reads the values that the parameters have when it runs backwards
-            with self._adapter.replaced(state), torch.enable_grad():
-                try:
-                    for p in params:
-                        p.requires_grad_(True)
-                    loss = self._errors(batch, keep, wanted).mean()
-                    found = torch.autograd.grad(loss, params)
-                finally:
-                    for p, needed in zip(params, before, strict=True):
-                        p.requires_grad_(needed)
+            with self._adapter.replaced(state), differentiable(params):
+                found = torch.autograd.grad(self._errors(batch, keep, wanted).mean(), params)
         return {name: g.float().cpu() for name, g in zip(state, found, strict=True)}
 
     @torch.no_grad()
@@ -185,12 +167,3 @@ class Imitation:
     def _log_probabilities(self, batch: Mapping[str, Tensor], keep: Tensor) -> Tensor:
         model = self._adapter.model
         return logits_at(model, batch, keep, next(model.parameters()).device).float().log_softmax(dim=-1)
-
-    @contextmanager
-    def _evaluating(self) -> Iterator[None]:
-        was_training = self._adapter.model.training
-        self._adapter.model.eval()
-        try:
-            yield
-        finally:
-            self._adapter.model.train(was_training)

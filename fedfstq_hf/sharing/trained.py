@@ -8,7 +8,7 @@ gives (calibration.py), or ones.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,6 +76,31 @@ class TrainedAdapter:
         finally:
             for name, data in before.items():
                 self.parameters[name].data = data
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in evaluation mode, and afterwards in the mode that it was in."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+@contextmanager
+def differentiable(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Gradients of these parameters can be taken, whether or not they are trained."""
+    before = [p.requires_grad for p in parameters]
+    try:
+        for p in parameters:
+            p.requires_grad_(True)
+        with torch.enable_grad():
+            yield
+    finally:
+        for p, needed in zip(parameters, before, strict=True):
+            p.requires_grad_(needed)
 
 
 def trained_adapter(model: nn.Module) -> TrainedAdapter:

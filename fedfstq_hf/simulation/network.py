@@ -213,21 +213,6 @@ def round_cost(
     )
 
 
-def round_seconds(
-    profile: LinkProfile,
-    rates: LinkRates,
-    *,
-    uplink_bytes: Mapping[int, int],
-    downlink_bytes: Mapping[int, int],
-    compute_seconds: Mapping[int, float],
-) -> float:
-    """Seconds of one round; see `round_cost`."""
-    cost = round_cost(
-        profile, rates, uplink_bytes=uplink_bytes, downlink_bytes=downlink_bytes, compute_seconds=compute_seconds
-    )
-    return cost.seconds
-
-
 PACKET_BYTES = 1500
 _LOSS_STREAM = 0x10551
 _MOST_ATTEMPTS = 1000
