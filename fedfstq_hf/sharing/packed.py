@@ -17,7 +17,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -50,14 +50,7 @@ class Facts:
 
     def to_json(self) -> bytes:
         """Canonical JSON with format version."""
-        fields = {
-            "format": FORMAT,
-            "base": self.base,
-            "seed": self.seed,
-            "num_params": self.num_params,
-            "sha256": self.sha256,
-            "made_by": self.made_by,
-        }
+        fields = {"format": FORMAT, **asdict(self)}
         return (json.dumps(fields, sort_keys=True, separators=(",", ":")) + "\n").encode()
 
     @classmethod
