@@ -32,7 +32,7 @@ from fedfstq_hf.recipe import Recipe, load_recipe
 from fedfstq_hf.running.evaluate import Evaluator
 from fedfstq_hf.running.foundation import Founding
 from fedfstq_hf.simulation import runner
-from fedfstq_hf.simulation.participation import SimulatedParticipation
+from fedfstq_hf.simulation.simulated_participation import SimulatedParticipation
 from fedfstq_hf.workloads import load_workload
 
 CODECS = (

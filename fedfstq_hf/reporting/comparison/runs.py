@@ -9,7 +9,7 @@ from typing import Any
 import zstandard
 
 from fedfstq_hf.errors import ConfigError, DataError
-from fedfstq_hf.recipe.schema import Recipe
+from fedfstq_hf.recipe.sections import Recipe
 from fedfstq_hf.reporting.comparison.summary import Row, curves, read_rows
 
 SUFFIX = ".jsonl.zst"
