@@ -14,6 +14,7 @@ from fedfstq_hf.reporting.comparison.summary import Row, curves, read_rows
 
 SUFFIX = ".jsonl.zst"
 _MAX_BYTES = 10**9  # of one archive, decompressed
+_EARLIER = "ee91c45"  # the last commit that reads archives whose methods have the fields of before
 _FIELDS = {"run": str, "recipe": dict, "ledger": dict, "rows": list}
 _RECIPE, _ROWS, _REPORT, _LEDGER = "recipe.json", "metrics.jsonl", "report.md", "ledger.json"
 _EXPECTED = f"expected a folder that `fedfstq simulate` wrote, with {_RECIPE} and {_ROWS}"
@@ -87,7 +88,13 @@ def _archived_runs(path: Path) -> list[Run]:
     runs = []
     for entry in read_archive(path):
         folder = path / entry["run"]
-        recipe = _recipe(entry["recipe"], folder)
+        try:
+            recipe = Recipe.from_dict(entry["recipe"], f"{entry['run']}/{_RECIPE}")
+        except ConfigError as error:
+            raise ConfigError(
+                f"{path} was written by an earlier version of this package ({str(error).partition(';')[0]}). Commit "
+                f"{_EARLIER} reads it. Type: git checkout {_EARLIER} && fedfstq report {path}"
+            ) from None
         series = _series(entry["rows"], recipe, folder)
         runs.append(Run(folder, recipe, series, _typed(str(entry["ledger"].get("command", ""))), None, torn=False))
     return runs
@@ -139,17 +146,11 @@ def _nothing_there(folder: Path) -> str:
 
 def _read_recipe(path: Path) -> Recipe:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        return Recipe.from_dict(json.loads(path.read_text(encoding="utf-8")), str(path))
     except ValueError as error:
         raise DataError(f"{path} cannot be read ({error}); {_EXPECTED}.") from None
-    return _recipe(found, path.parent)
-
-
-def _recipe(found: object, folder: Path) -> Recipe:
-    try:
-        return Recipe.from_dict(found, str(folder / _RECIPE))
     except ConfigError as error:
-        raise ConfigError(f"{error} (a run of another version of this package?). Leave {folder} out.") from None
+        raise ConfigError(f"{error} (a run of another version of this package?). Leave {path.parent} out.") from None
 
 
 def _check_row(row: Any, recipe: Recipe, where: str) -> None:
