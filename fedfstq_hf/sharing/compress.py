@@ -17,8 +17,8 @@ from fedfstq_hf.adapter import base_fingerprint
 from fedfstq_hf.codec import parse_budget
 from fedfstq_hf.errors import BudgetError, ConfigError
 from fedfstq_hf.federation import adapter_file
-from fedfstq_hf.reporting.card.compressed import render_card
 from fedfstq_hf.running.evaluate import Evaluator
+from fedfstq_hf.sharing.adapter_card import render_card
 from fedfstq_hf.sharing.calibration import adapter_fisher, pair_weights
 from fedfstq_hf.sharing.coding import DEFAULT_CODEC, Coded, Coder
 from fedfstq_hf.sharing.imitation import Imitation, predicts_tokens

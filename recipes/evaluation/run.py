@@ -69,8 +69,8 @@ def run(options: argparse.Namespace, root: Path) -> int:
     if not options.list:
         warm_up()
     quieten()
-    from fedfstq_hf.reporting.comparison.results import add_to_archive, write_result
-    from fedfstq_hf.reporting.comparison.runs import SUFFIX
+    from fedfstq_hf.reporting.comparison.runs import SUFFIX, add_to_archive
+    from fedfstq_hf.reporting.run_report import write_result
     from fedfstq_hf.simulation.ledger import Entry, entries, estimate, run_missing
     from fedfstq_hf.simulation.precision import slow_bf16
 

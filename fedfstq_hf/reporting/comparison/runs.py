@@ -1,7 +1,7 @@
-"""Runs of `fedfstq simulate`, read for a comparison: recipe, rows, the command and version where known."""
+"""Runs of `fedfstq simulate`, read for a comparison: folders, and archives, each of which holds runs in one file."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -9,6 +9,7 @@ from typing import Any
 import zstandard
 
 from fedfstq_hf.errors import ConfigError, DataError
+from fedfstq_hf.federation import storage
 from fedfstq_hf.recipe.schema import Recipe
 from fedfstq_hf.reporting.comparison.summary import Row, curves, read_rows
 
@@ -147,10 +148,10 @@ def _nothing_there(folder: Path) -> str:
 def _read_recipe(path: Path) -> Recipe:
     try:
         return Recipe.from_dict(json.loads(path.read_text(encoding="utf-8")), str(path))
-    except ValueError as error:
-        raise DataError(f"{path} cannot be read ({error}); {_EXPECTED}.") from None
     except ConfigError as error:
         raise ConfigError(f"{error} (a run of another version of this package?). Leave {path.parent} out.") from None
+    except ValueError as error:
+        raise DataError(f"{path} cannot be read ({error}); {_EXPECTED}.") from None
 
 
 def _check_row(row: Any, recipe: Recipe, where: str) -> None:
@@ -172,7 +173,7 @@ def _find_command(folder: Path) -> str | None:
         blocks = (folder / _REPORT).read_text(encoding="utf-8").split("```")
         command = blocks[1].strip() if len(blocks) > 2 else ""
     except (OSError, UnicodeDecodeError):
-        command = _ledger_command(folder / _LEDGER)
+        command = _field(folder / _LEDGER, "command")
     return _typed(command)
 
 
@@ -181,21 +182,17 @@ def _typed(command: str) -> str | None:
     return command if command.startswith(("fedfstq simulate ", "python recipes/")) and "#" not in command else None
 
 
-def _ledger_command(path: Path) -> str:
+def _find_version(folder: Path) -> str | None:
+    specs = folder.glob("runs/*/seed-*/mailbox/rounds/000000/spec.json")
+    return " and ".join(sorted({_field(path, "package_version") for path in specs} - {""})) or None
+
+
+def _field(path: Path, key: str) -> str:
+    """A field of a JSON file, empty where it cannot be read."""
     try:
-        return str(json.loads(path.read_text(encoding="utf-8"))["command"])
+        return str(json.loads(path.read_text(encoding="utf-8"))[key])
     except (OSError, ValueError, KeyError, TypeError):
         return ""
-
-
-def _find_version(folder: Path) -> str | None:
-    versions = set()
-    for path in folder.glob("runs/*/seed-*/mailbox/rounds/000000/spec.json"):
-        try:
-            versions.add(str(json.loads(path.read_text(encoding="utf-8"))["package_version"]))
-        except (OSError, ValueError, KeyError, TypeError):
-            continue
-    return " and ".join(sorted(versions)) or None
 
 
 def read_archive(path: Path) -> list[dict[str, Any]]:
@@ -215,3 +212,23 @@ def read_archive(path: Path) -> list[dict[str, Any]]:
         if not isinstance(run, dict) or any(not isinstance(run.get(key), kind) for key, kind in _FIELDS.items()):
             raise DataError(f"{path}, line {number} is no run; expected an object with {', '.join(_FIELDS)}.")
     return runs
+
+
+def add_to_archive(path: Path, folders: Mapping[str, Path]) -> Path:
+    """Put finished runs into an archive, beside those that are in it or in the place of an earlier one of their name.
+
+    The same runs give the same bytes.
+
+    Args:
+        path: the archive; made where there is none.
+        folders: name of the run -> its folder, as the ledger of the evaluation left it.
+    """
+    runs = {run["run"]: run for run in read_archive(path)} if path.exists() else {}
+    for name, folder in folders.items():
+        recipe, ledger = (json.loads((folder / file).read_text(encoding="utf-8")) for file in (_RECIPE, _LEDGER))
+        runs[name] = {"run": name, "recipe": recipe, "ledger": ledger, "rows": read_rows(folder / _ROWS)}
+    lines = [json.dumps(run, sort_keys=True, separators=(",", ":")) + "\n" for _, run in sorted(runs.items())]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    data = zstandard.ZstdCompressor(level=19).compress("".join(lines).encode())
+    storage.replace_file(path, data, durable=False)
+    return path
