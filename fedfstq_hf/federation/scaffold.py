@@ -24,7 +24,7 @@ from fedfstq_hf.codec import SparseUpdate
 from fedfstq_hf.errors import MailboxError
 from fedfstq_hf.federation.mailbox.protocol import VARIATE_FILE, Mailbox
 from fedfstq_hf.federation.record import RoundRecord
-from fedfstq_hf.federation.server import clipping
+from fedfstq_hf.federation.server.aggregation import clip_scale, longest_norm
 from fedfstq_hf.federation.spec import FederationSpec
 
 CARRIED = "scaffold.variate"
@@ -95,8 +95,8 @@ class VariateChanges:
 
     def __init__(self, num_params: int, norms: Sequence[float], clip: float | None) -> None:
         self.sum = torch.zeros(num_params, dtype=torch.float64)
-        self._longest = clipping.longest(norms, clip)
+        self._longest = longest_norm(norms, clip)
 
     def add(self, change: SparseUpdate) -> None:
         """Add one client's change."""
-        change.add_to(self.sum, clipping.scale(change.norm(), self._longest))
+        change.add_to(self.sum, clip_scale(change.norm(), self._longest))

@@ -1,4 +1,9 @@
-"""The federation's spec: what all its clients share. Published once, with round 0; it wins over a client's settings."""
+"""The federation's spec: what all its clients share. Published once, with round 0; it wins over a client's settings.
+
+A spec comes from a mailbox, and a mailbox from anybody. So types and largest values are checked before anything is made
+of them: nothing of what passes here names a token, a module, a plugin or a place to write to, and it costs no memory to
+hold. Ranges of the method's switches stand in `fedfstq_hf.methods`.
+"""
 
 from __future__ import annotations
 
@@ -15,15 +20,106 @@ from typing import Any
 from fedfstq_hf import __version__
 from fedfstq_hf.codec import Schema, get_codec
 from fedfstq_hf.errors import ConfigError, MailboxError
-from fedfstq_hf.federation import limits
+from fedfstq_hf.federation.adapter_file import TrainedPart
 from fedfstq_hf.federation.keys import parse_public_key
 from fedfstq_hf.federation.record import other_version
-from fedfstq_hf.federation.trained_part import TrainedPart
 from fedfstq_hf.federation.untrusted import parse_object
-from fedfstq_hf.methods import MethodSettings, feedback_decay
+from fedfstq_hf.methods import OPTIMIZER_STATES, MethodSettings, feedback_decay
+from fedfstq_hf.ranges import LARGEST, Flag, Number, OneOf, Options, OrNone, Range, Text, Whole, is_number, shown
 from fedfstq_hf.text import printable
 
 FORMAT = 4
+MAX_SPEC_BYTES = 1 << 16
+MAX_STEPS = 10**6
+MAX_CLIENTS = 10**6
+MAX_MESSAGE_BYTES = 2**32
+MAX_BATCH = 4096
+MAX_TOKENS = 1 << 20
+
+_FIELDS: dict[str, Range] = {
+    "name": Text(200),
+    "model": Text(300),
+    "base_fingerprint": Options(),
+    "schema": Text(64),
+    "rounds": Whole(1, MAX_STEPS),
+    "local_steps": Whole(1, MAX_STEPS),
+    "max_message_bytes": Whole(1, MAX_MESSAGE_BYTES),
+    "min_clients": Whole(1, MAX_CLIENTS),
+    "clients_per_round": OrNone(Whole(1, MAX_CLIENTS)),
+    "round_seconds": OrNone(Number(above=True)),
+    "num_clients": OrNone(Whole(1, MAX_CLIENTS)),
+    "mean_examples": OrNone(Whole(1, 10**12)),
+    "training": Options(),
+    "client_defaults": Options(),
+    "data": Options(),
+    "seed": Whole(0, 2**63 - 1),
+    "signatures": Flag(),
+    "founder_key": OrNone(Text()),
+    "sealing_key": OrNone(Text()),
+    "share_saliency": Flag(),
+    "package_version": Text(64),
+    "salt": Text(64),
+}
+
+# TrainingArguments that every client must share; batch size, precision, logging and the like are a client's own.
+SHARED_TRAINING_ARGUMENTS = (
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
+    "learning_rate",
+    "lr_scheduler_type",
+    "max_grad_norm",
+    "optim",
+    "warmup_steps",
+    "weight_decay",
+)
+BITSANDBYTES_OPTIMIZERS = (
+    "adamw_8bit",
+    "adamw_bnb_8bit",
+    "lion_32bit",
+    "lion_8bit",
+    "paged_adamw_32bit",
+    "paged_adamw_8bit",
+)
+OPTIMIZERS = (
+    "adafactor",
+    "adagrad",
+    "adamw_torch",
+    "adamw_torch_fused",
+    "rmsprop",
+    "sgd",
+    *BITSANDBYTES_OPTIMIZERS,
+)
+"""Those of torch, transformers and bitsandbytes that work without further arguments."""
+SCHEDULES = (
+    "constant",
+    "constant_with_warmup",
+    "cosine",
+    "cosine_with_restarts",
+    "inverse_sqrt",
+    "linear",
+    "polynomial",
+)
+"""Functions of the step that need no further arguments."""
+_TRAINING: dict[str, Range] = {
+    "adam_beta1": Number(0, 1, below=True),
+    "adam_beta2": Number(0, 1, below=True),
+    "adam_epsilon": Number(0, 1, above=True),
+    "learning_rate": Number(0, 1000, above=True),
+    "lr_scheduler_type": OneOf(SCHEDULES),
+    "max_grad_norm": Number(),
+    "optim": OneOf(OPTIMIZERS),
+    "warmup_steps": Whole(0, MAX_STEPS),
+    "weight_decay": Number(0, 1000),
+    "optimizer_state": OneOf(OPTIMIZER_STATES),
+    "refresh_steps": Whole(1, MAX_STEPS),
+    "rho": Number(0, 1, below=True),
+}
+SHARED_TRAINING = tuple(_TRAINING)
+"""Those, and how Fisher information and the optimizer's moments are carried on."""
+CLIENT_DEFAULTS = ("gradient_accumulation_steps", "per_device_train_batch_size")
+SHARED_DATA = ("format", "max_length")
+"""What of the data section is shared. Path, columns and all else that chooses among a client's data is its own."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +140,7 @@ class FederationSpec:
         min_clients: updates that close a round.
         clients_per_round: how many of the enrolled clients are asked for an update in each round; None for all.
         round_seconds: a round closes after this time even with fewer updates (at least one); None waits for ever.
-        training: shared `TrainingArguments` (`limits.SHARED_TRAINING_ARGUMENTS`), and how Fisher information and
+        training: shared `TrainingArguments` (`SHARED_TRAINING_ARGUMENTS`), and how Fisher information and
             optimizer moments are carried on (`optimizer_state`, `refresh_steps`, `rho`).
         client_defaults: batch size and accumulation that `fedfstq train` starts from; each client may choose others.
         data: `{"format": ..., "max_length": ...}`: the format of the founder's examples, which clients are told and
@@ -85,11 +181,11 @@ class FederationSpec:
     def __post_init__(self) -> None:
         if type(self.method) is not MethodSettings:
             object.__setattr__(self, "method", MethodSettings.from_dict(self.method))
-        limits.check_types(self)
-        limits.check_base_fingerprint(self.base_fingerprint)
-        limits.check_training(self.training)
-        limits.check_client_defaults(self.client_defaults)
-        limits.check_shared_data(self.data)
+        _check_types(self)
+        _check_base_fingerprint(self.base_fingerprint)
+        _check_training(self.training)
+        _check_client_defaults(self.client_defaults)
+        _check_shared_data(self.data)
         if self.clients_per_round is not None and self.clients_per_round < self.min_clients:
             raise ConfigError(
                 f"clients_per_round is {self.clients_per_round}, but min_clients = {self.min_clients} updates close a "
@@ -123,7 +219,7 @@ class FederationSpec:
     @property
     def training_arguments(self) -> dict[str, Any]:
         """Of `training`, the values for `TrainingArguments`."""
-        return {name: self.training[name] for name in limits.SHARED_TRAINING_ARGUMENTS if name in self.training}
+        return {name: self.training[name] for name in SHARED_TRAINING_ARGUMENTS if name in self.training}
 
     @cached_property
     def feedback_decay(self) -> float:
@@ -177,13 +273,13 @@ class FederationSpec:
 
     @classmethod
     def from_json(cls, data: bytes) -> FederationSpec:
-        """Parse `spec.json`, of at most `limits.MAX_SPEC_BYTES`.
+        """Parse `spec.json`, of at most `MAX_SPEC_BYTES`.
 
         Raises:
             MailboxError: it is of another format, lacks fields, has unknown ones or values out of range, or its `id`
                 is not that of its content.
         """
-        fields = parse_object(data, "The mailbox's spec", max_bytes=limits.MAX_SPEC_BYTES)
+        fields = parse_object(data, "The mailbox's spec", max_bytes=MAX_SPEC_BYTES)
         if fields.get("format") != FORMAT:
             raise other_version("spec", fields, FORMAT)
         stored = fields.pop("id", None)
@@ -206,3 +302,71 @@ class FederationSpec:
                 "after the founding, or has the id of another federation. Ask who founded it."
             )
         return spec
+
+
+def _check_types(spec: object) -> None:
+    """Refuse fields of a spec that are of another type than theirs, not finite, too large or too long.
+
+    Raises:
+        ConfigError: naming the field, what it is and what it may be.
+    """
+    for name, range in _FIELDS.items():
+        range.check(name, getattr(spec, name))
+
+
+def _check_training(training: Mapping[str, Any]) -> None:
+    """Refuse shared settings of training that are not shared, of another type, or out of range.
+
+    Raises:
+        ConfigError: naming the argument.
+    """
+    for name, value in training.items():
+        if name not in _TRAINING:
+            raise ConfigError(
+                f"training.{printable(name, 80)} cannot be shared by a federation; it can share {', '.join(_TRAINING)}."
+            )
+        _TRAINING[name].check(f"training.{name}", value)
+
+
+def _check_client_defaults(defaults: Mapping[str, Any]) -> None:
+    """Refuse suggestions for a client's `TrainingArguments` that are no batch sizes.
+
+    Raises:
+        ConfigError: naming the argument.
+    """
+    for name, value in defaults.items():
+        if name not in CLIENT_DEFAULTS:
+            raise ConfigError(
+                f"client_defaults.{printable(name, 80)} is each client's own decision; a federation can suggest "
+                f"{' and '.join(CLIENT_DEFAULTS)}."
+            )
+        Whole(1, MAX_BATCH).check(f"client_defaults.{name}", value)
+
+
+def _check_shared_data(data: Mapping[str, Any]) -> None:
+    """Refuse fields of a data section that choose among a client's data.
+
+    Raises:
+        ConfigError: naming the field.
+    """
+    for name in data:
+        if name not in SHARED_DATA:
+            raise ConfigError(
+                f"data.{printable(name, 80)} is each client's own decision; a federation can share "
+                f"{' and '.join(SHARED_DATA)}."
+            )
+    if "format" in data:
+        Text(64).check("data.format", data["format"])
+    if "max_length" in data:
+        Whole(8, MAX_TOKENS).check("data.max_length", data["max_length"])
+
+
+def _check_base_fingerprint(fingerprint: Mapping[str, Any]) -> None:
+    """Refuse a fingerprint whose embedding probe is no list of numbers.
+
+    Raises:
+        ConfigError: naming the field.
+    """
+    probe = fingerprint.get("embedding_probe", [])
+    if not isinstance(probe, (list, tuple)) or not all(is_number(value, LARGEST) for value in probe):
+        raise ConfigError(f"base_fingerprint.embedding_probe must be a list of numbers, not {shown(probe)}.")

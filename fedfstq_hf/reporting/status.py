@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from fedfstq_hf.errors import no_federation
 from fedfstq_hf.federation.control import read_control
+from fedfstq_hf.federation.envelope import Records
 from fedfstq_hf.federation.mailbox.posted_metrics import read_metrics
 from fedfstq_hf.federation.mailbox.protocol import SPEC_FILE, Mailbox
 from fedfstq_hf.federation.record import RoundRecord
-from fedfstq_hf.federation.signed_records import Records
 from fedfstq_hf.federation.spec import FederationSpec
 from fedfstq_hf.reporting.units import format_bytes
 from fedfstq_hf.text import printable

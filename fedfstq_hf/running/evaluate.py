@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from fedfstq_hf.adapter import AdapterView, base_fingerprint, check_same_base
 from fedfstq_hf.errors import ConfigError, DataError
 from fedfstq_hf.federation import adapter_file
+from fedfstq_hf.federation.envelope import Records
 from fedfstq_hf.federation.mailbox.protocol import ADAPTER_CONFIG_FILE, ADAPTER_FILE, Mailbox
-from fedfstq_hf.federation.signed_records import Records
 from fedfstq_hf.federation.spec import FederationSpec
 from fedfstq_hf.running.client_file import own_data
 from fedfstq_hf.running.foundation import load_base, load_shared_base, wrap_base

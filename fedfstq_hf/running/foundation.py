@@ -20,9 +20,8 @@ from fedfstq_hf.adapters.allow_list import parse as parse_adapter_config
 from fedfstq_hf.adapters.size import make_config
 from fedfstq_hf.errors import ConfigError, MailboxError
 from fedfstq_hf.federation import adapter_file
-from fedfstq_hf.federation.limits import CLIENT_DEFAULTS, SHARED_DATA, SHARED_TRAINING
 from fedfstq_hf.federation.mailbox.protocol import ADAPTER_CONFIG_FILE
-from fedfstq_hf.federation.spec import FederationSpec
+from fedfstq_hf.federation.spec import CLIENT_DEFAULTS, SHARED_DATA, SHARED_TRAINING, FederationSpec
 from fedfstq_hf.recipe import Recipe
 from fedfstq_hf.text import printable
 

@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from fedfstq_hf.errors import ConfigError
-from fedfstq_hf.federation.limits import BITSANDBYTES_OPTIMIZERS
+from fedfstq_hf.federation.spec import BITSANDBYTES_OPTIMIZERS
 
 logger = logging.getLogger(__name__)
 

@@ -10,11 +10,7 @@ _TOKENS = ("tests/sensitivity/test_tokens.py",)
 _FISHER = ("tests/sensitivity/test_adapter.py",)
 _OBJECTIVE = ("tests/sensitivity/test_objective.py",)
 _LOSS = ("tests/sensitivity/test_cross_entropy.py",)
-_OPTIONS = (
-    "tests/recipe/test_config.py",
-    "tests/sensitivity/test_objective.py",
-    "tests/trainer/test_fisher_options.py",
-)
+_OPTIONS = ("tests/recipe/test_method_switches.py", "tests/recipe/test_refinement_settings.py")
 _SELECTION = ("tests/generation/test_selection.py",)
 _SERVER = ("tests/federation/server/test_server_optimizers.py", "tests/federation/server/test_aggregation.py")
 _UPDATE = ("tests/codec/test_update.py",)
@@ -116,13 +112,24 @@ MUTANTS: list[tuple[str, tuple[str, ...], Changes]] = [
         ],
     ),
     (
-        "sensitivity/options.py",
+        "methods.py",
         _OPTIONS,
         [
-            ("not 0 < ratio <= 1 or", "not 0 <= ratio <= 1 or"),
-            ("if objective not in OBJECTIVES:", "if False:"),
-            ('if fisher == "adam" and mu:', "if False:"),
-            ('if fisher_objective == "filtered-only" and objective == "full":', "if False:"),
+            ("row.range.check(name, getattr(self, name))", "pass"),
+            ("if needed and needed not in on:", "if False:"),
+            ("if other in on:", "if False:"),
+            ("row.only is not None and value != row.only", "False"),
+            ("return 0.0 if unbiased else 1.0", "return 1.0"),
+            ("if unbiased and asked:", "if False:"),
+        ],
+    ),
+    (
+        "ranges.py",
+        _OPTIONS,
+        [
+            ("(self.above and value == self.low)", "False"),
+            ("(self.below and value == self.high)", "False"),
+            ("if value not in self.names:", "if False:"),
         ],
     ),
     (
@@ -168,7 +175,7 @@ MUTANTS: list[tuple[str, tuple[str, ...], Changes]] = [
         ],
     ),
     (
-        "federation/server/server_optimizers.py",
+        "federation/server/aggregation.py",
         _SERVER,
         [
             ("gradient = -parameter.grad if group", "gradient = parameter.grad if group"),
@@ -258,10 +265,7 @@ MUTANTS: list[tuple[str, tuple[str, ...], Changes]] = [
             ("if schema.fingerprint != spec.schema:", "if False:"),
             ("float(torch.linalg.vector_norm(self.residual))", "float(self.residual.sum())"),
             ("room = (max_bytes - overhead) // (2 if self._has_variate else 1)", "room = max_bytes - overhead"),
-            (
-                "corrected(turn.put(turn.take(self.trained.take(delta))))",
-                "corrected(self.trained.take(delta))",
-            ),
+            ("self.outbox.corrected(self.trained.take(delta))", "self.trained.take(delta)"),
             (
                 "self.spec.method.refinement_budget is not None and not self.spec.refines(round)",
                 "self.spec.method.refinement_budget is not None",
@@ -317,7 +321,7 @@ MUTANTS: list[tuple[str, tuple[str, ...], Changes]] = [
         ],
     ),
     (
-        "federation/server/clipping.py",
+        "federation/server/aggregation.py",
         _CLIPPING,
         [
             ("norm <= longest else longest / norm", "norm <= longest else norm / longest"),
@@ -354,22 +358,21 @@ MUTANTS: list[tuple[str, tuple[str, ...], Changes]] = [
         [
             ("if hashlib.sha256(data).hexdigest() != sha256:", "if False:"),
             ("weight=entry.weight / total)", "weight=entry.weight)"),
-            ("spec.method.weight_cap * statistics.median_low(raw)", "spec.method.weight_cap * max(raw)"),
-            ("scale=clipping.scale(entry.norm, longest)", "scale=1.0"),
-            ("[entry.norm for entry in entries], spec.method.clip", "[0.0 for entry in entries], spec.method.clip"),
+            ("method.weight_cap * statistics.median_low(raw)", "method.weight_cap * max(raw)"),
+            ("scale=clip_scale(entry.norm, longest)", "scale=1.0"),
+            ("[entry.norm for entry in entries], method.clip", "[0.0 for entry in entries], method.clip"),
             ("known.tries >= _MOST_TRIES or known.stamp == _stamp(ref)", "known.tries >= _MOST_TRIES"),
             ("known.tries >= _MOST_TRIES or known.stamp == _stamp(ref)", "known.stamp == _stamp(ref)"),
             ("tries += 0 if known is None else known.tries", "pass"),
             ("> _MAX_NORM:", "< 0:"),
             ("num_bytes=len(data),", "num_bytes=ref.num_bytes + 1,"),
-            ("weight *= spec.method.staleness_discount**entry.staleness", "pass"),
+            ("weight *= method.staleness_discount**entry.staleness", "pass"),
             ("min(1.0, own / max(1, entry.num_examples))", "1.0"),
             ("weights.append(min(value * trusted, most))", "weights.append(value * trusted)"),
             ("staleness=self.round - ref.round", "staleness=0"),
             ("            self._refused.clear()\n", "            pass\n"),
-            ('{"bytes": entry.num_bytes, "uniform": 1}', '{"uniform": 1}'),
-            ('{"bytes": entry.num_bytes, "uniform": 1}', '{"bytes": entry.num_bytes}'),
-            ("mean.add(opened.update, entry.weight, entry.scale,", "mean.add(opened.update, entry.weight, 1.0,"),
+            ('1 if basis == "uniform" else entry.num_examples', "entry.num_examples"),
+            ("mean.add(opened.update, entry.weight, entry.scale)", "mean.add(opened.update, entry.weight, 1.0)"),
             ("None if self._is_refused(ref) else self._screen(", "self._screen("),
             ("        if control.clients != self._refused_by.clients:\n            return list(refs)\n", ""),
             ("precision_weights(weights, [entry.norm for entry in entries])", "weights"),

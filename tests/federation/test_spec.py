@@ -9,9 +9,8 @@ from light import make_spec
 
 from fedfstq_hf import __version__
 from fedfstq_hf.errors import ConfigError, MailboxError
-from fedfstq_hf.federation.limits import OPTIMIZERS, SCHEDULES, SHARED_TRAINING_ARGUMENTS
 from fedfstq_hf.federation.record import AcceptedUpdate, RefusedUpdate, RoundRecord
-from fedfstq_hf.federation.spec import FederationSpec
+from fedfstq_hf.federation.spec import OPTIMIZERS, SCHEDULES, SHARED_TRAINING_ARGUMENTS, FederationSpec
 
 
 def test_json_round_trip():

@@ -5,7 +5,7 @@ import torch
 
 from fedfstq_hf.codec import Schema
 from fedfstq_hf.errors import ConfigError
-from fedfstq_hf.federation.trained_part import TrainedPart
+from fedfstq_hf.federation.adapter_file import TrainedPart
 from fedfstq_hf.recipe import MethodSettings
 
 WHOLE = Schema.from_state_dict(

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from fedfstq_hf.federation.weights import precision_weights
+from fedfstq_hf.federation.server.collecting import precision_weights
 
 
 def cost(weights, shares, norms):

@@ -20,11 +20,11 @@ from fedfstq_hf.federation.client.outbox import Pending
 from fedfstq_hf.federation.client.session import ClientSession, Settlement, says_nothing_yet
 from fedfstq_hf.federation.client.uplink import PackSaliency, Uplink
 from fedfstq_hf.federation.control import read_control
+from fedfstq_hf.federation.envelope import Records
 from fedfstq_hf.federation.mailbox.posted_metrics import posted_losses, read_metrics
 from fedfstq_hf.federation.mailbox.protocol import Mailbox
 from fedfstq_hf.federation.polling import Polling
 from fedfstq_hf.federation.record import RoundRecord, expected_messages
-from fedfstq_hf.federation.signed_records import Records
 from fedfstq_hf.text import printable
 
 logger = logging.getLogger(__name__)

@@ -2,6 +2,8 @@
 
 Messages are read twice, because caps and clipping refer to the round's medians: once to screen and measure them, once
 to add them up. So one update is in memory at a time, however many clients there are.
+
+What messages of unequal noise weigh in a round's mean.
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import logging
+import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
@@ -20,10 +23,8 @@ from fedfstq_hf.federation.control import Control
 from fedfstq_hf.federation.mailbox.protocol import Mailbox, UpdateRef
 from fedfstq_hf.federation.record import MAX_REASON, AcceptedUpdate, RefusedUpdate
 from fedfstq_hf.federation.scaffold import VariateChanges
-from fedfstq_hf.federation.server import clipping
-from fedfstq_hf.federation.server.aggregation import WeightedMean
+from fedfstq_hf.federation.server.aggregation import UsualNorm, WeightedMean, clip_scale, longest_norm
 from fedfstq_hf.federation.server.screening import OpenedUpdate, Screening
-from fedfstq_hf.federation.weights import precision_weights
 from fedfstq_hf.text import printable, printable_traceback
 
 logger = logging.getLogger(__name__)
@@ -91,7 +92,7 @@ class Collector:
         num_params: int,
         base: Callable[[int], str],
         selected: Callable[[int], tuple[str, ...] | None],
-        usual: Callable[[], clipping.Usual] = clipping.Usual,
+        usual: Callable[[], UsualNorm] = UsualNorm,
     ) -> None:
         self.round = round
         self._mailbox = mailbox
@@ -240,7 +241,7 @@ class Collector:
         basis = "uniform" if method.scaffold else method.weights
         raw = [1 if basis == "uniform" else entry.num_examples for entry in entries]
         most = method.weight_cap * statistics.median_low(raw) if method.weight_cap is not None else max(raw)
-        longest = clipping.longest([entry.norm for entry in entries], method.clip, self._usual)
+        longest = longest_norm([entry.norm for entry in entries], method.clip, self._usual)
         weights = []
         for entry, value in zip(entries, raw, strict=True):
             own = screening.control.enrolment(entry.client_id).max_examples
@@ -251,7 +252,7 @@ class Collector:
         weighed = []
         for entry, weight in zip(entries, weights, strict=True):
             weight *= method.staleness_discount**entry.staleness
-            weighed.append(dataclasses.replace(entry, weight=weight, scale=clipping.scale(entry.norm, longest)))
+            weighed.append(dataclasses.replace(entry, weight=weight, scale=clip_scale(entry.norm, longest)))
         return weighed
 
 
@@ -266,3 +267,31 @@ def _stamp(ref: UpdateRef) -> str:
 
 def _as_set(clients: Sequence[str] | None) -> Set[str] | None:
     return None if clients is None else frozenset(clients)
+
+
+def precision_weights(shares: Sequence[float], norms: Sequence[float]) -> list[float]:
+    """Weights near `shares` that give a noisy message less; they sum to 1.
+
+    An unbiased codec (`sampled`, `trellis`) sends a client's update right on average, and a short message of it is
+    mostly noise, so its squared norm says how much noise there is. With q_k that square as a multiple of the
+    round's median, the weights are those that minimise
+
+        sum_k w_k^2 q_k + sum_k (w_k - p_k)^2    with    sum_k w_k = 1:    w_k = (p_k + c) / (1 + q_k).
+
+    The first sum is the noise of the mean. The second is what the mean of nearly orthogonal updates is off by when
+    they do not have FedAvg's weights p_k. That they count alike at the median is a choice
+    (docs/experiments.md). A message of norm 0 says nothing and weighs nothing.
+
+    Args:
+        shares: what each update would weigh by its number of examples; any scale.
+        norms: of the decoded updates, at least 0.
+    """
+    said = [norm for norm in norms if norm > 0]
+    if not said:
+        return [share / math.fsum(shares) for share in shares]
+    total = math.fsum(share for share, norm in zip(shares, norms, strict=True) if norm > 0)
+    typical = statistics.median_low(said)
+    trust = [1 / (1 + (norm / typical) ** 2) if norm > 0 else 0.0 for norm in norms]
+    left = 1 - math.fsum(share / total * factor for share, factor in zip(shares, trust, strict=True))
+    common = left / math.fsum(trust)
+    return [(share / total + common) * factor for share, factor in zip(shares, trust, strict=True)]

@@ -25,7 +25,9 @@ from fedfstq_hf.errors import (
     no_federation,
 )
 from fedfstq_hf.federation import adapter_file, history, scaffold
+from fedfstq_hf.federation.adapter_file import TrainedPart
 from fedfstq_hf.federation.control import read_control
+from fedfstq_hf.federation.envelope import Records
 from fedfstq_hf.federation.keys import Sign, Unseal
 from fedfstq_hf.federation.mailbox.posted_metrics import read_metrics
 from fedfstq_hf.federation.mailbox.protocol import (
@@ -46,9 +48,7 @@ from fedfstq_hf.federation.server.collecting import Collected
 from fedfstq_hf.federation.server.open_round import OpenRound
 from fedfstq_hf.federation.server.publication import CardMaker, make_record, pack_change, root_files
 from fedfstq_hf.federation.server.refining import Refined
-from fedfstq_hf.federation.signed_records import Records
 from fedfstq_hf.federation.spec import FederationSpec
-from fedfstq_hf.federation.trained_part import TrainedPart
 from fedfstq_hf.text import printable, printable_traceback
 
 logger = logging.getLogger(__name__)

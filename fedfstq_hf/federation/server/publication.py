@@ -14,10 +14,10 @@ from torch import Tensor
 from fedfstq_hf.codec import Schema, get_codec, message
 from fedfstq_hf.errors import MailboxError, MailboxUnavailableError
 from fedfstq_hf.federation import adapter_file, history
+from fedfstq_hf.federation.envelope import seal_figures, sign_record
 from fedfstq_hf.federation.keys import Sign
 from fedfstq_hf.federation.mailbox.protocol import CARD_FILE, HISTORY_FILE, RootFiles, RootReader
 from fedfstq_hf.federation.record import RoundRecord
-from fedfstq_hf.federation.signed_records import seal_figures, sign_record
 from fedfstq_hf.federation.spec import FederationSpec
 from fedfstq_hf.text import printable, printable_traceback
 

@@ -13,7 +13,7 @@ from fedfstq_hf.federation.client.participation import LocalResult
 from fedfstq_hf.federation.control import Control
 from fedfstq_hf.federation.founding import found_federation
 from fedfstq_hf.federation.scaffold import VariateChanges
-from fedfstq_hf.federation.server.clipping import Usual, longest, scale
+from fedfstq_hf.federation.server.aggregation import UsualNorm, clip_scale, longest_norm
 from fedfstq_hf.federation.server.coordinator import Coordinator
 
 ADAPTER = math.sqrt(sum(float(tensor.square().sum()) for tensor in initial_state().values()))  # about 13
@@ -106,37 +106,37 @@ def test_the_round_before_is_asked_only_where_most_say_nothing():
     def asked():
         raise AssertionError
 
-    assert longest([1, 2, 3], 10.0, asked) == 20
-    assert longest([0, 2, 3], 10.0, asked) == 20
-    assert longest([0, 0], 10.0, asked) == longest([], 10.0, asked) == longest([0, 0, 9], None, asked) == math.inf
+    assert longest_norm([1, 2, 3], 10.0, asked) == 20
+    assert longest_norm([0, 2, 3], 10.0, asked) == 20
+    assert longest_norm([0, 0], 10.0, asked) == longest_norm([], 10.0, asked) == longest_norm([0, 0, 9], None, asked) == math.inf
 
 
 @pytest.mark.parametrize(
     ("norms", "usual", "expected"),
     [
-        ([0, 0, 5], Usual((1.0, 1.0, 0.0), 100.0), 10),
-        ([0, 0, 5], Usual((1.0, 1.0), 3.0), 3),
-        ([0, 5], Usual((), 100.0), 50),
-        ([0, 5], Usual((7.0,), 0.0), 50),
-        ([0, 5], Usual(), 0),
-        ([0, 0, 5, 6], Usual(), 50),
+        ([0, 0, 5], UsualNorm((1.0, 1.0, 0.0), 100.0), 10),
+        ([0, 0, 5], UsualNorm((1.0, 1.0), 3.0), 3),
+        ([0, 5], UsualNorm((), 100.0), 50),
+        ([0, 5], UsualNorm((7.0,), 0.0), 50),
+        ([0, 5], UsualNorm(), 0),
+        ([0, 0, 5, 6], UsualNorm(), 50),
     ],
 )
 def test_the_longest_where_most_say_nothing(norms, usual, expected):
-    assert longest(norms, 10.0, lambda: usual) == expected
+    assert longest_norm(norms, 10.0, lambda: usual) == expected
 
 
 def test_the_usual_lengths_are_those_that_were_used(tmp_path):
     mailbox = found_enrolled(tmp_path, NAMES, rounds=9, min_clients=3)
     coordinator = Coordinator(mailbox)
     close(mailbox, 0, 1, 1, 1000, coordinator=coordinator)
-    usual = Usual.of(coordinator.record, coordinator.adapter)
+    usual = UsualNorm.of(coordinator.record, coordinator.adapter)
     assert usual.lengths == pytest.approx((1, 1, 10), rel=1e-4)
     assert usual.adapter == pytest.approx(float(coordinator.adapter.norm()), rel=1e-6)
 
 
 def test_how_much_of_an_update_is_left():
-    assert (scale(2.0, 4.0), scale(4.0, 4.0), scale(8.0, 4.0), scale(0.0, 0.0), scale(8.0, 0.0)) == (1, 1, 0.5, 1, 0)
+    assert (clip_scale(2.0, 4.0), clip_scale(4.0, 4.0), clip_scale(8.0, 4.0), clip_scale(0.0, 0.0), clip_scale(8.0, 0.0)) == (1, 1, 0.5, 1, 0)
 
 
 # Control variates

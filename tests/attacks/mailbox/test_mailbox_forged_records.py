@@ -11,12 +11,12 @@ from light import LightClient, initial_state, make_spec
 
 from fedfstq_hf.errors import ConfigError, MailboxError
 from fedfstq_hf.federation import adapter_file, key_files, keys
+from fedfstq_hf.federation.envelope import sign_record
 from fedfstq_hf.federation.founding import found_federation
 from fedfstq_hf.federation.key_files import coordinator_signer
 from fedfstq_hf.federation.mailbox.folder import FolderMailbox
 from fedfstq_hf.federation.record import RoundRecord
 from fedfstq_hf.federation.server.coordinator import Coordinator
-from fedfstq_hf.federation.signed_records import sign_record
 from fedfstq_hf.federation.spec import FederationSpec
 from fedfstq_hf.reporting.status import render_status
 

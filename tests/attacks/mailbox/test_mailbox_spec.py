@@ -10,8 +10,7 @@ from light import SCHEMA, make_spec
 from fedfstq_hf.codec import codec_names
 from fedfstq_hf.errors import ConfigError, FedFSTQError, MailboxError
 from fedfstq_hf.federation.client.session import ClientSession
-from fedfstq_hf.federation.limits import MAX_SPEC_BYTES
-from fedfstq_hf.federation.spec import FederationSpec
+from fedfstq_hf.federation.spec import MAX_SPEC_BYTES, FederationSpec
 
 HUGE = 10**9
 NAN, INFINITE = float("nan"), float("inf")

@@ -13,11 +13,11 @@ from light_updates import SIZE, make_message
 from fedfstq_hf.codec import message
 from fedfstq_hf.errors import MailboxError
 from fedfstq_hf.federation import adapter_file, history, keys
+from fedfstq_hf.federation.envelope import open_figures, seal_figures
 from fedfstq_hf.federation.founding import found_federation
 from fedfstq_hf.federation.mailbox.folder import FolderMailbox
 from fedfstq_hf.federation.record import FIGURES, RoundRecord
 from fedfstq_hf.federation.server.coordinator import Coordinator
-from fedfstq_hf.federation.signed_records import open_figures, seal_figures
 from fedfstq_hf.reporting.card.facts import fate
 from fedfstq_hf.reporting.status import render_status
 

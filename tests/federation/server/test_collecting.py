@@ -11,11 +11,10 @@ from light_updates import SIZE, delta, found_enrolled, make_message, ones, post
 from fedfstq_hf.codec import SparseUpdate, get_codec
 from fedfstq_hf.federation.control import Control, Enrolment
 from fedfstq_hf.federation.record import RoundRecord
-from fedfstq_hf.federation.server.collecting import Collector
+from fedfstq_hf.federation.server.collecting import Collector, precision_weights
 from fedfstq_hf.federation.server.coordinator import Coordinator
 from fedfstq_hf.federation.server.screening import Screening
 from fedfstq_hf.federation.spec import FederationSpec
-from fedfstq_hf.federation.weights import precision_weights
 
 
 def close(mailbox):

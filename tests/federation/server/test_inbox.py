@@ -24,7 +24,7 @@ from fedfstq_hf.federation import keys
 from fedfstq_hf.federation.control import Enrolment
 from fedfstq_hf.federation.record import RoundRecord
 from fedfstq_hf.federation.server.coordinator import Coordinator
-from fedfstq_hf.federation.server.inbox import Inbox
+from fedfstq_hf.federation.server.open_round import Inbox
 from fedfstq_hf.federation.spec import FederationSpec
 
 ALICE, BOSS = keys.KeyPair(b"\1" * 32), keys.KeyPair(b"\2" * 32)

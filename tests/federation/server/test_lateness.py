@@ -12,7 +12,7 @@ from fedfstq_hf.federation.control import read_control
 from fedfstq_hf.federation.mailbox.folder import FolderMailbox
 from fedfstq_hf.federation.record import RoundRecord
 from fedfstq_hf.federation.server.coordinator import Coordinator
-from fedfstq_hf.federation.server.inbox import unnamed
+from fedfstq_hf.federation.server.open_round import unnamed
 
 BUDGET = 400
 

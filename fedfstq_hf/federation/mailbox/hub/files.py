@@ -11,7 +11,6 @@ from typing import Any
 
 from fedfstq_hf.errors import ConfigError, MailboxError
 from fedfstq_hf.federation import control, record
-from fedfstq_hf.federation.limits import MAX_SPEC_BYTES
 from fedfstq_hf.federation.mailbox.protocol import (
     ADAPTER_CONFIG_FILE,
     ADAPTER_FILE,
@@ -20,6 +19,7 @@ from fedfstq_hf.federation.mailbox.protocol import (
     checked_repo,
     is_name,
 )
+from fedfstq_hf.federation.spec import MAX_SPEC_BYTES
 from fedfstq_hf.federation.untrusted import parse_object
 from fedfstq_hf.text import printable
 
