@@ -32,7 +32,7 @@ from fedfstq_hf.federation.mailbox.protocol import ADAPTER_CONFIG_FILE, ADAPTER_
 from fedfstq_hf.recipe import Recipe, validate
 from fedfstq_hf.recipe.sections import RecipeMethod, TimeCap
 from fedfstq_hf.reporting.comparison.summary import COMPARED, TargetRule, read_rows, summarize, write_summary
-from fedfstq_hf.reporting.writing import write_run_report
+from fedfstq_hf.reporting.run_report import write_run_report
 from fedfstq_hf.running.evaluate import Evaluator
 from fedfstq_hf.running.foundation import Founding, found, make_spec, training_arguments
 from fedfstq_hf.simulation.network import LinkProfile, LinkRates, draw_rates
