@@ -92,7 +92,7 @@ def init(
     from fedfstq_hf.federation.control import Control, Enrolment
     from fedfstq_hf.federation.founding import found_federation
     from fedfstq_hf.federation.keys import signer
-    from fedfstq_hf.reporting.card.federated import card_maker
+    from fedfstq_hf.reporting.card.federation_card import card_maker
     from fedfstq_hf.running.foundation import found, make_spec
 
     loaded = loaded.for_method(method)

@@ -28,7 +28,7 @@ def report(
 
     Runs of the same workload are merged, whatever their methods and seeds; others get sections of their own.
     """
-    from fedfstq_hf.reporting.writing import write_report
+    from fedfstq_hf.reporting.run_report import write_report
 
     more = [] if plots is None else ["--plots", str(plots)]
     more += [] if methods is None else ["--methods", methods]

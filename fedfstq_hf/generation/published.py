@@ -14,11 +14,10 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 from fedfstq_hf.adapters.allow_list import MAX_BYTES
 from fedfstq_hf.errors import AdapterMismatchError, ConfigError
 from fedfstq_hf.federation.mailbox.protocol import ADAPTER_CONFIG_FILE
-from fedfstq_hf.federation.untrusted import file_in, parse_object
 from fedfstq_hf.generation.saliency import FILE_NAME, Saliency, tokenizer_fingerprint, unpack
 from fedfstq_hf.generation.saliency import MAX_BYTES as MAX_SALIENCY_BYTES
 from fedfstq_hf.generation.scorers import Combined, QueryAttention, Scorer, TokenTable
-from fedfstq_hf.text import printable
+from fedfstq_hf.text import file_in, parse_object, printable
 
 logger = logging.getLogger(__name__)
 _told: set[str] = set()

@@ -14,10 +14,9 @@ from torch import Tensor
 
 from fedfstq_hf.errors import AdapterMismatchError, ConfigError, DataError, MessageError
 from fedfstq_hf.federation.adapter_file import load_tensors
-from fedfstq_hf.federation.untrusted import parse_object
 from fedfstq_hf.generation.probe import Probe
 from fedfstq_hf.sensitivity import TokenSensitivity
-from fedfstq_hf.text import printable
+from fedfstq_hf.text import parse_object, printable
 
 EDGES = (1, 4, 32)
 """Counts from which an id is level 1, 2 or 3; nothing finer than the level is ever written."""

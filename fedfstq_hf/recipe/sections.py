@@ -12,8 +12,8 @@ from typing import Any, Literal
 from fedfstq_hf.errors import ConfigError
 from fedfstq_hf.methods import MethodSettings
 from fedfstq_hf.ranges import at_least_zero, positive, within
+from fedfstq_hf.recipe.network import LinkProfile, get_link
 from fedfstq_hf.recipe.strict import build, join, plain
-from fedfstq_hf.simulation.network import LinkProfile, get_link
 from fedfstq_hf.workloads.data_config import DataConfig
 
 

@@ -11,7 +11,7 @@ from fedfstq_hf.federation.mailbox.open import open_mailbox
 from fedfstq_hf.federation.mailbox.protocol import SPEC_FILE, Mailbox
 from fedfstq_hf.federation.server.coordinator import Coordinator
 from fedfstq_hf.federation.spec import FederationSpec
-from fedfstq_hf.reporting.card.federated import card_maker
+from fedfstq_hf.reporting.card.federation_card import card_maker
 
 
 def open_federation(address: str) -> tuple[Mailbox, FederationSpec]:

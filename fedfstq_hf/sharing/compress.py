@@ -17,8 +17,8 @@ from fedfstq_hf.adapter import base_fingerprint
 from fedfstq_hf.codec import parse_budget
 from fedfstq_hf.errors import BudgetError, ConfigError
 from fedfstq_hf.federation import adapter_file
-from fedfstq_hf.reporting.card.compressed import render_card
 from fedfstq_hf.running.evaluate import Evaluator
+from fedfstq_hf.sharing.adapter_card import render_card
 from fedfstq_hf.sharing.calibration import Imitation, adapter_fisher, pair_weights, predicts_tokens
 from fedfstq_hf.sharing.coding import DEFAULT_CODEC, Coded, Coder, initial_state, refine
 from fedfstq_hf.sharing.packed import EXACT_FILE, FACTS_FILE, MESSAGE_FILE, CompressedAdapter, Facts

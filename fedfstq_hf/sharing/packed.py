@@ -23,8 +23,8 @@ from typing import Any
 
 from fedfstq_hf.errors import ConfigError, MessageError
 from fedfstq_hf.federation import storage
-from fedfstq_hf.federation.untrusted import parse_object, read_in
 from fedfstq_hf.sharing.trained import CONFIG_FILE, WEIGHTS_FILE
+from fedfstq_hf.text import parse_object, read_in
 
 MESSAGE_FILE = "adapter_packed.safetensors"
 FACTS_FILE = "adapter_packed.json"

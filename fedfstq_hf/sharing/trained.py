@@ -23,7 +23,7 @@ from fedfstq_hf.adapters.allow_list import MAX_BYTES, check_own, parse
 from fedfstq_hf.adapters.size import make_config
 from fedfstq_hf.errors import AdapterMismatchError, NonFiniteError
 from fedfstq_hf.federation.adapter_file import MAX_HEADER, check_header
-from fedfstq_hf.federation.untrusted import file_in, read_in
+from fedfstq_hf.text import file_in, read_in
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"

@@ -30,12 +30,12 @@ from fedfstq_hf.federation.founding import found_federation
 from fedfstq_hf.federation.mailbox.folder import FolderMailbox
 from fedfstq_hf.federation.mailbox.protocol import ADAPTER_CONFIG_FILE, ADAPTER_FILE, SPEC_FILE
 from fedfstq_hf.recipe import Recipe, validate
+from fedfstq_hf.recipe.network import LinkProfile, LinkRates, draw_rates
 from fedfstq_hf.recipe.sections import RecipeMethod, TimeCap
 from fedfstq_hf.reporting.comparison.summary import COMPARED, TargetRule, read_rows, summarize, write_summary
-from fedfstq_hf.reporting.writing import write_run_report
+from fedfstq_hf.reporting.run_report import write_run_report
 from fedfstq_hf.running.evaluate import Evaluator
 from fedfstq_hf.running.foundation import Founding, found, make_spec, training_arguments
-from fedfstq_hf.simulation.network import LinkProfile, LinkRates, draw_rates
 from fedfstq_hf.simulation.population import make_plan, make_shards
 from fedfstq_hf.simulation.simulated_participation import Row, SimulatedParticipation, TrainElsewhere
 from fedfstq_hf.simulation.workers import Job, WorkerPool

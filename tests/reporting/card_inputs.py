@@ -16,7 +16,7 @@ from fedfstq_hf.federation.history import HistoryRow
 from fedfstq_hf.federation.record import RoundRecord
 from fedfstq_hf.federation.server.publication import RoundFacts
 from fedfstq_hf.federation.spec import FederationSpec
-from fedfstq_hf.reporting.card.federated import render_card
+from fedfstq_hf.reporting.card.federation_card import render_card
 
 _UNFILLED = re.compile(r"\b(?:none|null|nan|undefined)\b|\[\]|\{\}|\{\{|\{%|[\s\]]\(\)|(?<!`)``(?!`)", re.IGNORECASE)
 

@@ -2,7 +2,7 @@ import pytest
 from card_inputs import make_history, make_metrics
 
 from fedfstq_hf.federation.history import HistoryRow
-from fedfstq_hf.reporting.card.measurements import Measurement, finite, main_metric, newest, quality_vs_uplink, series
+from fedfstq_hf.reporting.card.facts import Measurement, finite, main_metric, newest, quality_vs_uplink, series
 
 
 def test_only_finite_numbers_of_known_rounds_are_kept():

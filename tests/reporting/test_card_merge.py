@@ -9,7 +9,7 @@ from huggingface_hub import ModelCard
 from hypothesis import Phase, example, given, settings
 from hypothesis import strategies as st
 
-from fedfstq_hf.reporting.card.federated import card_files
+from fedfstq_hf.reporting.card.federation_card import card_files
 from fedfstq_hf.reporting.card.merge import decode, merge_card
 
 OLD = render(2)

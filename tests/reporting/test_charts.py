@@ -3,8 +3,8 @@
 import pytest
 from metric_rows import make_rows, write_run
 
-from fedfstq_hf.reporting.charts import styles, workload_charts
 from fedfstq_hf.reporting.comparison.figures import compare
+from fedfstq_hf.reporting.comparison.plots import styles, workload_charts
 from fedfstq_hf.reporting.comparison.runs import read_runs
 from fedfstq_hf.reporting.comparison.workloads import group_runs
 

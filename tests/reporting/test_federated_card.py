@@ -27,8 +27,8 @@ from hypothesis import strategies as st
 
 from fedfstq_hf.errors import ConfigError
 from fedfstq_hf.federation.history import HistoryRow
-from fedfstq_hf.reporting.card import federated as card_module
-from fedfstq_hf.reporting.card.federated import PLOT_FILE, card_files, template_path
+from fedfstq_hf.reporting.card import federation_card as card_module
+from fedfstq_hf.reporting.card.federation_card import PLOT_FILE, card_files, template_path
 
 ROOT = Path(__file__).resolve().parents[2]
 NOTHING = st.sampled_from([None, "", "  ", "None", [], "nan"])

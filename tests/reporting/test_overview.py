@@ -6,7 +6,7 @@ from fedfstq_hf.reporting.comparison.figures import compare, find_sweeps
 from fedfstq_hf.reporting.comparison.runs import read_runs
 from fedfstq_hf.reporting.comparison.tables import overview
 from fedfstq_hf.reporting.comparison.workloads import group_runs
-from fedfstq_hf.reporting.writing import write_report
+from fedfstq_hf.reporting.run_report import write_report
 
 FEDAVG = [4.0, 3.5, 3.2, 3.05, 3.0]  # 90 % of the improvement from round 3 on
 LINKS = [

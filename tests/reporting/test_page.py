@@ -7,7 +7,7 @@ from itertools import pairwise
 import pytest
 from metric_rows import make_rows, write_run
 
-from fedfstq_hf.reporting.writing import write_report
+from fedfstq_hf.reporting.run_report import write_report
 
 FEDAVG = [4.0, 3.5, 3.2, 3.05, 3.0]
 VOID = {"meta", "link", "br", "img", "input", "hr"}

@@ -69,3 +69,13 @@ def test_an_archive_that_was_cut_short_is_refused(archive):
     archive.write_bytes(archive.read_bytes()[:-20])
     with pytest.raises(DataError, match=r"cannot be read as an archive"):
         read_runs([archive])
+
+
+def test_an_archive_of_before_the_present_fields_says_which_commit_reads_it(archive, tmp_path):
+    folder = finished_run(tmp_path / "old", "fstq", METHODS["fstq"])
+    recipe = json.loads((folder / "recipe.json").read_text())
+    recipe["methods"]["fstq"]["coverage"] = None
+    (folder / "recipe.json").write_text(json.dumps(recipe))
+    add_to_archive(archive, {"fstq/seed-0": folder})
+    with pytest.raises(ConfigError, match=r"'coverage' in fstq/seed-0/recipe.*git checkout ee91c45 && fedfstq report "):
+        read_runs([archive])

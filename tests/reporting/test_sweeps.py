@@ -9,7 +9,7 @@ from fedfstq_hf.reporting.comparison.figures import compare, find_sweeps
 from fedfstq_hf.reporting.comparison.runs import read_runs
 from fedfstq_hf.reporting.comparison.tables import sweep_tables
 from fedfstq_hf.reporting.comparison.workloads import group_runs
-from fedfstq_hf.reporting.writing import write_report
+from fedfstq_hf.reporting.run_report import write_report
 
 ENDS = {0.0: (3.0, 3.1), 0.3: (3.2, 3.15), 0.7: (3.5, 3.25)}
 """fedavg's and fstq's loss at the end, by dropout."""

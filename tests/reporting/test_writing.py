@@ -7,7 +7,7 @@ import pytest
 from metric_rows import make_rows, write_run
 
 from fedfstq_hf.errors import ConfigError
-from fedfstq_hf.reporting.writing import write_report, write_run_report
+from fedfstq_hf.reporting.run_report import write_report, write_run_report
 
 FEDAVG = [4.0, 3.5, 3.2, 3.05, 3.0]
 
@@ -107,6 +107,6 @@ def test_reports_survive_diverged_and_unfinished_runs(tmp_path):
 
 def test_a_report_needs_no_torch(tmp_path):
     run = write_run(tmp_path / "run", make_rows("fedavg", FEDAVG))
-    code = "import sys; from fedfstq_hf.reporting.writing import write_run_report;"
+    code = "import sys; from fedfstq_hf.reporting.run_report import write_run_report;"
     code += f"write_run_report({str(run)!r}, command='c'); assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

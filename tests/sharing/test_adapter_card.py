@@ -6,8 +6,8 @@ import re
 import pytest
 from huggingface_hub import ModelCard
 
-from fedfstq_hf.reporting.card.compressed import render_card
 from fedfstq_hf.reporting.card.markup import license_id
+from fedfstq_hf.sharing.adapter_card import render_card
 from fedfstq_hf.sharing.packed import EXACT_FILE
 
 CONFIG = {"base_model_name_or_path": "org/base", "task_type": "CAUSAL_LM", "r": 4, "lora_alpha": 8}

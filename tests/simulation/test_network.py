@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from fedfstq_hf.errors import ConfigError
-from fedfstq_hf.simulation.network import (
+from fedfstq_hf.recipe.network import (
     PROFILES,
     LinkProfile,
     LinkRates,

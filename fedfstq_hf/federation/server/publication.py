@@ -29,7 +29,7 @@ _MAX_EXAMPLES = 2**53 - 1  # of a message; what clients say of themselves may ad
 
 @dataclass(frozen=True)
 class RoundFacts:
-    """What a card is made from: see `fedfstq_hf.reporting.card.federated`."""
+    """What a card is made from: see `fedfstq_hf.reporting.card.federation_card`."""
 
     spec: FederationSpec
     record: RoundRecord

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
+from fedfstq_hf.recipe.network import LinkProfile
 from fedfstq_hf.recipe.sections import Recipe
 from fedfstq_hf.reporting.comparison.round_time import seconds_without_uplink
 from fedfstq_hf.reporting.comparison.summary import (
@@ -23,7 +24,6 @@ from fedfstq_hf.reporting.comparison.summary import (
     totals,
 )
 from fedfstq_hf.reporting.comparison.workloads import FREE, Method, Workload, flatten
-from fedfstq_hf.simulation.network import LinkProfile
 
 
 @dataclass(frozen=True)

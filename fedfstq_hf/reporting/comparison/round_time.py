@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from itertools import pairwise
 from statistics import fmean
 
+from fedfstq_hf.recipe.network import LinkProfile, draw_rates, round_cost
 from fedfstq_hf.reporting.comparison.summary import Row
-from fedfstq_hf.simulation.network import LinkProfile, draw_rates, round_cost
 
 
 def waited_for(row: Row) -> list[int]:

@@ -1,4 +1,4 @@
-"""Runs of `fedfstq simulate`, read for a comparison: recipe, rows, the command and version where known."""
+"""Runs of `fedfstq simulate`, read for a comparison: folders, and archives, each of which holds runs in one file."""
 
 import json
 from collections.abc import Sequence
@@ -14,6 +14,7 @@ from fedfstq_hf.reporting.comparison.summary import Row, curves, read_rows
 
 SUFFIX = ".jsonl.zst"
 _MAX_BYTES = 10**9  # of one archive, decompressed
+_EARLIER = "ee91c45"  # the last commit that reads archives whose methods have the fields of before
 _FIELDS = {"run": str, "recipe": dict, "ledger": dict, "rows": list}
 _RECIPE, _ROWS, _REPORT, _LEDGER = "recipe.json", "metrics.jsonl", "report.md", "ledger.json"
 _EXPECTED = f"expected a folder that `fedfstq simulate` wrote, with {_RECIPE} and {_ROWS}"
@@ -87,7 +88,13 @@ def _archived_runs(path: Path) -> list[Run]:
     runs = []
     for entry in read_archive(path):
         folder = path / entry["run"]
-        recipe = _recipe(entry["recipe"], folder)
+        try:
+            recipe = Recipe.from_dict(entry["recipe"], f"{entry['run']}/{_RECIPE}")
+        except ConfigError as error:
+            raise ConfigError(
+                f"{path} was written by an earlier version of this package ({str(error).partition(';')[0]}). Commit "
+                f"{_EARLIER} reads it. Type: git checkout {_EARLIER} && fedfstq report {path}"
+            ) from None
         series = _series(entry["rows"], recipe, folder)
         runs.append(Run(folder, recipe, series, _typed(str(entry["ledger"].get("command", ""))), None, torn=False))
     return runs
@@ -139,17 +146,11 @@ def _nothing_there(folder: Path) -> str:
 
 def _read_recipe(path: Path) -> Recipe:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        return Recipe.from_dict(json.loads(path.read_text(encoding="utf-8")), str(path))
+    except ConfigError as error:
+        raise ConfigError(f"{error} (a run of another version of this package?). Leave {path.parent} out.") from None
     except ValueError as error:
         raise DataError(f"{path} cannot be read ({error}); {_EXPECTED}.") from None
-    return _recipe(found, path.parent)
-
-
-def _recipe(found: object, folder: Path) -> Recipe:
-    try:
-        return Recipe.from_dict(found, str(folder / _RECIPE))
-    except ConfigError as error:
-        raise ConfigError(f"{error} (a run of another version of this package?). Leave {folder} out.") from None
 
 
 def _check_row(row: Any, recipe: Recipe, where: str) -> None:
@@ -171,7 +172,7 @@ def _find_command(folder: Path) -> str | None:
         blocks = (folder / _REPORT).read_text(encoding="utf-8").split("```")
         command = blocks[1].strip() if len(blocks) > 2 else ""
     except (OSError, UnicodeDecodeError):
-        command = _ledger_command(folder / _LEDGER)
+        command = _field(folder / _LEDGER, "command")
     return _typed(command)
 
 
@@ -180,21 +181,17 @@ def _typed(command: str) -> str | None:
     return command if command.startswith(("fedfstq simulate ", "python recipes/")) and "#" not in command else None
 
 
-def _ledger_command(path: Path) -> str:
+def _find_version(folder: Path) -> str | None:
+    specs = folder.glob("runs/*/seed-*/mailbox/rounds/000000/spec.json")
+    return " and ".join(sorted({_field(path, "package_version") for path in specs} - {""})) or None
+
+
+def _field(path: Path, key: str) -> str:
+    """A field of a JSON file, empty where it cannot be read."""
     try:
-        return str(json.loads(path.read_text(encoding="utf-8"))["command"])
+        return str(json.loads(path.read_text(encoding="utf-8"))[key])
     except (OSError, ValueError, KeyError, TypeError):
         return ""
-
-
-def _find_version(folder: Path) -> str | None:
-    versions = set()
-    for path in folder.glob("runs/*/seed-*/mailbox/rounds/000000/spec.json"):
-        try:
-            versions.add(str(json.loads(path.read_text(encoding="utf-8"))["package_version"]))
-        except (OSError, ValueError, KeyError, TypeError):
-            continue
-    return " and ".join(sorted(versions)) or None
 
 
 def read_archive(path: Path) -> list[dict[str, Any]]:

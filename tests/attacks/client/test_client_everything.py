@@ -15,7 +15,7 @@ from planting import FILES, KINDS, odd_names
 from fedfstq_hf.federation.mailbox.protocol import SALIENCY_FILE
 from fedfstq_hf.federation.record import RoundRecord
 from fedfstq_hf.federation.server.coordinator import Coordinator
-from fedfstq_hf.reporting.card.federated import card_maker
+from fedfstq_hf.reporting.card.federation_card import card_maker
 
 ALL = {**KINDS, **FILES}
 ROUNDS = 3

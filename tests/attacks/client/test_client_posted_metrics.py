@@ -13,8 +13,8 @@ from light_updates import ones, post
 from fedfstq_hf.federation.mailbox import posted_metrics
 from fedfstq_hf.federation.mailbox.posted_metrics import posted_losses
 from fedfstq_hf.federation.server.coordinator import Coordinator
-from fedfstq_hf.reporting.card import federated as card
-from fedfstq_hf.reporting.card.federated import card_maker
+from fedfstq_hf.reporting.card import federation_card as card
+from fedfstq_hf.reporting.card.federation_card import card_maker
 
 pytestmark = pytest.mark.timeout(30)
 

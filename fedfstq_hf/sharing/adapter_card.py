@@ -12,7 +12,7 @@ from fedfstq_hf.reporting.card.markup import TASKS, code, hub_id, license_id, on
 from fedfstq_hf.reporting.units import format_ratio
 from fedfstq_hf.sharing.packed import EXACT_FILE, CompressedAdapter
 
-_TEMPLATE = "compressed_template.md"
+_TEMPLATE = "adapter_card_template.md"
 _TAGS = ("peft", "lora", "fedfstq", "compressed-adapter")
 
 

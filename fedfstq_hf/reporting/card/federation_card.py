@@ -13,8 +13,8 @@ from fedfstq_hf.errors import ConfigError
 from fedfstq_hf.federation.server.publication import CardMaker, RoundFacts
 from fedfstq_hf.federation.spec import FederationSpec
 from fedfstq_hf.reporting.card import facts
+from fedfstq_hf.reporting.card.facts import Measurement, finite, newest, quality_vs_uplink
 from fedfstq_hf.reporting.card.markup import TASKS, code, hub_id, one_line, paragraphs
-from fedfstq_hf.reporting.card.measurements import Measurement, finite, newest, quality_vs_uplink
 from fedfstq_hf.reporting.card.merge import decode, merge_card
 from fedfstq_hf.text import printable_traceback
 
