@@ -6,7 +6,6 @@ import pytest
 import torch
 import yaml
 from specs import flat_spec
-from tests.trainer.small_federation import found, served, settings_of
 from tiny import make_arguments, make_tiny_data, make_tiny_model
 from typer.testing import CliRunner
 
@@ -21,6 +20,7 @@ from fedfstq_hf.methods import MethodSettings
 from fedfstq_hf.recipe import load_recipe, validate
 from fedfstq_hf.recipe.method import RecipeMethod, TimeCap
 from fedfstq_hf.running.client_file import load_client_file
+from tests.trainer.small_federation import found, served, settings_of
 
 REFINED = {"refinement_budget": "0.4bpp", "preview_step": 0.5}
 
