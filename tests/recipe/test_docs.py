@@ -1,4 +1,4 @@
-"""The pages: links lead somewhere, names of modules and files exist, the table of switches is the code's; archives read."""
+"""The pages: links lead somewhere, names of modules and files exist, the table of switches is the code's; archives."""
 
 import importlib
 import re
