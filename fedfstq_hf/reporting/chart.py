@@ -141,19 +141,9 @@ class Chart:
         self._set_axes(axes)
         handles = [self._draw_line(axes, number, line) for number, line in enumerate(self.lines)]
         self._draw_levels(axes)
-        figure.legend(
-            handles,
-            labels,
-            loc="lower left",
-            bbox_to_anchor=(0, 0),
-            ncols=columns,
-            frameon=False,
-            fontsize=9,
-            labelcolor=LIGHT["ink"],
-            handlelength=3.2,
-            columnspacing=1.4,
-            labelspacing=0.3,
-        )
+        looks = {"frameon": False, "fontsize": 9, "labelcolor": LIGHT["ink"], "handlelength": 3.2}
+        looks |= {"loc": "lower left", "bbox_to_anchor": (0, 0), "columnspacing": 1.4, "labelspacing": 0.3}
+        figure.legend(handles, labels, ncols=columns, **looks)
         return figure
 
     def _set_axes(self, axes: "Axes") -> None:
@@ -178,12 +168,8 @@ class Chart:
         color, dash = LIGHT[f"s{line.style % 8}"], _DASHES[line.style % len(_DASHES)]
         looks: dict[str, Any] = {"color": color, "linewidth": 1.6, "linestyle": (0, dash) if dash else "-"}
         ground = color if line.style < 8 else LIGHT["page"]
-        marker: dict[str, Any] = {
-            "marker": _MARKERS[line.style % 8],
-            "markersize": 4.5,
-            "markerfacecolor": ground,
-            "color": color,
-        }
+        marker: dict[str, Any] = {"marker": _MARKERS[line.style % 8], "markersize": 4.5, "markerfacecolor": ground}
+        marker["color"] = color
         if any(spread for _, _, spread in line.points):
             low, high = ([y + sign * spread for _, y, spread in line.points] for sign in (-1, 1))
             floor = axes.get_ylim()[0]

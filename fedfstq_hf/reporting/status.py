@@ -18,9 +18,10 @@ def describe_round(record: RoundRecord, spec: FederationSpec) -> str:
     if record.round == 0:
         line = f"round 0/{spec.rounds}: initial adapter, {format_bytes(record.adapter_bytes)}"
     else:
+        refined = f"{len(record.refinements)} refinements of the round before, " if record.refinements else ""
         line = (
             f"round {record.round}/{spec.rounds}: {len(record.accepted)} updates, "
-            f"{_refinements(record)}{format_bytes(record.uplink_bytes)} up, adapter {record.adapter_sha256[:12]}"
+            f"{refined}{format_bytes(record.uplink_bytes)} up, adapter {record.adapter_sha256[:12]}"
         )
     if record.restored_from is not None:
         line += f", rolled back to round {record.restored_from}"
@@ -32,10 +33,6 @@ def describe_round(record: RoundRecord, spec: FederationSpec) -> str:
     if clipped:
         others.append(f"  clipped {', '.join(clipped)}")
     return "\n".join([line, *others])
-
-
-def _refinements(record: RoundRecord) -> str:
-    return f"{len(record.refinements)} refinements of the round before, " if record.refinements else ""
 
 
 def render_status(mailbox: Mailbox) -> str:

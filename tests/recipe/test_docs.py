@@ -1,4 +1,4 @@
-"""The pages: links lead somewhere, names of modules and files exist, the table of switches is the code's; archives."""
+"""The pages: links lead somewhere, names and files exist, methods.md has the table of switches; archives read."""
 
 import importlib
 import re

@@ -7,7 +7,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
-from fedfstq_hf.recipe.network import LinkProfile
 from fedfstq_hf.recipe.sections import Recipe
 from fedfstq_hf.reporting.comparison.round_time import seconds_without_uplink
 from fedfstq_hf.reporting.comparison.summary import (
@@ -20,7 +19,6 @@ from fedfstq_hf.reporting.comparison.summary import (
     reached_at,
     spread_of,
     target_value,
-    to_target,
     totals,
 )
 from fedfstq_hf.reporting.comparison.workloads import FREE, Method, Workload, flatten
@@ -84,17 +82,13 @@ class Reached:
 
 def reach(series: Series, reference: Series, targets: Mapping[int, float], rule: TargetRule, recipe: Recipe) -> Reached:
     """Figures to the targets of the seeds in `targets`, over those that `series` has. Ratios are means over seeds."""
-    higher = recipe.evaluation.higher_is_better
-    seeds = [seed for seed in series if seed in targets]
-    ours, theirs = (
-        [to_target(rows[seed], targets[seed], rule, higher_is_better=higher) for seed in seeds]
-        for rows in (series, reference)
-    )
+    ours, theirs = (_ways(rows, series.keys() & targets.keys(), targets, rule, recipe) for rows in (series, reference))
     times = {}
     for link in recipe.links:
-        own, base = ([tree["seconds_to_target"][link.name] for tree in trees] for trees in (ours, theirs))
+        own, base = ([way[-1]["seconds"][link.name] if way else None for way in ways] for ways in (ours, theirs))
         floor, base_floor = (
-            [_floor(rows[seed], targets[seed], rule, recipe, link) for seed in seeds] for rows in (series, reference)
+            [seconds_without_uplink(way, link, recipe.federation.clients) if way else None for way in ways]
+            for ways in (ours, theirs)
         )
         times[link.name] = Times(
             seconds=estimate(own),
@@ -104,7 +98,7 @@ def reach(series: Series, reference: Series, targets: Mapping[int, float], rule:
             share=_ratio(floor, own),
             reference_share=_ratio(base_floor, own),
         )
-    own, base = ([tree["uplink_bytes_to_target"] for tree in trees] for trees in (ours, theirs))
+    own, base = ([way[-1]["cumulative_uplink_bytes"] if way else None for way in ways] for ways in (ours, theirs))
     return Reached(estimate(own), _ratio(base, own), times)
 
 
@@ -112,9 +106,13 @@ def _ratio(above: Sequence[float | None], below: Sequence[float | None]) -> Esti
     return estimate(map(quotient, above, below))
 
 
-def _floor(rows: Sequence[Row], target: float, rule: TargetRule, recipe: Recipe, link: LinkProfile) -> float | None:
-    hit = reached_at(rows, target, rule, higher_is_better=recipe.evaluation.higher_is_better)
-    return None if hit is None else seconds_without_uplink(rows[: hit["round"] + 1], link, recipe.federation.clients)
+def _ways(
+    series: Series, seeds: Iterable[int], targets: Mapping[int, float], rule: TargetRule, recipe: Recipe
+) -> list[Sequence[Row] | None]:
+    """For each seed the rows up to the one that reaches its target; None where none does."""
+    higher = recipe.evaluation.higher_is_better
+    hits = {seed: reached_at(series[seed], targets[seed], rule, higher_is_better=higher) for seed in sorted(seeds)}
+    return [None if hit is None else series[seed][: hit["round"] + 1] for seed, hit in hits.items()]
 
 
 FRACTIONS = (0.5, 0.75, 0.9)
