@@ -272,7 +272,7 @@ def _as_set(clients: Sequence[str] | None) -> Set[str] | None:
 def precision_weights(shares: Sequence[float], norms: Sequence[float]) -> list[float]:
     """Weights near `shares` that give a noisy message less; they sum to 1.
 
-    An unbiased codec (`sampled`, `trellis`) sends a client's update right on average, and a short message of it is
+    An unbiased codec (`fstq`) sends a client's update right on average, and a short message of it is
     mostly noise, so its squared norm says how much noise there is. With q_k that square as a multiple of the
     round's median, the weights are those that minimise
 
