@@ -1,1 +1,1 @@
-"""Adapters that somebody else made: what of their configuration is believed, their size, their files."""
+"""Adapters that somebody else made: what of their configuration is believed, and their size."""

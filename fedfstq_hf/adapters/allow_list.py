@@ -14,8 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fedfstq_hf.errors import AdapterMismatchError, FedFSTQError
-from fedfstq_hf.federation.untrusted import parse_object
-from fedfstq_hf.text import printable
+from fedfstq_hf.text import parse_object, printable
 
 MAX_BYTES = 1 << 18
 """Size of an `adapter_config.json`; those of thousands of modules listed by name are smaller."""

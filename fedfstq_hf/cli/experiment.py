@@ -31,8 +31,8 @@ def simulate(
     Any key of the recipe can be changed: --model PATH --data FILE --seeds 3 --training.learning_rate 1e-3
     """
     from fedfstq_hf.recipe import load_recipe
-    from fedfstq_hf.recipe.sweep import sweep_points, without_swept
-    from fedfstq_hf.simulation.processes import warm_up
+    from fedfstq_hf.recipe.library import sweep_points, without_swept
+    from fedfstq_hf.simulation.forkserver import warm_up
 
     overrides = parse_overrides(context.args)
     loaded = without_swept(load_recipe(recipe, overrides), overrides)
@@ -41,8 +41,7 @@ def simulate(
         warm_up()  # imports beside us
     quieten()
     from fedfstq_hf.reporting.comparison.summary import render_summary
-    from fedfstq_hf.simulation.precision import slow_bf16
-    from fedfstq_hf.simulation.runner import SUMMARY_FILE, Simulation
+    from fedfstq_hf.simulation.runner import SUMMARY_FILE, Simulation, slow_bf16
 
     command = shlex.join(["fedfstq", "simulate", recipe, *context.args])
     if (slow := slow_bf16(loaded)) is not None:

@@ -6,7 +6,7 @@ Nothing is downloaded and torch is imported only when the model is loaded. Every
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .notes import make_examples
+from .clinic import make_examples
 
 if TYPE_CHECKING:
     import torch

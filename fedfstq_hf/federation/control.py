@@ -15,8 +15,7 @@ from typing import Any
 from fedfstq_hf.errors import ConfigError, MailboxError
 from fedfstq_hf.federation.keys import parse_public_key
 from fedfstq_hf.federation.mailbox.protocol import Mailbox, checked_name, checked_repo
-from fedfstq_hf.federation.untrusted import parse_object
-from fedfstq_hf.text import printable
+from fedfstq_hf.text import parse_object, printable
 
 FORMAT = 1
 MAX_BYTES = 4 * 10**6

@@ -29,7 +29,7 @@ from fedfstq_hf.federation.keys import Sign, Unseal
 from fedfstq_hf.federation.mailbox.protocol import RECORD_FILE, Mailbox
 from fedfstq_hf.federation.record import FIGURES, AcceptedUpdate, RoundRecord
 from fedfstq_hf.federation.spec import FederationSpec
-from fedfstq_hf.federation.untrusted import parse_object
+from fedfstq_hf.text import parse_object
 
 Verify = Callable[[bytes, bytes | None], bool]
 """Digest and signature of a message -> whether it is signed; raises `MessageError` where it should be and is not."""

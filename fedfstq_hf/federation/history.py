@@ -14,8 +14,7 @@ from dataclasses import dataclass, field
 from fedfstq_hf.errors import MailboxError, MailboxUnavailableError
 from fedfstq_hf.federation.mailbox.protocol import HISTORY_FILE, RootReader
 from fedfstq_hf.federation.record import RefusedUpdate, RoundRecord
-from fedfstq_hf.federation.untrusted import parse_object
-from fedfstq_hf.text import printable
+from fedfstq_hf.text import parse_object, printable
 
 logger = logging.getLogger(__name__)
 

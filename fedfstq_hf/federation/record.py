@@ -11,8 +11,7 @@ from typing import Any
 from fedfstq_hf import __version__
 from fedfstq_hf.errors import MailboxError
 from fedfstq_hf.federation.mailbox.protocol import checked_name
-from fedfstq_hf.federation.untrusted import parse_object
-from fedfstq_hf.text import printable
+from fedfstq_hf.text import parse_object, printable
 
 FORMAT = 3
 FIGURES = ("num_examples", "weight", "norm", "scale")

@@ -23,10 +23,9 @@ from fedfstq_hf.errors import ConfigError, MailboxError
 from fedfstq_hf.federation.adapter_file import TrainedPart
 from fedfstq_hf.federation.keys import parse_public_key
 from fedfstq_hf.federation.record import other_version
-from fedfstq_hf.federation.untrusted import parse_object
 from fedfstq_hf.methods import OPTIMIZER_STATES, MethodSettings, feedback_decay
 from fedfstq_hf.ranges import LARGEST, Flag, Number, OneOf, Options, OrNone, Range, Text, Whole, is_number, shown
-from fedfstq_hf.text import printable
+from fedfstq_hf.text import parse_object, printable
 
 FORMAT = 4
 MAX_SPEC_BYTES = 1 << 16

@@ -8,7 +8,7 @@ from typing import Any
 _HOME = {
     "QueryAttention": "scorers",
     "Saliency": "saliency",
-    "Scorer": "scorer",
+    "Scorer": "scorers",
     "TokenReducer": "reducer",
     "TokenReductionLogitsProcessor": "logits_processor",
 }

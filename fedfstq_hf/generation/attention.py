@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fedfstq_hf.errors import ConfigError
-from fedfstq_hf.generation.scorer import BlockInput
+from fedfstq_hf.generation.blocks import BlockInput
 
 
 def window_attention(inputs: BlockInput, window: int) -> Tensor:

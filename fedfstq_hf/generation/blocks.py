@@ -5,13 +5,28 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fedfstq_hf.errors import ConfigError
-from fedfstq_hf.generation.scorer import BlockInput, EarlyScorer
+
+
+@dataclass(frozen=True)
+class BlockInput:
+    """What reaches a decoder block during the prefill of a whole prompt.
+
+    hidden: (B, T, H). rotary: cos and sin, (1 or B, T, D) each, or None for models without rotary positions.
+    input_ids, attention_mask: (B, T) of the same tokens, 1 = real token.
+    """
+
+    block: nn.Module
+    hidden: Tensor
+    rotary: tuple[Tensor, Tensor] | None
+    input_ids: Tensor
+    attention_mask: Tensor
 
 
 def base_of(model: Any) -> Any:
@@ -171,13 +186,3 @@ def read_at(model: Any, layer: int, input_ids: Tensor, attention_mask: Tensor) -
     finally:
         handle.remove()
     return found[0]
-
-
-def early_scores(scorer: EarlyScorer, model: Any, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-    """Scores (B, T) of an early scorer on their own, from a pass that ends at its layer."""
-    if model is None:
-        raise ConfigError(
-            f"{type(scorer).__name__} runs the model's first {scorer.layer} blocks and got no model; "
-            "pass one: TokenReducer(model=model, ...)"
-        )
-    return scorer.score_block(read_at(model, scorer.layer, input_ids, attention_mask))

@@ -61,17 +61,8 @@ class _CutLayer(DynamicLayer):  # type: ignore[misc]
         self.cut.dropped, self.cut.mask = 0, None
 
 
-class _CutSlidingLayer(DynamicSlidingWindowLayer):  # type: ignore[misc]
-    cut: Cut
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        self.cut.check(key_states.shape[-2])
-        states: tuple[Tensor, Tensor] = super().update(key_states, value_states, *args, **kwargs)
-        return states
-
-    def reset(self) -> None:
-        super().reset()
-        self.cut.dropped, self.cut.mask = 0, None
+class _CutSlidingLayer(_CutLayer, DynamicSlidingWindowLayer):  # type: ignore[misc]
+    pass
 
 
 _CUT_CLASS: dict[type, Any] = {DynamicLayer: _CutLayer, DynamicSlidingWindowLayer: _CutSlidingLayer}

@@ -48,8 +48,5 @@ class Inspection:
         spaced = any(token.startswith((" ", "\n")) for token in self.tokens)
         return ("" if spaced else " ").join(parts)
 
-    def _repr_html_(self) -> str:
-        return self.html()
-
-    def __str__(self) -> str:
-        return self.terminal()
+    _repr_html_ = html
+    __str__ = terminal

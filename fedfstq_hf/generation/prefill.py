@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from fedfstq_hf.errors import DataError
-from fedfstq_hf.generation.blocks import can_cut, cut_before, decoder_blocks
+from fedfstq_hf.generation.blocks import BlockInput, can_cut, cut_before, decoder_blocks
 from fedfstq_hf.generation.cache import Cut, check_cuttable, cut_of, drop_entries, mark_cut, tokens_seen
-from fedfstq_hf.generation.scorer import BlockInput, EarlyScorer, Scorer
+from fedfstq_hf.generation.scorers import EarlyScorer, Scorer
 
 
 @dataclass(frozen=True)

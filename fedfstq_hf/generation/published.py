@@ -1,8 +1,9 @@
-"""What a repo or folder publishes beside an adapter for token reduction: saliency and tokenizer."""
+"""What a repo or folder publishes beside an adapter for token reduction: saliency, tokenizer and `generate()` code."""
 
 from __future__ import annotations
 
 import logging
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -11,20 +12,18 @@ from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from fedfstq_hf.adapters.allow_list import MAX_BYTES
-from fedfstq_hf.adapters.folder import file_in
 from fedfstq_hf.errors import AdapterMismatchError, ConfigError
 from fedfstq_hf.federation.mailbox.protocol import ADAPTER_CONFIG_FILE
-from fedfstq_hf.federation.untrusted import parse_object
-from fedfstq_hf.generation.saliency import Saliency, tokenizer_fingerprint
-from fedfstq_hf.generation.saliency_file import FILE_NAME, unpack
-from fedfstq_hf.generation.saliency_file import MAX_BYTES as MAX_SALIENCY_BYTES
-from fedfstq_hf.generation.scorer import Scorer
-from fedfstq_hf.generation.scorers import Combined, QueryAttention, TokenTable
-from fedfstq_hf.text import printable
+from fedfstq_hf.generation.saliency import FILE_NAME, Saliency, tokenizer_fingerprint, unpack
+from fedfstq_hf.generation.saliency import MAX_BYTES as MAX_SALIENCY_BYTES
+from fedfstq_hf.generation.scorers import Combined, QueryAttention, Scorer, TokenTable
+from fedfstq_hf.text import file_in, parse_object, printable
 
 logger = logging.getLogger(__name__)
 _told: set[str] = set()
 
+HUB_PATH = "custom_generate/generate.py"
+"""Where transformers looks in a repo for code that replaces its own `generate()`."""
 QUERY_WEIGHT = 0.9
 """Share of the query-aware scorer in the combination with a published table."""
 
@@ -124,3 +123,13 @@ def check_saliency(saliency: Saliency, tokenizer: Any, model: Any = None) -> Non
             f"{FILE_NAME} belongs to a base with {printable(wrong)}, this model has {ours}; load the adapter's own "
             "base model"
         )
+
+
+def custom_generate_source() -> str:
+    """The `custom_generate/generate.py` to publish beside an adapter, for users without this package.
+
+    It imports torch and transformers only. They run it with `trust_remote_code=True`, so it is code that whoever can
+    write to the repo chooses. Recommend it with `revision=` and the full sha of a commit only. Users of this package
+    need it not: `TokenReducer.from_pretrained` reads numbers from the repo, and runs no code of it.
+    """
+    return resources.files("fedfstq_hf.generation").joinpath(HUB_PATH).read_text(encoding="utf-8")

@@ -14,18 +14,19 @@ from fedfstq_hf.generation.blocks import base_of
 from fedfstq_hf.generation.cache import sliding_window
 from fedfstq_hf.generation.inspection import Inspection
 from fedfstq_hf.generation.prefill import Choose, Prompt, ReducedModel, gathered
-from fedfstq_hf.generation.protection import (
+from fedfstq_hf.generation.scorers import QueryAttention, Scorer
+from fedfstq_hf.generation.selection import (
     MARKERS,
     Protection,
     Spans,
+    budgets,
+    check_spans,
     protect_spans,
+    select,
     special_ids,
     strip_markers,
     template_sequences,
 )
-from fedfstq_hf.generation.scorer import Scorer
-from fedfstq_hf.generation.scorers import QueryAttention
-from fedfstq_hf.generation.selection import budgets, check_spans, select
 
 _LOOPS = {"greedy_search": "_sample", "sample": "_sample", "beam_search": "_beam_search", "beam_sample": "_beam_search"}
 

@@ -2,14 +2,13 @@
 
 from fedfstq_hf.methods import MethodSettings, ServerSettings
 from fedfstq_hf.recipe.check import validate
-from fedfstq_hf.recipe.library import find_recipe, list_recipes, load_recipe, recipes_folder
-from fedfstq_hf.recipe.method import RecipeMethod
-from fedfstq_hf.recipe.overrides import ALIASES, apply_overrides
-from fedfstq_hf.recipe.schema import (
+from fedfstq_hf.recipe.library import ALIASES, apply_overrides, find_recipe, list_recipes, load_recipe, recipes_folder
+from fedfstq_hf.recipe.sections import (
     EvaluationSettings,
     FederationSettings,
     LoraSettings,
     Recipe,
+    RecipeMethod,
     TargetSettings,
     TrainingSettings,
 )

@@ -6,8 +6,7 @@ from pathlib import Path
 
 from fedfstq_hf.errors import ConfigError, FedFSTQError
 from fedfstq_hf.methods import feedback_decay
-from fedfstq_hf.recipe.method import RecipeMethod, TimeCap
-from fedfstq_hf.recipe.schema import Recipe
+from fedfstq_hf.recipe.sections import Recipe, RecipeMethod, TimeCap
 
 
 def validate(recipe: Recipe) -> list[str]:

@@ -1,28 +1,26 @@
-"""A report of runs: what is in it, as one HTML page and as Markdown, with its charts as files, and its figures as JSON.
+"""A report of runs: what is in it, as one HTML page and as Markdown, and its charts as files.
 
 The page needs no script and fetches nothing. The Markdown holds the same tables and notes.
 """
 
-import json
 import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
-from typing import Any
 from urllib.parse import quote
 
 from fedfstq_hf import __version__
 from fedfstq_hf.errors import ConfigError
 from fedfstq_hf.federation import storage
 from fedfstq_hf.reporting.chart import FONT, Chart, style_sheet
-from fedfstq_hf.reporting.comparison.figures import Comparison, Estimate, MethodFigures, Reached, compare, find_sweeps
+from fedfstq_hf.reporting.comparison.figures import compare, find_sweeps
 from fedfstq_hf.reporting.comparison.findings import CAVEATS, findings, notes, settings
 from fedfstq_hf.reporting.comparison.plots import file_name, styles, sweep_chart, workload_charts
-from fedfstq_hf.reporting.comparison.runs import Run, read_archive, read_run, read_runs
+from fedfstq_hf.reporting.comparison.runs import Run, read_run, read_runs
 from fedfstq_hf.reporting.comparison.tables import Table, figure_tables, link_table, overview, run_table, sweep_tables
-from fedfstq_hf.reporting.comparison.workloads import group_runs, settings_text
+from fedfstq_hf.reporting.comparison.workloads import group_runs
 
 PAGE_FILE, TEXT_FILE = "report.html", "report.md"
 
@@ -219,67 +217,3 @@ def _table(table: Table) -> str:
 def _escape(text: str) -> str:
     """`text` with what Markdown or HTML would read as markup made plain; one line."""
     return re.sub(r"([\\`*\[\]<>|#]|(?<!\w)_|_(?!\w))", r"\\\1", " ".join(text.split()))
-
-
-def write_result(archive: Path, path: Path) -> Path:
-    """Write the figures of the runs in an archive to `path`, a file of `recipes/results`, and return it.
-
-    Bytes are totals over all clients, seconds are simulated, ratios are the reference's figure over the method's; each
-    figure is `[mean, sample standard deviation]` over seeds, null where a seed lacks it.
-    """
-    facts = [run["ledger"] for run in read_archive(archive)]
-    tree: dict[str, Any] = {
-        "commands": sorted({fact["command"] for fact in facts if fact.get("command")}),
-        "commits": sorted({fact["commit"] for fact in facts if fact.get("commit")}),
-        "minutes": round(sum(fact.get("minutes", 0.0) for fact in facts), 1),
-        "cores": sorted({fact["cores"] for fact in facts if fact.get("cores")}),
-        "devices": sorted({fact.get("device", "CPU") for fact in facts if fact}),
-        "workloads": [_workload(compare(workload)) for workload in group_runs(read_runs([archive]))],
-    }
-    _replace(path, json.dumps(tree, indent=1) + "\n")
-    return path
-
-
-def _workload(comparison: Comparison) -> dict[str, Any]:
-    recipe = comparison.workload.recipe
-    federation = ("alpha", "clients", "clients_per_round", "rounds", "dropout", "packet_loss")
-    return {
-        "recipe": recipe.name,
-        "model": recipe.model,
-        **{name: getattr(recipe.federation, name) for name in federation},
-        "metric": recipe.evaluation.metric,
-        "before_training": _pair(comparison.start),
-        "targets": {f"{part:g}": values for part, values in comparison.targets.items()},
-        "methods": {figures.label: _method(figures) for figures in comparison.methods},
-    }
-
-
-def _method(figures: MethodFigures) -> dict[str, Any]:
-    return {
-        "settings": settings_text(figures.method.settings),
-        "seeds": list(figures.series),
-        "final": _pair(figures.final),
-        "uplink_bytes": _pair(figures.uplink),
-        "downlink_bytes": _pair(figures.downlink),
-        "to_target": {f"{part:g}": _reached(reached) for part, reached in figures.reached.items()},
-        "energy_joules": {link: {"mean": mean, "straggler": most} for link, (mean, most) in figures.energy.items()},
-    }
-
-
-def _reached(reached: Reached) -> dict[str, Any]:
-    names = {
-        "seconds": "seconds",
-        "times_sooner": "ratio",
-        "ceiling": "ceiling",
-        "share_of_ceiling": "share",
-        "share_in_reference_rounds": "reference_share",
-    }
-    by_link = {
-        name: {link: _pair(getattr(times, attribute)) for link, times in reached.times.items()}
-        for name, attribute in names.items()
-    }
-    return {"uplink_bytes": _pair(reached.uplink), "times_fewer_bytes": _pair(reached.uplink_ratio)} | by_link
-
-
-def _pair(value: Estimate) -> list[float | None]:
-    return [None if part is None else float(f"{part:.6g}") for part in (value.mean, value.spread)]

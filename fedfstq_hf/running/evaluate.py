@@ -20,8 +20,7 @@ from fedfstq_hf.running.client_file import own_data
 from fedfstq_hf.running.foundation import load_base, load_shared_base, wrap_base
 from fedfstq_hf.workloads import DataConfig
 from fedfstq_hf.workloads.examples import IGNORED_LABEL, collate, tokenize_pairs
-from fedfstq_hf.workloads.formats import read_text
-from fedfstq_hf.workloads.rows import read_rows
+from fedfstq_hf.workloads.rows import read_rows, read_text
 
 
 class Counts(NamedTuple):

@@ -47,6 +47,6 @@ def make_coordinator(
 
 
 def _join_saliency(files: Sequence[tuple[bytes, float]]) -> Mapping[str, bytes]:
-    from fedfstq_hf.generation.federated import join_saliency  # only federations that share it pay for the import
+    from fedfstq_hf.generation.shared_saliency import join_saliency  # only federations that share it pay for the import
 
     return join_saliency(files)

@@ -1,22 +1,30 @@
-"""An adapter's matrices as one packed message: the equal forms that can be coded, and with which weights.
+"""An adapter's matrices as one packed message: the equal forms that can be coded, from which start, and refinement.
 
-The same product B A has many factors. Coded whole, the pair is first balanced (pairs.py), which stores A's random part
-too, but lets weak components go. Coded as a change from a known start, A's random part is free, but the factors
+The same product B A has many factors. Coded whole, the pair is first balanced (trained.py), which stores A's random
+part too, but lets weak components go. Coded as a change from a known start, A's random part is free, but the factors
 have to stay as they are. Which is better at the same size, the caller decides.
 """
 
 from __future__ import annotations
 
+import hashlib
+import math
+import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from fedfstq_hf.codec import Encoded, Schema, get_codec, message
-from fedfstq_hf.errors import BudgetError
-from fedfstq_hf.sharing.initial import state_sha256
-from fedfstq_hf.sharing.pairs import Pair, PairWeights, balance, coordinate_weights, matrices, product_error
+from fedfstq_hf.codec.uniform.rounding import Fit, fit
+from fedfstq_hf.errors import AdapterMismatchError, BudgetError
+from fedfstq_hf.federation import adapter_file
+from fedfstq_hf.sharing.calibration import Imitation
+from fedfstq_hf.sharing.trained import Pair, PairWeights, balance, coordinate_weights, matrices, product_error
 
 DEFAULT_CODEC = "uniform"
 _SENDER = "shared"
@@ -159,3 +167,107 @@ def _error(
     a, b = matrices(state, pair)
     other_a, other_b = (a * 0, b * 0) if decoded is None else matrices(decoded, pair)
     return product_error(a, b, other_a, other_b, weights)
+
+
+def initial_state(
+    shapes: Mapping[str, tuple[int, ...]], pairs: Sequence[Pair], config: Mapping[str, Any], seed: int | None
+) -> dict[str, Tensor]:
+    """The float32 state that a shared adapter is coded against: zeros, and with a seed PEFT's random A, drawn again.
+
+    Relied on: the 32-bit Mersenne twister of torch's CPU generator behind `torch.rand` (24 bits a draw), and the order
+    in which PEFT draws for `init_lora_weights=True`: per module, in the model's order, first the two `nn.Linear` of A
+    and B as torch makes them, then A again. The arithmetic is our own, so neither PEFT's version nor the base's device
+    or dtype matters when a file is read. Whether it came out the same there is checked by sha256.
+
+    Args:
+        shapes: of every coded tensor.
+        pairs: in the order in which PEFT makes the modules; used with a seed only.
+        config: PEFT's LoRA configuration.
+        seed: what `transformers.set_seed` was given right before `get_peft_model`; None: not known.
+
+    Raises:
+        AdapterMismatchError: this configuration's start cannot be drawn again.
+    """
+    state = {name: torch.zeros(shape) for name, shape in shapes.items()}
+    if seed is None:
+        return state
+    _check_seeded(pairs, config)
+    generator = torch.Generator().manual_seed(seed)
+    for pair in pairs:
+        rank, width = shapes[pair.a]
+        _skip(rank * width, generator)
+        _skip(math.prod(shapes[pair.b]), generator)
+        if config.get("lora_bias"):
+            _skip(shapes[pair.b][0], generator)
+        # what kaiming_uniform_(a=sqrt(5)) comes to, in its order of operations
+        bound = math.sqrt(3.0) * (math.sqrt(2.0 / (1 + math.sqrt(5) ** 2)) / math.sqrt(width))
+        drawn = torch.rand(rank * width, generator=generator).numpy().astype(np.float64)
+        # one rounding at the end, as torch's kernels with fused multiply-add do; exact in float64 until then
+        values = (drawn * np.float64(np.float32(2 * bound)) + np.float64(np.float32(-bound))).astype(np.float32)
+        state[pair.a] = torch.from_numpy(values).view(rank, width)
+    return state
+
+
+def state_sha256(state: Mapping[str, Tensor]) -> str:
+    """Hex sha256 of a state as a PEFT adapter file."""
+    return hashlib.sha256(adapter_file.dump(state)).hexdigest()
+
+
+def _check_seeded(pairs: Sequence[Pair], config: Mapping[str, Any]) -> None:
+    init = config.get("init_lora_weights", True)
+    others = [pair.a for pair in pairs if not pair.a.endswith(".lora_A.weight")]
+    if init is not True or others:
+        reason = f"it has {others[0]}" if others else f"its init_lora_weights is {init!r}"
+        raise AdapterMismatchError(
+            f"init_seed was given, but this adapter's start cannot be drawn again: {reason}; expected linear layers "
+            "and init_lora_weights=True. Leave init_seed out."
+        )
+
+
+def _skip(count: int, generator: torch.Generator) -> None:
+    torch.rand(count, generator=generator)
+
+
+_LEARNING_RATE = 0.01  # of Adam, in steps of the grid: gradients of a few examples are mostly noise
+_BETAS = (0.9, 0.99)
+_WARM_UP = 10
+_REFIT = 25  # steps between looks at the budget
+
+
+def refine(coder: Coder, coded: Coded, imitation: Imitation, steps: int, batch_size: int, progress: bool) -> Coded:
+    """A message of the same form and budget, refined by so many steps; codec `uniform` only.
+
+    A message's error is not what its adapter loses: some errors in the product cancel in the predictions, others do
+    not. Each step rounds the values, takes the gradient of the loss plus the divergence from the trained adapter's
+    predictions at the rounded ones, and moves the unrounded ones by it (straight-through estimation), in units of the
+    grid's steps. The grid stays where it was; the price of a bit is found anew now and then, so that the budget is met.
+    The same arguments give the same message on the same machine. It is not compared with the one that it began with.
+    """
+    form, room = coded.form, coder.room(coded.form)
+    values = form.change(form.target)
+    fitted = fit(values, coded.fisher, room)
+    units = fitted.rounding.steps()
+    first, second = _zeros(values), _zeros(values)
+    order: list[int] = []
+    shuffle = random.Random(0)
+    for step in tqdm(range(1, steps + 1), desc="refining", unit="step", disable=not progress, dynamic_ncols=True):
+        if step > 1 and step % _REFIT == 1:
+            fitted = fit(values, coded.fisher, room, held=fitted.rounding)
+        while len(order) < batch_size:
+            order = shuffle.sample(range(len(imitation)), len(imitation)) + order
+        picks = [order.pop() for _ in range(batch_size)]
+        gradients = imitation.gradient(form.reached(fitted.rounding(values)), picks)
+        rate = _LEARNING_RATE * min(1.0, step / _WARM_UP) * (1 + math.cos(math.pi * step / steps)) / 2
+        for name, gradient in gradients.items():
+            scaled = gradient * units[name]
+            first[name].lerp_(scaled, 1 - _BETAS[0])
+            second[name].lerp_(scaled.square_(), 1 - _BETAS[1])
+            spread = (second[name] / (1 - _BETAS[1] ** step)).sqrt_().clamp_min_(torch.finfo(torch.float32).tiny)
+            move = first[name] / (1 - _BETAS[0] ** step) / spread
+            values[name] = values[name] - rate * units[name] * move
+    last: Fit = fit(values, coded.fisher, room, held=fitted.rounding)
+    return coder.pack(form, last.encoded, coded.fisher)
+
+
+def _zeros(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: torch.zeros_like(value) for name, value in values.items()}

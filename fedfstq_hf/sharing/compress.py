@@ -19,15 +19,19 @@ from fedfstq_hf.errors import BudgetError, ConfigError
 from fedfstq_hf.federation import adapter_file
 from fedfstq_hf.running.evaluate import Evaluator
 from fedfstq_hf.sharing.adapter_card import render_card
-from fedfstq_hf.sharing.calibration import adapter_fisher, pair_weights
-from fedfstq_hf.sharing.coding import DEFAULT_CODEC, Coded, Coder
-from fedfstq_hf.sharing.imitation import Imitation, predicts_tokens
-from fedfstq_hf.sharing.initial import initial_state
+from fedfstq_hf.sharing.calibration import Imitation, adapter_fisher, pair_weights, predicts_tokens
+from fedfstq_hf.sharing.coding import DEFAULT_CODEC, Coded, Coder, initial_state, refine
 from fedfstq_hf.sharing.packed import EXACT_FILE, FACTS_FILE, MESSAGE_FILE, CompressedAdapter, Facts
-from fedfstq_hf.sharing.pairs import even_weights
-from fedfstq_hf.sharing.refine import refine
-from fedfstq_hf.sharing.trained import CONFIG_FILE, TrainedAdapter, compact_config, load_trained, read_config
-from fedfstq_hf.sharing.trained import trained_adapter as _trained
+from fedfstq_hf.sharing.trained import (
+    CONFIG_FILE,
+    TrainedAdapter,
+    compact_config,
+    evaluating,
+    even_weights,
+    load_trained,
+    read_config,
+    trained_adapter,
+)
 from fedfstq_hf.workloads.examples import collate
 
 Examples = Sequence[Mapping[str, Any]]
@@ -180,7 +184,7 @@ def _closest(imitation: Imitation, candidates: Sequence[Coded]) -> tuple[Coded, 
 
 def _open(model_or_path: nn.Module | str | Path, base_model: nn.Module | None) -> TrainedAdapter:
     if isinstance(model_or_path, nn.Module):
-        return _trained(model_or_path)
+        return trained_adapter(model_or_path)
     folder = Path(model_or_path)
     if base_model is None:
         from fedfstq_hf.running.foundation import load_base
@@ -189,7 +193,7 @@ def _open(model_or_path: nn.Module | str | Path, base_model: nn.Module | None) -
         if not name:
             raise ConfigError(f"{folder / CONFIG_FILE} names no base model; give base_model (--base-model NAME).")
         base_model, _ = load_base(str(name), "float32")
-    return _trained(load_trained(base_model, folder))
+    return trained_adapter(load_trained(base_model, folder))
 
 
 def _exact(adapter: TrainedAdapter) -> dict[str, Tensor]:
@@ -221,15 +225,10 @@ def _measure(
     if evaluation is None:
         return {}, {}
     metric = evaluation if callable(evaluation) else Evaluator(list(evaluation), 0, batch_size)
-    was_training = adapter.model.training
-    adapter.model.eval()
-    try:
-        with torch.no_grad():
-            before = _finite(metric(adapter.model))
-            with adapter.replaced(state):
-                after = _finite(metric(adapter.model))
-    finally:
-        adapter.model.train(was_training)
+    with evaluating(adapter.model), torch.no_grad():
+        before = _finite(metric(adapter.model))
+        with adapter.replaced(state):
+            after = _finite(metric(adapter.model))
     shared: Iterable[str] = [name for name in before if name in after]
     return {name: before[name] for name in shared}, {name: after[name] for name in shared}
 

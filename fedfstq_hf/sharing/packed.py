@@ -17,15 +17,14 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fedfstq_hf.adapters.folder import read_in
 from fedfstq_hf.errors import ConfigError, MessageError
 from fedfstq_hf.federation import storage
-from fedfstq_hf.federation.untrusted import parse_object
 from fedfstq_hf.sharing.trained import CONFIG_FILE, WEIGHTS_FILE
+from fedfstq_hf.text import parse_object, read_in
 
 MESSAGE_FILE = "adapter_packed.safetensors"
 FACTS_FILE = "adapter_packed.json"
@@ -51,14 +50,7 @@ class Facts:
 
     def to_json(self) -> bytes:
         """Canonical JSON with format version."""
-        fields = {
-            "format": FORMAT,
-            "base": self.base,
-            "seed": self.seed,
-            "num_params": self.num_params,
-            "sha256": self.sha256,
-            "made_by": self.made_by,
-        }
+        fields = {"format": FORMAT, **asdict(self)}
         return (json.dumps(fields, sort_keys=True, separators=(",", ":")) + "\n").encode()
 
     @classmethod

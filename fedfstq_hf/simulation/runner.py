@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PrinterCallback
@@ -29,15 +30,14 @@ from fedfstq_hf.federation.founding import found_federation
 from fedfstq_hf.federation.mailbox.folder import FolderMailbox
 from fedfstq_hf.federation.mailbox.protocol import ADAPTER_CONFIG_FILE, ADAPTER_FILE, SPEC_FILE
 from fedfstq_hf.recipe import Recipe, validate
-from fedfstq_hf.recipe.method import RecipeMethod, TimeCap
+from fedfstq_hf.recipe.network import LinkProfile, LinkRates, draw_rates
+from fedfstq_hf.recipe.sections import RecipeMethod, TimeCap
 from fedfstq_hf.reporting.comparison.summary import COMPARED, TargetRule, read_rows, summarize, write_summary
 from fedfstq_hf.reporting.run_report import write_run_report
 from fedfstq_hf.running.evaluate import Evaluator
 from fedfstq_hf.running.foundation import Founding, found, make_spec, training_arguments
-from fedfstq_hf.simulation.network import LinkProfile, LinkRates, draw_rates
-from fedfstq_hf.simulation.participation import Row, SimulatedParticipation, TrainElsewhere
-from fedfstq_hf.simulation.partition import make_shards
-from fedfstq_hf.simulation.plan import make_plan
+from fedfstq_hf.simulation.population import make_plan, make_shards
+from fedfstq_hf.simulation.simulated_participation import Row, SimulatedParticipation, TrainElsewhere
 from fedfstq_hf.simulation.workers import Job, WorkerPool
 from fedfstq_hf.trainer.trainer import FedFSTQTrainer
 from fedfstq_hf.workloads import Collator, load_workload
@@ -321,3 +321,35 @@ def _mean_examples(datasets: Sequence[Sequence[Any]]) -> int:
 def _measure(founding: Founding, evaluator: Evaluator, adapter: Tensor) -> dict[str, float]:
     founding.view.write(adapter)
     return evaluator(founding.model)
+
+
+_INSTRUCTIONS = {"x86_64": ("amx_bf16", "avx512_bf16"), "aarch64": ("bf16", "sve_bf16")}
+
+
+def slow_bf16(recipe: Recipe) -> str | None:
+    """A sentence for who runs `recipe` with `bf16: true` on a processor without bfloat16 instructions; else None.
+
+    PyTorch computes the same there, converting every operand, and a run takes about ten times as long.
+    """
+    if not recipe.training.bf16 or torch.accelerator.is_available() or has_bf16(_capabilities()):
+        return None
+    return (
+        "bf16: true, but this processor has no bfloat16 instructions and PyTorch imitates them, which takes about ten "
+        "times as long. To train in float32: --training.bf16 false (run.py: --float32)."
+    )
+
+
+def has_bf16(capabilities: Mapping[str, Any]) -> bool:
+    """Whether `torch.cpu.get_capabilities()` shows bfloat16 instructions; True where it does not say.
+
+    Args:
+        capabilities: name of an instruction set to whether the processor has it, and `architecture`.
+    """
+    names = _INSTRUCTIONS.get(capabilities.get("architecture", ""), ())
+    known = [bool(capabilities[name]) for name in names if name in capabilities]
+    return any(known) or not known
+
+
+def _capabilities() -> Mapping[str, Any]:
+    read = getattr(torch.cpu, "get_capabilities", None)  # not in PyTorch's older versions
+    return read() if read is not None else {}

@@ -33,7 +33,7 @@ from fedfstq_hf.federation.record import RoundRecord
 from fedfstq_hf.federation.scaffold import read_variate
 from fedfstq_hf.federation.spec import FederationSpec
 from fedfstq_hf.running.evaluate import Evaluator
-from fedfstq_hf.simulation.processes import start_method, warm_up
+from fedfstq_hf.simulation.forkserver import start_method, warm_up
 
 _LOOK_SECONDS = 2.0  # between two looks at whether the workers still live
 _PATIENCE_SECONDS = 10.0  # for workers to end by themselves

@@ -16,7 +16,7 @@ from fedfstq_hf.sensitivity.fisher import check_finite
 from fedfstq_hf.trainer.processes import Processes
 
 if TYPE_CHECKING:
-    from fedfstq_hf.generation.scorers.probe import ProbeFit
+    from fedfstq_hf.generation.probe import ProbeFit
 
 _FISHER = "fisher."
 _TOKENS = "tokens."
@@ -203,7 +203,7 @@ class GradientObserver:
         if not self._fit_probe:
             return None
         from fedfstq_hf.generation.blocks import decoder_blocks
-        from fedfstq_hf.generation.scorers.probe import ProbeFit
+        from fedfstq_hf.generation.probe import ProbeFit
 
         size = self._model.config.get_text_config(decoder=True).hidden_size
         return ProbeFit(int(size), layer=min(1, len(decoder_blocks(self._model)) - 1))

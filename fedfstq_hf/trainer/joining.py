@@ -72,7 +72,7 @@ def join(
     )
 
     def pack_saliency(carried: dict[str, Tensor]) -> bytes | None:
-        from fedfstq_hf.generation.federated import client_saliency
+        from fedfstq_hf.generation.shared_saliency import client_saliency
 
         if tokenizer is None:
             logger.warning("share_saliency needs the tokenizer: pass processing_class=tokenizer. Nothing is shared.")

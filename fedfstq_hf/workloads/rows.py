@@ -1,13 +1,16 @@
-"""Reads rows: from a `.jsonl` file, from a data set on the Hub, or from the demo's generator."""
+"""Rows of a `.jsonl` file, a data set on the Hub or the demo, and how their columns become prompt, answer and topic.
+
+A format names roles and the columns that may fill them, first match first; `data.columns` puts another column first.
+"""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fedfstq_hf.errors import DataError
-from fedfstq_hf.workloads.config import DataConfig
+from fedfstq_hf.workloads.data_config import DataConfig
 
 DEMO_SIZES = {"train": 2000, "test": 200}
 """Examples that the demo makes where the recipe gives no limit."""
@@ -82,3 +85,154 @@ def _hub_rows(config: DataConfig) -> Iterator[Row]:
         for index, values in enumerate(part):
             extra = {} if has_test is None else {"split": "train" if name == "train" else "test"}
             yield Row({**values, **extra}, f"{config.path}, {name} row {index}")
+
+
+@dataclass(frozen=True)
+class Text:
+    """A row as text. `terms` is what topics are clustered from where `topic` is None."""
+
+    prompt: str
+    answer: str
+    topic: str | None
+    terms: str | list[str]
+    group: str | None
+    split: str | None
+    client: str | None
+    place: str
+
+
+@dataclass(frozen=True)
+class Format:
+    """Roles with their candidate columns, and how filled roles are written out."""
+
+    required: Mapping[str, tuple[str, ...]]
+    optional: Mapping[str, tuple[str, ...]]
+    prompt: Callable[[Mapping[str, str]], str]
+    answer: Callable[[Mapping[str, str]], str]
+    terms: str
+    """Role whose content topics are clustered from."""
+
+
+def _code_prompt(roles: Mapping[str, str]) -> str:
+    given = f"\n\n### Input:\n{roles['input']}" if roles.get("input") else ""
+    return f"### Instruction:\n{roles['instruction']}{given}\n\n### Response:\n"
+
+
+_PLAIN = Format(
+    # As in TRL's prompt-completion data: the two are joined as they stand, separators included.
+    required={"prompt": ("prompt",), "answer": ("answer", "completion")},
+    optional={"topic": ("topic",), "group": ("group",), "client": ("client",)},
+    prompt=lambda roles: roles["prompt"],
+    answer=lambda roles: roles["answer"],
+    terms="prompt",
+)
+_FORMATS: dict[str, Format] = {
+    "jsonl": _PLAIN,
+    "demo": Format(
+        required={**_PLAIN.required, "topic": ("specialty",)},
+        optional={},
+        prompt=_PLAIN.prompt,
+        answer=_PLAIN.answer,
+        terms="prompt",
+    ),
+    "fed_med": Format(
+        required={
+            "question": ("question",),
+            "context": ("context.contexts", "context"),
+            "answer": ("long_answer",),
+        },
+        optional={"terms": ("meshes", "context.meshes"), "group": ("group",)},
+        prompt=lambda roles: f"{roles['context']}\n\nQuestion: {roles['question']}\nAnswer:",
+        answer=lambda roles: f" {roles['answer']}",
+        terms="terms",
+    ),
+    "fed_aya": Format(
+        required={"prompt": ("prompt", "inputs"), "answer": ("answer", "targets"), "topic": ("language",)},
+        optional={"group": ("group",)},
+        prompt=lambda roles: f"{roles['prompt']}\n",
+        answer=lambda roles: roles["answer"],
+        terms="prompt",
+    ),
+    "fed_code": Format(
+        required={"instruction": ("instruction",), "answer": ("output",)},
+        optional={"input": ("input",), "group": ("group",)},
+        prompt=_code_prompt,
+        answer=lambda roles: roles["answer"],
+        terms="instruction",
+    ),
+}
+_MISSING = object()
+
+
+def read_text(row: Row, config: DataConfig) -> Text:
+    """Turn `row` into text by the format of `config`; a missing or empty column raises `DataError` naming it."""
+    form = _FORMATS[config.format]
+    for role in config.columns:
+        if role not in {**form.required, **form.optional}:
+            valid = ", ".join([*form.required, *form.optional])
+            raise DataError(f"data.columns: format {config.format} has no role {role!r}; its roles are {valid}")
+    roles: dict[str, str] = {}
+    for role, columns in form.required.items():
+        candidates = (config.columns[role],) if role in config.columns else columns
+        value = _find(row.values, candidates)
+        if value is _MISSING:
+            raise DataError(
+                f"{row.place} has no column {' or '.join(map(repr, candidates))} for the {role}; found "
+                f"{', '.join(map(repr, row.values))}. Type --data.columns.{role} COLUMN, or another --data.format."
+            )
+        roles[role] = _as_text(value, row, role)
+    for role, columns in form.optional.items():
+        value = _find(row.values, (config.columns[role],) if role in config.columns else columns)
+        if value is not _MISSING and value is not None and role != "terms":
+            roles[role] = _as_text(value, row, role)
+    if not roles["answer"].strip():
+        raise DataError(f"{row.place}: the answer is empty, so every label would be masked; remove the row")
+    return Text(
+        prompt=form.prompt(roles),
+        answer=form.answer(roles),
+        topic=_column(row, config.topic_column, "topic_column") or roles.get("topic"),
+        terms=_terms(row, form, config, roles),
+        group=roles.get("group"),
+        split=_column(row, "split" if "split" in row.values else None, "split"),
+        client=_column(row, config.client_column, "client_column") or roles.get("client"),
+        place=row.place,
+    )
+
+
+def _find(values: Mapping[str, Any], columns: tuple[str, ...]) -> Any:
+    for column in columns:
+        node: Any = values
+        for part in column.split("."):
+            node = node[part] if isinstance(node, Mapping) and part in node else _MISSING
+        if node is not _MISSING:
+            return node
+    return _MISSING
+
+
+def _as_text(value: Any, row: Row, role: str) -> str:
+    if isinstance(value, str):
+        return value
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return str(value)
+    if isinstance(value, list) and all(isinstance(item, str) for item in value):
+        return "\n".join(value)
+    raise DataError(f"{row.place}: the {role} must be text, got {value!r:.60} ({type(value).__name__})")
+
+
+def _column(row: Row, column: str | None, setting: str) -> str | None:
+    if column is None:
+        return None
+    value = _find(row.values, (column,))
+    if value is _MISSING or value is None:
+        found = ", ".join(map(repr, row.values))
+        raise DataError(f"{row.place} has no value in column {column!r} (data.{setting}); found columns {found}")
+    return str(value)
+
+
+def _terms(row: Row, form: Format, config: DataConfig, roles: Mapping[str, str]) -> str | list[str]:
+    if form.terms in roles:
+        return roles[form.terms]
+    columns = (config.columns["terms"],) if "terms" in config.columns else form.optional["terms"]
+    value = _find(row.values, columns)
+    # Indexed terms are better topics than words; where a row has none, its question must do.
+    return [str(term) for term in value] if isinstance(value, list) and value else roles["question"]

@@ -28,7 +28,7 @@ from fedfstq_hf.cli.options import quieten
 from fedfstq_hf.codec import CodecContext, get_codec, parse_budget
 from fedfstq_hf.recipe import load_recipe
 from fedfstq_hf.running.foundation import found, training_arguments
-from fedfstq_hf.simulation.partition import make_shards
+from fedfstq_hf.simulation.population import make_shards
 from fedfstq_hf.workloads import Collator, load_workload
 
 OUT = Path(__file__).parents[1] / "results" / "fisher.json"

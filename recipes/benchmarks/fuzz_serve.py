@@ -179,7 +179,7 @@ def _serve(box: Path, template: Template, *, card: bool) -> str:
     from fedfstq_hf.federation import adapter_file
     from fedfstq_hf.federation.mailbox.folder import FolderMailbox
     from fedfstq_hf.federation.server.coordinator import Coordinator
-    from fedfstq_hf.generation.federated import join_saliency
+    from fedfstq_hf.generation.shared_saliency import join_saliency
     from fedfstq_hf.reporting.card.federation_card import card_maker
 
     mailbox = FolderMailbox(box, durable=False)

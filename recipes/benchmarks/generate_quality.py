@@ -20,9 +20,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fedfstq_hf.demo import make_examples, model_path
+from fedfstq_hf.generation.probe import Probe, ProbeFit
 from fedfstq_hf.generation.reducer import TokenReducer
-from fedfstq_hf.generation.scorer import Scorer
-from fedfstq_hf.generation.scorers import Combined, Probe, ProbeFit, QueryAttention, Random, Rarity, Recency, TokenTable
+from fedfstq_hf.generation.scorers import Combined, QueryAttention, Random, Rarity, Recency, Scorer, TokenTable
 from fedfstq_hf.sensitivity import TokenSensitivity
 
 LAYER, REFRESH = 2, 5

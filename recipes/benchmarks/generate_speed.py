@@ -19,9 +19,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.generation.streamers import BaseStreamer
 
+from fedfstq_hf.generation.probe import Probe
 from fedfstq_hf.generation.reducer import TokenReducer
-from fedfstq_hf.generation.scorer import Scorer
-from fedfstq_hf.generation.scorers import Combined, Probe, QueryAttention, Random, Rarity, Recency, TokenTable
+from fedfstq_hf.generation.scorers import Combined, QueryAttention, Random, Rarity, Recency, Scorer, TokenTable
 
 SHAPES: dict[str, dict[str, int]] = {
     "100M": {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 24, "num_attention_heads": 9}

@@ -1,8 +1,8 @@
 """What a round's mean carries of its messages' noise, and how far its weights are from FedAvg's.
 
 Run: `python recipes/benchmarks/mean_noise.py RUN...`, with folders of runs such as `OUT/runs/fstq-timed/seed-0` of
-`fedfstq simulate ... --out OUT`. For codecs without bias and with few bits (`trellis`, `sampled`), whose squared norms
-are mostly noise; others' norms say nothing about it. Means over the rounds, for runs of one recipe side by side:
+`fedfstq simulate ... --out OUT`. For an unbiased codec with few bits (`fstq`), whose squared norms are
+mostly noise; others' norms say nothing about it. Means over the rounds, for runs of one recipe side by side:
 
 - noise: sum_k w_k^2 n_k^2 over the accepted messages, with their weights w_k and norms n_k
 - by examples, by bytes: the same, had the messages those weights

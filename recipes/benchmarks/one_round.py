@@ -1,7 +1,7 @@
 """What one round's messages do to the loss, by codec and server step, from the very same local updates.
 
 Run: `python recipes/benchmarks/one_round.py [RECIPE] --rounds 2,5,9 [--KEY VALUE ...]`, by default on validation rows
-of `evaluation/tuning`, whose `fedavg` makes the way to those rounds. Prints and, with --json FILE, writes
+of `evaluation/main_fed_code`, whose `fedavg` makes the way to those rounds. Prints and, with --json FILE, writes
 
 - the change of the loss at each server step: negative is better, and what fp32 changes is the reference
 - cosine: between the mean of the messages and the mean of the updates
@@ -32,10 +32,17 @@ from fedfstq_hf.recipe import Recipe, load_recipe
 from fedfstq_hf.running.evaluate import Evaluator
 from fedfstq_hf.running.foundation import Founding
 from fedfstq_hf.simulation import runner
-from fedfstq_hf.simulation.participation import SimulatedParticipation
+from fedfstq_hf.simulation.simulated_participation import SimulatedParticipation
 from fedfstq_hf.workloads import load_workload
 
-CODECS = ("fp32", "fstq@0.1bpp", "fstq@0.3bpp", "sampled@0.05bpp", "sampled@0.1bpp", "sampled@0.3bpp", "trellis@0.1bpp")
+CODECS = (
+    "fp32",
+    "fstq@0.05bpp",
+    "fstq@0.1bpp",
+    "fstq@0.3bpp",
+    "fstq:fisher_weighted=false@0.1bpp",
+    "topk:value_bits=8@0.3bpp",
+)
 STEPS = (0.7, 1.0, 1.4, 2.0)
 
 
@@ -123,7 +130,7 @@ def round_(value: float) -> float:
 def main() -> None:
     """Run `fedavg` of the recipe up to the last kept round and compare at each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("recipe", nargs="?", default="evaluation/tuning")
+    parser.add_argument("recipe", nargs="?", default="evaluation/main_fed_code")
     parser.add_argument("--rounds", default="2,5", help="rounds to compare at, counted from 1")
     parser.add_argument(
         "--codecs", default=",".join(CODECS), help="NAME[:OPTION=VALUE...][@BUDGET], separated by commas"
@@ -134,7 +141,7 @@ def main() -> None:
     options.rounds = sorted({int(r) for r in options.rounds.split(",")})
     options.codecs = options.codecs.split(",")
     options.steps = [float(step) for step in options.steps.split(",")]
-    overrides = {"methods": "fedavg", "rounds": str(options.rounds[-1])}
+    overrides = {"methods": "fedavg", "rounds": str(options.rounds[-1]), "evaluation.split": "validation"}
     recipe = load_recipe(options.recipe, overrides | parse_overrides(rest))
     quieten()
     found: list[dict[str, Any]] = []

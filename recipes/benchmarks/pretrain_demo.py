@@ -26,13 +26,23 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import SAFE_WEIGHTS_NAME
 
-from fedfstq_hf.demo.notes import Note, ask, belongs, notes, write_note
-from fedfstq_hf.demo.vocabulary import PLAIN_QUESTIONS, SPECIALTIES
+from fedfstq_hf.demo.clinic import SPECIALTIES, Note, ask, belongs, notes, write_note
 
 logger = logging.getLogger(__name__)
 
 PAD, BOS, EOS = "<pad>", "<s>", "</s>"
 SIGNS = (":", " =", " ->", " is")
+# The same questions in plain words, which only the tokenizer sees: it has tokens for more than notes and charts.
+PLAIN_QUESTIONS: dict[str, tuple[str, ...]] = {
+    "present": ("what does the patient have now?", "which problem is there?"),
+    "absent": ("what does the patient not have?", "which problem is ruled out?"),
+    "resolved": ("what did the patient have before?", "which problem is over?"),
+    "familial": ("what do relatives have?", "which problem lies in the blood?"),
+    "kept": ("which drug stays as it is?", "what is not to be changed?"),
+    "stopped": ("which drug is no longer given?", "what was ended?"),
+    "started": ("which drug is given for the first time?", "what came on top?"),
+    "raised": ("which drug is given in a larger dose?", "what went up?"),
+}
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ from fedfstq_hf.federation.client.participation import Assignment, LocalResult
 from fedfstq_hf.recipe import load_recipe
 from fedfstq_hf.running.foundation import Founding
 from fedfstq_hf.simulation import runner
-from fedfstq_hf.simulation.participation import SimulatedParticipation
+from fedfstq_hf.simulation.simulated_participation import SimulatedParticipation
 from fedfstq_hf.workloads import Collator, load_workload
 
 MANIFEST = "recording.json"

@@ -19,7 +19,7 @@ from transformers import TrainingArguments, set_seed
 
 from fedfstq_hf import FedFSTQConfig, FedFSTQTrainer
 from fedfstq_hf.demo import load_model, load_tokenizer, make_examples
-from fedfstq_hf.demo.vocabulary import SPECIALTIES
+from fedfstq_hf.demo.clinic import SPECIALTIES
 from fedfstq_hf.reporting.shading import SensitivityText
 from fedfstq_hf.workloads.examples import collate
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from fedfstq_hf.cli.options import quieten
 from fedfstq_hf.errors import FedFSTQError
 from fedfstq_hf.recipe import Recipe, list_recipes, load_recipe
-from fedfstq_hf.simulation.processes import warm_up
+from fedfstq_hf.simulation.forkserver import warm_up
 
 ORDER = (
     ("main_fed_med", "main_fed_aya", "main_fed_code"),
@@ -69,10 +69,11 @@ def run(options: argparse.Namespace, root: Path) -> int:
     if not options.list:
         warm_up()
     quieten()
-    from fedfstq_hf.reporting.comparison.runs import SUFFIX, add_to_archive
-    from fedfstq_hf.reporting.run_report import write_result
-    from fedfstq_hf.simulation.ledger import Entry, entries, estimate, run_missing
-    from fedfstq_hf.simulation.precision import slow_bf16
+    from ledger import Entry, entries, estimate, run_missing
+    from results import add_to_archive, write_result
+
+    from fedfstq_hf.reporting.comparison.runs import SUFFIX
+    from fedfstq_hf.simulation.runner import slow_bf16
 
     wanted = options.recipes or [name.removeprefix("evaluation/") for name in list_recipes()]
     groups = [[name for name in group if name in wanted] for group in ORDER]

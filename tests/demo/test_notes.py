@@ -4,8 +4,7 @@ import re
 import pytest
 
 from fedfstq_hf.demo import make_examples
-from fedfstq_hf.demo.notes import SPLITS, ask, belongs, notes
-from fedfstq_hf.demo.vocabulary import KINDS, QUESTIONS, SPECIALTIES
+from fedfstq_hf.demo.clinic import KINDS, QUESTIONS, SPECIALTIES, SPLITS, ask, belongs, notes
 from fedfstq_hf.errors import ConfigError
 
 # written out once more, apart from the generator's templates: the word before a term decides what is said of it

@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 
 from fedfstq_hf.errors import MailboxError
-from fedfstq_hf.federation.untrusted import MAX_DEPTH, parse_object
-from fedfstq_hf.text import printable
+from fedfstq_hf.text import MAX_DEPTH, parse_object, printable
 
 
 def test_an_object_is_what_json_says():

@@ -11,7 +11,7 @@ from families import left_padded, make_ids, make_model
 from transformers import DynamicCache, TextIteratorStreamer
 
 from fedfstq_hf.demo import load_tokenizer
-from fedfstq_hf.generation.hub_function import HUB_PATH, custom_generate_source
+from fedfstq_hf.generation.published import HUB_PATH, custom_generate_source
 from fedfstq_hf.generation.reducer import TokenReducer
 
 NEW = 6

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from fedfstq_hf.generation.attention import window_attention
 from fedfstq_hf.generation.blocks import read_at
+from fedfstq_hf.generation.probe import Probe
 from fedfstq_hf.generation.reducer import TokenReducer
-from fedfstq_hf.generation.scorers import Probe, QueryAttention, Rarity, Recency
+from fedfstq_hf.generation.scorers import QueryAttention, Rarity, Recency
 
 LENGTH, NEW = 40, 8
 

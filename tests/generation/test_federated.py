@@ -11,8 +11,8 @@ from fedfstq_hf.codec import message
 from fedfstq_hf.errors import DataError
 from fedfstq_hf.federation.mailbox.folder import FolderMailbox
 from fedfstq_hf.federation.server.coordinator import Coordinator
-from fedfstq_hf.generation.federated import client_saliency, join_saliency
-from fedfstq_hf.generation.saliency_file import unpack
+from fedfstq_hf.generation.saliency import unpack
+from fedfstq_hf.generation.shared_saliency import client_saliency, join_saliency
 from fedfstq_hf.sensitivity import TokenSensitivity
 from tests.federation.light import LightClient, found, run_rounds
 

@@ -7,9 +7,9 @@ import torch
 
 from fedfstq_hf.demo import load_tokenizer
 from fedfstq_hf.errors import ConfigError, DataError
-from fedfstq_hf.generation.protection import Protection, special_ids, strip_markers, template_sequences
 from fedfstq_hf.generation.reducer import TokenReducer
 from fedfstq_hf.generation.scorers import Recency
+from fedfstq_hf.generation.selection import Protection, special_ids, strip_markers, template_sequences
 
 TEMPLATE = (
     "{% for m in messages %}<s>{{ m['role'] }} says\n{{ m['content'] }}</s>\n{% endfor %}"

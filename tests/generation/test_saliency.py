@@ -13,10 +13,10 @@ from safetensors.torch import save
 from fedfstq_hf.demo import load_model, load_tokenizer, model_path
 from fedfstq_hf.errors import AdapterMismatchError, ConfigError, DataError, MessageError
 from fedfstq_hf.generation import published
+from fedfstq_hf.generation.probe import Probe
 from fedfstq_hf.generation.reducer import TokenReducer
-from fedfstq_hf.generation.saliency import Saliency, aggregate, tokenizer_fingerprint
-from fedfstq_hf.generation.saliency_file import FILE_NAME, pack, unpack
-from fedfstq_hf.generation.scorers import Combined, Probe, QueryAttention
+from fedfstq_hf.generation.saliency import FILE_NAME, Saliency, aggregate, pack, tokenizer_fingerprint, unpack
+from fedfstq_hf.generation.scorers import Combined, QueryAttention
 from fedfstq_hf.sensitivity import TokenSensitivity
 
 

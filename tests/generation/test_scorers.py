@@ -9,18 +9,18 @@ from families import left_padded, make_ids, make_model
 from fedfstq_hf.errors import ConfigError, DataError
 from fedfstq_hf.generation.attention import window_attention
 from fedfstq_hf.generation.blocks import read_at
-from fedfstq_hf.generation.scorer import EarlyScorer, Scorer
+from fedfstq_hf.generation.probe import Probe, ProbeFit
 from fedfstq_hf.generation.scorers import (
     Combined,
-    Probe,
-    ProbeFit,
+    EarlyScorer,
     QueryAttention,
     Random,
     Rarity,
     Recency,
+    Scorer,
     TokenTable,
+    ranks,
 )
-from fedfstq_hf.generation.scorers.combined import ranks
 
 ONES = torch.ones(1, 6, dtype=torch.long)
 IDS = torch.tensor([[3, 4, 3, 5, 3, 4]])

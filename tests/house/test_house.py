@@ -18,7 +18,7 @@ LAZY = ("federation.mailbox.open", "federation.mailbox.hub")
 # Lowest first: a package imports only what stands above it here, and of that only what it names.
 ALLOWED = {
     "errors": "",
-    "text": "",
+    "text": "errors",
     "ranges": "errors text",
     "methods": "errors ranges",
     "codec": "errors ranges methods text",
@@ -40,14 +40,9 @@ ALLOWED = {
     "cli": "errors text codec workloads federation recipe reporting running sharing simulation",
 }
 # What still breaks the rules. These only shrink: an entry that is no longer needed fails, too.
-WRONG_ARROWS = {
-    ("adapters", "federation.untrusted"),
-    ("recipe", "simulation.network"),
-    ("reporting", "simulation.network"),
-    ("reporting", "simulation.packets"),
-}
-SAME_NAMES = {"config.py", "folder.py", "participation.py", "processes.py", "schema.py", "table.py"}
-MOST_MODULES = 213  # lowered whenever modules go; the aim is 170
+WRONG_ARROWS: set[tuple[str, str]] = set()
+SAME_NAMES: set[str] = set()
+MOST_MODULES = 188  # lowered whenever modules go; the aim is 170
 MOST_LINES = 400
 
 

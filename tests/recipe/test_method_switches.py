@@ -11,7 +11,7 @@ from fedfstq_hf.errors import ConfigError
 from fedfstq_hf.federation.spec import FederationSpec
 from fedfstq_hf.methods import LocalSwitches, MethodSettings, Row, ServerSettings, feedback_decay
 from fedfstq_hf.ranges import Number, OneOf
-from fedfstq_hf.recipe.method import RecipeMethod
+from fedfstq_hf.recipe.sections import RecipeMethod
 
 SWITCHES = {item.name: item.metadata["help"] for item in dataclasses.fields(MethodSettings) if item.name != "server"}
 ON = {

@@ -18,7 +18,7 @@ from fedfstq_hf.federation.record import RoundRecord
 from fedfstq_hf.federation.spec import FederationSpec
 from fedfstq_hf.methods import MethodSettings
 from fedfstq_hf.recipe import load_recipe, validate
-from fedfstq_hf.recipe.method import RecipeMethod, TimeCap
+from fedfstq_hf.recipe.sections import RecipeMethod, TimeCap
 from fedfstq_hf.running.client_file import load_client_file
 from tests.trainer.small_federation import found, served, settings_of
 

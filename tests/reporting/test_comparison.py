@@ -10,6 +10,7 @@ from metric_rows import make_rows, write_run
 
 from fedfstq_hf.cli import main
 from fedfstq_hf.errors import ConfigError, DataError
+from fedfstq_hf.recipe.network import LinkProfile, draw_rates, round_cost
 from fedfstq_hf.reporting.comparison.figures import compare
 from fedfstq_hf.reporting.comparison.findings import notes
 from fedfstq_hf.reporting.comparison.round_time import mean_energy, mean_parts, seconds_without_uplink
@@ -18,7 +19,6 @@ from fedfstq_hf.reporting.comparison.summary import summarize
 from fedfstq_hf.reporting.comparison.tables import figure_tables
 from fedfstq_hf.reporting.comparison.workloads import group_runs
 from fedfstq_hf.reporting.run_report import write_report
-from fedfstq_hf.simulation.network import LinkProfile, draw_rates, round_cost
 
 # fedavg improves from 4.0 to 3.0: targets 3.5, 3.25, 3.1, held from rounds 1, 2, 3 on.
 FEDAVG = [4.0, 3.5, 3.2, 3.05, 3.0]

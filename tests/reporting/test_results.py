@@ -4,10 +4,11 @@ import json
 
 import pytest
 from metric_rows import make_rows, write_run
+from results import add_to_archive
 
 from fedfstq_hf.cli import main
 from fedfstq_hf.errors import ConfigError, DataError
-from fedfstq_hf.reporting.comparison.runs import add_to_archive, read_runs
+from fedfstq_hf.reporting.comparison.runs import read_runs
 
 LEDGER = {"command": "python recipes/evaluation/run.py fed_med", "commit": "0123abc", "minutes": 1.5}
 

@@ -6,8 +6,7 @@ from tiny import make_tiny_data
 
 from fedfstq_hf.errors import DataError, NonFiniteError
 from fedfstq_hf.sharing.calibration import adapter_fisher, pair_weights
-from fedfstq_hf.sharing.pairs import Pair
-from fedfstq_hf.sharing.trained import trained_adapter
+from fedfstq_hf.sharing.trained import Pair, trained_adapter
 from fedfstq_hf.workloads import collate
 from tests.sharing.conftest import trained
 

@@ -7,7 +7,7 @@ from tiny import make_tiny_model
 from transformers import set_seed
 
 from fedfstq_hf.errors import AdapterMismatchError
-from fedfstq_hf.sharing.initial import initial_state, state_sha256
+from fedfstq_hf.sharing.coding import initial_state, state_sha256
 from fedfstq_hf.sharing.trained import trained_adapter
 
 

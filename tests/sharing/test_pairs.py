@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fedfstq_hf.sharing.pairs import (
+from fedfstq_hf.sharing.trained import (
     Pair,
     PairWeights,
     balance,

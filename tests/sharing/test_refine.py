@@ -6,7 +6,7 @@ from tiny import make_tiny_data
 
 from fedfstq_hf import compress_adapter, load_compressed_adapter, save_compressed_adapter
 from fedfstq_hf.errors import ConfigError
-from fedfstq_hf.sharing.imitation import Imitation
+from fedfstq_hf.sharing.calibration import Imitation
 from fedfstq_hf.sharing.trained import trained_adapter
 from tests.sharing.conftest import fresh_base, trained
 
@@ -76,9 +76,9 @@ def test_the_same_adapter_gives_the_same_files():
 
 
 def test_what_brings_nothing_is_discarded(monkeypatch):
-    from fedfstq_hf.sharing import refine
+    from fedfstq_hf.sharing import coding
 
-    monkeypatch.setattr(refine, "_LEARNING_RATE", 50.0)
+    monkeypatch.setattr(coding, "_LEARNING_RATE", 50.0)
     made = compress_adapter(trained(size=0.3), 3000, calibration=DATA, refine_steps=5)
     plain = compress_adapter(trained(size=0.3), 3000, calibration=DATA)
     assert made.files == plain.files

@@ -3,13 +3,13 @@
 import json
 
 import pytest
+from ledger import entries, run_missing
+from results import add_to_archive, write_result
 
 from fedfstq_hf.errors import ConfigError
 from fedfstq_hf.recipe import Recipe, load_recipe
-from fedfstq_hf.recipe.sweep import sweep_points, without_swept
-from fedfstq_hf.reporting.comparison.runs import add_to_archive, read_archive
-from fedfstq_hf.reporting.run_report import write_result
-from fedfstq_hf.simulation.ledger import entries, run_missing
+from fedfstq_hf.recipe.library import sweep_points, without_swept
+from fedfstq_hf.reporting.comparison.runs import read_archive
 
 
 def names(listed):

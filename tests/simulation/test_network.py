@@ -4,14 +4,13 @@ import numpy as np
 import pytest
 
 from fedfstq_hf.errors import ConfigError
-from fedfstq_hf.simulation.network import (
+from fedfstq_hf.recipe.network import (
     PROFILES,
     LinkProfile,
     LinkRates,
     draw_rates,
     get_link,
     round_cost,
-    round_seconds,
 )
 
 RATES = LinkRates(uplink=np.array([1e6, 8e6, 2e6]), downlink=np.array([8e6, 8e6, 16e6]))
@@ -25,7 +24,7 @@ TRAFFIC = {
 def test_round_lasts_as_long_as_its_slowest_client():
     # client 0: 8e6/8e6 + 3 + 1e6/1e6 = 5 s; client 2: 16e6/16e6 + 1.5 + 8e6/2e6 = 6.5 s; the server adds 0.25 s.
     profile = LinkProfile("hand", server_seconds=0.25)
-    assert round_seconds(profile, RATES, **TRAFFIC) == pytest.approx(6.75)
+    assert round_cost(profile, RATES, **TRAFFIC).seconds == pytest.approx(6.75)
     assert round_cost(profile, RATES, **TRAFFIC).straggler == 2
 
 
@@ -46,12 +45,12 @@ def test_energy_defaults_give_the_papers_figures():
 
 def test_fixed_compute_replaces_the_measured_one():
     profile = LinkProfile("hand", compute_seconds=10.0)
-    assert round_seconds(profile, RATES, **TRAFFIC) == pytest.approx(1 + 10 + 4)
+    assert round_cost(profile, RATES, **TRAFFIC).seconds == pytest.approx(1 + 10 + 4)
 
 
 def test_a_round_without_survivors_is_refused():
     with pytest.raises(ConfigError, match="at least one client"):
-        round_seconds(get_link("lte-20mbps"), RATES, uplink_bytes={}, downlink_bytes={}, compute_seconds={})
+        round_cost(get_link("lte-20mbps"), RATES, uplink_bytes={}, downlink_bytes={}, compute_seconds={})
 
 
 def test_controlled_link_is_the_same_for_everyone():
@@ -105,14 +104,14 @@ def test_an_upload_ratio_sets_the_rates():
     assert resolved.uplink_mbps == pytest.approx(1.6)
     assert resolved.tail_mbps == pytest.approx((0.08, 0.32))
     assert resolved.for_adapter(5) == resolved
-    seconds = round_seconds(
+    cost = round_cost(
         resolved,
         draw_rates(resolved, 1, 0),
         uplink_bytes={0: 4_000_000},
         downlink_bytes={0: 0},
         compute_seconds={0: 9.0},
     )
-    assert seconds == pytest.approx(2.0 + 20.0)
+    assert cost.seconds == pytest.approx(2.0 + 20.0)
 
 
 def test_ratio_profiles_cost_the_same_at_any_size_of_adapter():

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from fedfstq_hf.errors import FedFSTQError
-from fedfstq_hf.simulation.packets import _transmit, deliver
+from fedfstq_hf.recipe.network import _transmit, deliver
 
 
 class Draws:

@@ -12,9 +12,9 @@ from light import SCHEMA, LightClient, fake_training, found, run_rounds
 
 from fedfstq_hf.errors import FedFSTQError
 from fedfstq_hf.federation.server.coordinator import Coordinator
-from fedfstq_hf.simulation.network import draw_rates, get_link
-from fedfstq_hf.simulation.participation import SimulatedParticipation
-from fedfstq_hf.simulation.plan import RoundPlan, make_plan
+from fedfstq_hf.recipe.network import draw_rates, get_link
+from fedfstq_hf.simulation.population import RoundPlan, make_plan
+from fedfstq_hf.simulation.simulated_participation import SimulatedParticipation
 from fedfstq_hf.simulation.workers import client_name
 
 CLIENTS = 4

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedfstq_hf.errors import ConfigError, DataError
-from fedfstq_hf.simulation.partition import dirichlet_partition, iid_partition, make_shards, natural_partition
+from fedfstq_hf.simulation.population import dirichlet_partition, iid_partition, make_shards, natural_partition
 
 
 @settings(max_examples=80, deadline=None)

@@ -3,7 +3,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedfstq_hf.errors import ConfigError
-from fedfstq_hf.simulation.plan import make_plan
+from fedfstq_hf.simulation.population import make_plan
 
 
 @settings(max_examples=60, deadline=None)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fedfstq_hf.recipe import load_recipe
-from fedfstq_hf.simulation.precision import has_bf16, slow_bf16
+from fedfstq_hf.simulation.runner import has_bf16, slow_bf16
 
 OLD = {"architecture": "x86_64", "avx2": True, "amx_bf16": False, "avx512_bf16": False}
 

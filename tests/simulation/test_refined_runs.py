@@ -14,9 +14,8 @@ from fedfstq_hf.federation.client.session import Caps
 from fedfstq_hf.federation.mailbox.protocol import RECORD_FILE
 from fedfstq_hf.federation.record import RoundRecord
 from fedfstq_hf.recipe import load_recipe
-from fedfstq_hf.simulation.network import LinkProfile, LinkRates, draw_rates
-from fedfstq_hf.simulation.packets import deliver
-from fedfstq_hf.simulation.plan import make_plan
+from fedfstq_hf.recipe.network import LinkProfile, LinkRates, deliver, draw_rates
+from fedfstq_hf.simulation.population import make_plan
 from fedfstq_hf.simulation.runner import Simulation
 
 REFINED = {

@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 
 from fedfstq_hf.errors import ConfigError
-from fedfstq_hf.simulation.network import LinkProfile, LinkRates, round_cost
-from fedfstq_hf.simulation.packets import deliver
+from fedfstq_hf.recipe.network import LinkProfile, LinkRates, deliver, round_cost
 
 # 8 bits a byte: 1,000,000 bytes take 8 s, 1 s and 4 s; downloads of as many take 1 s, 1 s and 0.5 s
 RATES = LinkRates(uplink=np.array([1e6, 8e6, 2e6]), downlink=np.array([8e6, 8e6, 16e6]))

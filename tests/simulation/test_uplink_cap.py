@@ -9,7 +9,7 @@ from test_runner import rows
 from fedfstq_hf.codec import message
 from fedfstq_hf.errors import ConfigError
 from fedfstq_hf.recipe import load_recipe, validate
-from fedfstq_hf.simulation.network import draw_rates
+from fedfstq_hf.recipe.network import draw_rates
 from fedfstq_hf.simulation.runner import Simulation
 
 BUDGET = 325

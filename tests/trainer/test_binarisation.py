@@ -10,7 +10,7 @@ from fedfstq_hf import FedFSTQTrainer
 from fedfstq_hf.codec import get_codec
 from fedfstq_hf.errors import ConfigError
 from fedfstq_hf.recipe import build
-from fedfstq_hf.recipe.method import MethodSettings
+from fedfstq_hf.recipe.sections import MethodSettings
 from fedfstq_hf.trainer.methods.fedbat import binarise, binarise_backward
 
 UPDATE = torch.tensor([0.3, -0.1, 0.0, 0.9, -0.7])

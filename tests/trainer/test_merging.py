@@ -7,7 +7,7 @@ from tiny import make_tiny_model
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from fedfstq_hf.errors import ConfigError, DataError
-from fedfstq_hf.recipe.method import MethodSettings
+from fedfstq_hf.recipe.sections import MethodSettings
 from fedfstq_hf.trainer.methods.fedtome import FedToMe, match, merge, mergeable_tokens, rectangular
 
 # Cosines of these keys are those of their angles, in degrees.

@@ -9,9 +9,9 @@ from tiny import make_arguments, make_tiny_data, make_tiny_model
 from fedfstq_hf import FedFSTQConfig, FedFSTQTrainer
 from fedfstq_hf.codec import message
 from fedfstq_hf.errors import AdapterMismatchError
-from fedfstq_hf.generation.federated import join_saliency
-from fedfstq_hf.generation.saliency_file import unpack
-from fedfstq_hf.generation.scorers.probe import ProbeFit
+from fedfstq_hf.generation.probe import ProbeFit
+from fedfstq_hf.generation.saliency import unpack
+from fedfstq_hf.generation.shared_saliency import join_saliency
 
 
 class Tokenizer:

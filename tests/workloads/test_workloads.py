@@ -19,7 +19,7 @@ from fedfstq_hf.errors import ConfigError, DataError
 from fedfstq_hf.workloads import Collator, DataConfig, collate, load_texts, load_workload
 from fedfstq_hf.workloads import rows as rows_module
 from fedfstq_hf.workloads.examples import fit
-from fedfstq_hf.workloads.topics import cluster_topics
+from fedfstq_hf.workloads.load import cluster_topics
 
 SHARED_DATA = Path(__file__).parents[3] / "shared" / "data"
 WORDS = [*"abcdefghijklmnopqrstuvwxyz", "yes", "no", "Question", "Answer", ":", "#", "Instruction", "Input", "Response"]

@@ -18,9 +18,8 @@ from fedfstq_hf.errors import MailboxError, no_federation
 from fedfstq_hf.federation import storage
 from fedfstq_hf.federation.mailbox.protocol import ADAPTER_CONFIG_FILE, SPEC_FILE, Mailbox
 from fedfstq_hf.federation.spec import FederationSpec
-from fedfstq_hf.federation.untrusted import parse_object
 from fedfstq_hf.methods import MethodSettings
-from fedfstq_hf.text import printable
+from fedfstq_hf.text import parse_object, printable
 
 AGREEMENT_FILE = "agreement.json"
 MAX_CONFIG_BYTES = 1 << 18

@@ -46,8 +46,7 @@ from fedfstq_hf.federation.mailbox.protocol import (
     checked_name,
     is_name,
 )
-from fedfstq_hf.federation.untrusted import parse_object
-from fedfstq_hf.text import printable
+from fedfstq_hf.text import parse_object, printable
 
 logger = logging.getLogger(__name__)
 

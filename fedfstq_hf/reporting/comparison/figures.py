@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
-from fedfstq_hf.recipe.schema import Recipe
+from fedfstq_hf.recipe.sections import Recipe
 from fedfstq_hf.reporting.comparison.round_time import seconds_without_uplink
 from fedfstq_hf.reporting.comparison.summary import (
     REFERENCE,

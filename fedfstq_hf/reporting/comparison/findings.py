@@ -1,10 +1,10 @@
 """What a reader must know about a comparison before its figures: what is missing, torn, paired or not comparable."""
 
+from fedfstq_hf.recipe.network import PACKET_BYTES
 from fedfstq_hf.reporting.comparison.figures import FRACTIONS, TIGHT, Comparison
 from fedfstq_hf.reporting.comparison.summary import COMPARED, REFERENCE, metric_of
 from fedfstq_hf.reporting.comparison.workloads import Workload, rounded_otherwise
 from fedfstq_hf.reporting.units import format_ratio
-from fedfstq_hf.simulation.packets import PACKET_BYTES
 
 CAVEATS = (
     "Measured: every byte (packed messages and published adapters as files), every metric, and, where the table of "

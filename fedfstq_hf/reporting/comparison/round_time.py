@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from itertools import pairwise
 from statistics import fmean
 
+from fedfstq_hf.recipe.network import LinkProfile, draw_rates, round_cost
 from fedfstq_hf.reporting.comparison.summary import Row
-from fedfstq_hf.simulation.network import LinkProfile, draw_rates, round_seconds
 
 
 def waited_for(row: Row) -> list[int]:
@@ -25,13 +25,13 @@ def seconds_without_uplink(rows: Sequence[Row], link: LinkProfile, num_clients: 
     if _lacks_rates(link):
         return None
     return sum(
-        round_seconds(
+        round_cost(
             link,
             draw_rates(link, num_clients, row["seed"]),
             uplink_bytes=dict.fromkeys(waited_for(row), 0),
             downlink_bytes=dict(zip(row["clients"], row["client_downlink_bytes"], strict=True)),
             compute_seconds=dict(zip(row["clients"], row["client_compute_seconds"], strict=True)),
-        )
+        ).seconds
         for row in rows[1:]
     )
 

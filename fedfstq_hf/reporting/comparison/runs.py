@@ -1,7 +1,7 @@
 """Runs of `fedfstq simulate`, read for a comparison: folders, and archives, each of which holds runs in one file."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -9,8 +9,7 @@ from typing import Any
 import zstandard
 
 from fedfstq_hf.errors import ConfigError, DataError
-from fedfstq_hf.federation import storage
-from fedfstq_hf.recipe.schema import Recipe
+from fedfstq_hf.recipe.sections import Recipe
 from fedfstq_hf.reporting.comparison.summary import Row, curves, read_rows
 
 SUFFIX = ".jsonl.zst"
@@ -212,23 +211,3 @@ def read_archive(path: Path) -> list[dict[str, Any]]:
         if not isinstance(run, dict) or any(not isinstance(run.get(key), kind) for key, kind in _FIELDS.items()):
             raise DataError(f"{path}, line {number} is no run; expected an object with {', '.join(_FIELDS)}.")
     return runs
-
-
-def add_to_archive(path: Path, folders: Mapping[str, Path]) -> Path:
-    """Put finished runs into an archive, beside those that are in it or in the place of an earlier one of their name.
-
-    The same runs give the same bytes.
-
-    Args:
-        path: the archive; made where there is none.
-        folders: name of the run -> its folder, as the ledger of the evaluation left it.
-    """
-    runs = {run["run"]: run for run in read_archive(path)} if path.exists() else {}
-    for name, folder in folders.items():
-        recipe, ledger = (json.loads((folder / file).read_text(encoding="utf-8")) for file in (_RECIPE, _LEDGER))
-        runs[name] = {"run": name, "recipe": recipe, "ledger": ledger, "rows": read_rows(folder / _ROWS)}
-    lines = [json.dumps(run, sort_keys=True, separators=(",", ":")) + "\n" for _, run in sorted(runs.items())]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    data = zstandard.ZstdCompressor(level=19).compress("".join(lines).encode())
-    storage.replace_file(path, data, durable=False)
-    return path

@@ -3,12 +3,12 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from fedfstq_hf.recipe.network import LinkProfile
 from fedfstq_hf.reporting.comparison.figures import TIGHT, Comparison, Estimate, MethodFigures, Sweep
 from fedfstq_hf.reporting.comparison.round_time import TRANSMIT_WATTS, mean_energy, mean_parts
 from fedfstq_hf.reporting.comparison.runs import Run
 from fedfstq_hf.reporting.comparison.workloads import settings_text
 from fedfstq_hf.reporting.units import format_bytes, format_figure, format_ratio, format_seconds
-from fedfstq_hf.simulation.network import LinkProfile
 
 NONE = "–"
 

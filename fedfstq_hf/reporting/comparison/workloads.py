@@ -12,7 +12,7 @@ from typing import Any
 
 from fedfstq_hf.errors import DataError
 from fedfstq_hf.recipe import RecipeMethod
-from fedfstq_hf.recipe.schema import Recipe
+from fedfstq_hf.recipe.sections import Recipe
 from fedfstq_hf.recipe.strict import plain
 from fedfstq_hf.reporting.comparison.runs import Run
 from fedfstq_hf.reporting.comparison.summary import Row

@@ -108,7 +108,12 @@ def test_the_round_before_is_asked_only_where_most_say_nothing():
 
     assert longest_norm([1, 2, 3], 10.0, asked) == 20
     assert longest_norm([0, 2, 3], 10.0, asked) == 20
-    assert longest_norm([0, 0], 10.0, asked) == longest_norm([], 10.0, asked) == longest_norm([0, 0, 9], None, asked) == math.inf
+    assert (
+        longest_norm([0, 0], 10.0, asked)
+        == longest_norm([], 10.0, asked)
+        == longest_norm([0, 0, 9], None, asked)
+        == math.inf
+    )
 
 
 @pytest.mark.parametrize(
@@ -136,7 +141,13 @@ def test_the_usual_lengths_are_those_that_were_used(tmp_path):
 
 
 def test_how_much_of_an_update_is_left():
-    assert (clip_scale(2.0, 4.0), clip_scale(4.0, 4.0), clip_scale(8.0, 4.0), clip_scale(0.0, 0.0), clip_scale(8.0, 0.0)) == (1, 1, 0.5, 1, 0)
+    assert (
+        clip_scale(2.0, 4.0),
+        clip_scale(4.0, 4.0),
+        clip_scale(8.0, 4.0),
+        clip_scale(0.0, 0.0),
+        clip_scale(8.0, 0.0),
+    ) == (1, 1, 0.5, 1, 0)
 
 
 # Control variates

@@ -12,9 +12,8 @@ from safetensors.torch import save
 from fedfstq_hf.errors import DataError, MailboxError, MessageError
 from fedfstq_hf.federation.server.attachments import join_apart
 from fedfstq_hf.federation.server.coordinator import Coordinator
-from fedfstq_hf.generation.federated import join_saliency
-from fedfstq_hf.generation.saliency import Saliency
-from fedfstq_hf.generation.saliency_file import FILE_NAME, pack, unpack
+from fedfstq_hf.generation.saliency import FILE_NAME, Saliency, pack, unpack
+from fedfstq_hf.generation.shared_saliency import join_saliency
 
 pytestmark = pytest.mark.timeout(20)
 

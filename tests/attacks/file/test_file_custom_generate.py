@@ -13,7 +13,7 @@ from huggingface_hub import CommitOperationAdd, HfApi
 from transformers import dynamic_module_utils
 
 from fedfstq_hf.demo import load_model
-from fedfstq_hf.generation.hub_function import HUB_PATH, custom_generate_source
+from fedfstq_hf.generation.published import HUB_PATH, custom_generate_source
 from fedfstq_hf.generation.reducer import TokenReducer
 from tests.loopback_hub.fixtures import hub, hub_here
 

@@ -13,9 +13,8 @@ from safetensors.torch import save
 from fedfstq_hf.demo import load_tokenizer
 from fedfstq_hf.errors import AdapterMismatchError, ConfigError, DataError, MessageError
 from fedfstq_hf.generation import published
-from fedfstq_hf.generation.federated import join_saliency
-from fedfstq_hf.generation.saliency import Saliency
-from fedfstq_hf.generation.saliency_file import FILE_NAME, MAX_BYTES, pack, unpack
+from fedfstq_hf.generation.saliency import FILE_NAME, MAX_BYTES, Saliency, pack, unpack
+from fedfstq_hf.generation.shared_saliency import join_saliency
 from tests.attacks.peak import peak_bytes
 
 FIELDS = {"base": {}, "format": 1, "high": 3.0, "low": 1.0, "tokenizer": "t", "vocab_size": 3}

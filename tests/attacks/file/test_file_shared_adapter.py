@@ -12,7 +12,7 @@ from peft import LoraConfig
 
 from fedfstq_hf import load_compressed_adapter
 from fedfstq_hf.errors import AdapterMismatchError, FedFSTQError, MessageError
-from fedfstq_hf.sharing import expand as expanding
+from fedfstq_hf.sharing import hub as expanding
 from fedfstq_hf.sharing.compress import compress_adapter
 from fedfstq_hf.sharing.packed import EXACT_FILE, FACTS_FILE
 from fedfstq_hf.sharing.trained import CONFIG_FILE, WEIGHTS_FILE

@@ -5,9 +5,8 @@ from light import LightClient, found, run_rounds
 
 from fedfstq_hf.federation.record import RoundRecord
 from fedfstq_hf.federation.server.coordinator import Coordinator
-from fedfstq_hf.generation.federated import join_saliency
-from fedfstq_hf.generation.saliency import Saliency
-from fedfstq_hf.generation.saliency_file import pack, unpack
+from fedfstq_hf.generation.saliency import Saliency, pack, unpack
+from fedfstq_hf.generation.shared_saliency import join_saliency
 from fedfstq_hf.reporting.status import render_status
 
 SIZE = 8

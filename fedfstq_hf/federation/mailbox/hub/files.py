@@ -20,8 +20,7 @@ from fedfstq_hf.federation.mailbox.protocol import (
     is_name,
 )
 from fedfstq_hf.federation.spec import MAX_SPEC_BYTES
-from fedfstq_hf.federation.untrusted import parse_object
-from fedfstq_hf.text import printable
+from fedfstq_hf.text import parse_object, printable
 
 logger = logging.getLogger(__name__)
 

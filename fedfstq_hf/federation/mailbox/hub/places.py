@@ -22,8 +22,7 @@ from fedfstq_hf.federation.mailbox.hub.files import dump
 from fedfstq_hf.federation.mailbox.hub.http import TIDYING_SECONDS, Outcome, diagnose
 from fedfstq_hf.federation.mailbox.hub.repo import HubRepo, additions, has_digest
 from fedfstq_hf.federation.mailbox.protocol import ATTACHMENTS, is_name
-from fedfstq_hf.federation.untrusted import parse_object
-from fedfstq_hf.text import printable
+from fedfstq_hf.text import parse_object, printable
 
 logger = logging.getLogger(__name__)
 

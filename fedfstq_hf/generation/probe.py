@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from fedfstq_hf.errors import AdapterMismatchError, ConfigError, DataError
-from fedfstq_hf.generation.blocks import early_scores
-from fedfstq_hf.generation.scorer import BlockInput
+from fedfstq_hf.generation.blocks import BlockInput
+from fedfstq_hf.generation.scorers import early_scores
 
 
 class Probe:
@@ -24,12 +24,7 @@ class Probe:
             raise ConfigError(f"weight has shape {tuple(weight.shape)}, layer is {layer}; expected (H,) and >= 0")
         self.weight = weight.detach().float().cpu()
         self.bias = bias
-        self._layer = layer
-
-    @property
-    def layer(self) -> int:
-        """How many blocks see the whole prompt."""
-        return self._layer
+        self.layer = layer
 
     def scores(self, model: Any, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """(B, T) float32, higher = keep: an estimate of `log g`."""

@@ -24,9 +24,8 @@ from fedfstq_hf.federation.mailbox.protocol import RECORD_FILE
 from fedfstq_hf.federation.record import RoundRecord, expected_messages
 from fedfstq_hf.federation.scaffold import read_variate
 from fedfstq_hf.federation.server.coordinator import Coordinator
-from fedfstq_hf.simulation.network import LinkProfile, LinkRates, round_cost
-from fedfstq_hf.simulation.packets import Delivery, deliver
-from fedfstq_hf.simulation.plan import RoundPlan
+from fedfstq_hf.recipe.network import Delivery, LinkProfile, LinkRates, deliver, round_cost
+from fedfstq_hf.simulation.population import RoundPlan
 from fedfstq_hf.simulation.workers import client_name, open_budgets, open_session
 
 Row = dict[str, Any]

@@ -10,10 +10,9 @@ from typing import Any
 from torch import Tensor
 
 from fedfstq_hf.errors import DataError, MessageError
-from fedfstq_hf.generation.hub_function import HUB_PATH, custom_generate_source
-from fedfstq_hf.generation.saliency import Saliency, aggregate, tokenizer_fingerprint
-from fedfstq_hf.generation.saliency_file import FILE_NAME, pack, unpack
-from fedfstq_hf.generation.scorers.probe import Probe, ProbeFit
+from fedfstq_hf.generation.probe import Probe, ProbeFit
+from fedfstq_hf.generation.published import HUB_PATH, custom_generate_source
+from fedfstq_hf.generation.saliency import FILE_NAME, Saliency, aggregate, pack, tokenizer_fingerprint, unpack
 from fedfstq_hf.sensitivity import TokenSensitivity
 
 logger = logging.getLogger(__name__)

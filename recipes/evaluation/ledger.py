@@ -26,7 +26,7 @@ from filelock import lock_descriptor
 from fedfstq_hf.errors import ConfigError
 from fedfstq_hf.federation import storage
 from fedfstq_hf.recipe import Recipe
-from fedfstq_hf.recipe.sweep import sweep_points
+from fedfstq_hf.recipe.library import sweep_points
 from fedfstq_hf.simulation.runner import RECIPE_FILE, Simulation, same_settings
 
 LEDGER_FILE = "ledger.json"
