@@ -1,4 +1,4 @@
-"""A report of runs: what is in it, as one HTML page and as Markdown, with its charts as files, and its figures as JSON.
+"""A report of runs: what is in it, as one HTML page and as Markdown, and its charts as files.
 
 The page needs no script and fetches nothing. The Markdown holds the same tables and notes.
 """
@@ -15,21 +15,11 @@ from fedfstq_hf import __version__
 from fedfstq_hf.errors import ConfigError
 from fedfstq_hf.federation import storage
 from fedfstq_hf.reporting.chart import FONT, Chart, style_sheet
-from fedfstq_hf.reporting.comparison.figures import (
-    compare,
-    find_sweeps,
-)
+from fedfstq_hf.reporting.comparison.figures import compare, find_sweeps
 from fedfstq_hf.reporting.comparison.findings import CAVEATS, findings, notes, settings
 from fedfstq_hf.reporting.comparison.plots import file_name, styles, sweep_chart, workload_charts
 from fedfstq_hf.reporting.comparison.runs import Run, read_run, read_runs
-from fedfstq_hf.reporting.comparison.tables import (
-    Table,
-    figure_tables,
-    link_table,
-    overview,
-    run_table,
-    sweep_tables,
-)
+from fedfstq_hf.reporting.comparison.tables import Table, figure_tables, link_table, overview, run_table, sweep_tables
 from fedfstq_hf.reporting.comparison.workloads import group_runs
 
 PAGE_FILE, TEXT_FILE = "report.html", "report.md"
