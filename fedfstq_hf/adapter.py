@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from fedfstq_hf.adapters.allow_list import check_own
 from fedfstq_hf.codec import Schema
+from fedfstq_hf.codec.schema import is_lora_a
 from fedfstq_hf.errors import AdapterMismatchError
-from fedfstq_hf.federation.adapter_file import is_lora_a
 from fedfstq_hf.text import printable
 
 # What scales or shapes the adapter's effect without showing in its tensors.

@@ -138,7 +138,7 @@ def init(
 
 
 def _names(clients: str) -> list[str]:
-    from fedfstq_hf.federation.mailbox.protocol import checked_name
+    from fedfstq_hf.federation.storage import checked_name
 
     names = [checked_name(name.strip()) for name in clients.split(",") if name.strip()]
     if not names or len(set(names)) != len(names):

@@ -105,7 +105,7 @@ def evaluate(
         changes["path"] = data
     quieten()
     from fedfstq_hf.federation.mailbox.open import open_mailbox
-    from fedfstq_hf.federation.mailbox.protocol import checked_name
+    from fedfstq_hf.federation.storage import checked_name
     from fedfstq_hf.recipe import apply_overrides
     from fedfstq_hf.running.evaluate import measure
     from fedfstq_hf.running.serve import make_coordinator, open_federation

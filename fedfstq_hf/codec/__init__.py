@@ -9,30 +9,27 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from . import message
     from .budget import parse_budget
-    from .registry import Codec, CodecContext, Encoded, codec_names, get_codec, register
+    from .codec import Codec, CodecContext, Encoded, SparseUpdate, codec_names, get_codec, register
     from .schema import Schema, TensorSpec
-    from .update import ErrorFeedback, SparseUpdate
 
 _HOME = {
-    "Codec": "registry",
-    "CodecContext": "registry",
-    "Encoded": "registry",
-    "ErrorFeedback": "update",
+    "Codec": "codec",
+    "CodecContext": "codec",
+    "Encoded": "codec",
     "Schema": "schema",
-    "SparseUpdate": "update",
+    "SparseUpdate": "codec",
     "TensorSpec": "schema",
-    "codec_names": "registry",
-    "get_codec": "registry",
+    "codec_names": "codec",
+    "get_codec": "codec",
     "message": "message",
     "parse_budget": "budget",
-    "register": "registry",
+    "register": "codec",
 }
 
 __all__ = [
     "Codec",
     "CodecContext",
     "Encoded",
-    "ErrorFeedback",
     "Schema",
     "SparseUpdate",
     "TensorSpec",

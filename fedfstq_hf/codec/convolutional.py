@@ -15,7 +15,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from .coding.coordinates import runs
+from .codec import runs
 
 Bool = npt.NDArray[np.bool_]
 Float32 = npt.NDArray[np.float32]

@@ -44,12 +44,10 @@ from torch import Tensor
 
 from ..errors import ConfigError, MessageError
 from .budget import check_empty_fits
-from .coding.coordinates import Coordinates, read_delta, read_fisher, runs
+from .codec import CodecContext, Coordinates, Encoded, SparseUpdate, read_delta, read_fisher, register, runs
 from .coding.entropy import Adaptive, Reader, Writer, uniform
 from .convolutional import nearest_path, registers, signs
-from .registry import CodecContext, Encoded, register
 from .schema import Schema
-from .update import SparseUpdate
 
 Bool = npt.NDArray[np.bool_]
 Float32 = npt.NDArray[np.float32]

@@ -29,7 +29,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from ..errors import MessageError
-from .registry import JSONScalar
+from .codec import JSONScalar
 from .schema import Schema
 
 VERSION = 1
@@ -95,6 +95,11 @@ class Unpacked(NamedTuple):
     signature: bytes | None
 
 
+def is_sealed(data: bytes) -> bool:
+    """Whether `data` is a sealed message; a plain one never begins like that."""
+    return data.startswith(SEALED_PREFIX)
+
+
 def pack(header: Header, payload: bytes, sign: Callable[[bytes], bytes] | None = None) -> bytes:
     """The message: same header and payload, same bytes. Raises MessageError if the metadata exceeds 512 bytes.
 
@@ -127,7 +132,7 @@ def unpack_signed(data: bytes, *, max_bytes: int | None = None) -> Unpacked:
     """Like `unpack`, with the digest and what claims to be its signature (None: unsigned). Raises MessageError."""
     if max_bytes is not None and len(data) > max_bytes:
         raise MessageError(f"message has {len(data)} bytes; at most {max_bytes} were allowed")
-    if data.startswith(SEALED_PREFIX):
+    if is_sealed(data):
         raise MessageError("message is sealed; only the holder of the private key that it was sealed to can read it")
     if len(data) < 8:
         raise MessageError(f"message has {len(data)} bytes; expected at least the 8 bytes of a safetensors length")
@@ -255,7 +260,7 @@ def inspect(data: bytes, schema: Schema | None = None) -> MessageInfo:
             f"message is for schema {header.schema[:12]}, the adapter given has {schema.fingerprint[:12]}; "
             "give the adapter of the same base model and LoRA configuration"
         )
-    from .registry import get_codec
+    from .codec import get_codec
 
     params = {key: value for key, value in header.params.items() if key not in REFINEMENT_PARAMS}
     if params.pop("payloads", 1) == 2:

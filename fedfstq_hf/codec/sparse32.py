@@ -21,13 +21,11 @@ import zstandard
 from torch import Tensor
 
 from ..errors import BudgetError, MessageError
+from .codec import CodecContext, Coordinates, Encoded, SparseUpdate, read_delta, register
 from .coding import index_coding
-from .coding.coordinates import Coordinates, read_delta
 from .coding.entropy import Reader, Writer
 from .coding.index_coding import Layout
-from .registry import CodecContext, Encoded, register
 from .schema import Schema
-from .update import SparseUpdate
 
 _RAW, _PLAIN, _PLANES, _DENSE = 0, 1, 2, 4
 _ZSTD_LEVEL = 12

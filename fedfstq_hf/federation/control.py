@@ -14,7 +14,8 @@ from typing import Any
 
 from fedfstq_hf.errors import ConfigError, MailboxError
 from fedfstq_hf.federation.keys import parse_public_key
-from fedfstq_hf.federation.mailbox.protocol import Mailbox, checked_name, checked_repo
+from fedfstq_hf.federation.mailbox.protocol import Mailbox, checked_repo
+from fedfstq_hf.federation.storage import checked_name
 from fedfstq_hf.text import parse_object, printable
 
 FORMAT = 1

@@ -105,7 +105,7 @@ def open_message(
 
 
 def _unsealed(data: bytes, sealed: bool, unseal: Unseal | None) -> bytes:
-    if keys.is_sealed(data) != sealed:
+    if message.is_sealed(data) != sealed:
         raise MessageError(
             "It is not sealed; this federation takes sealed messages only."
             if sealed

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from types import ModuleType
 
-from fedfstq_hf.codec.message import SEALED_PREFIX, SIGNATURE_BYTES
+from fedfstq_hf.codec.message import SEALED_PREFIX, SIGNATURE_BYTES, is_sealed
 from fedfstq_hf.errors import ConfigError, MessageError
 
 SEAL_OVERHEAD = len(SEALED_PREFIX) + 48  # an ephemeral public key and an authentication tag
@@ -82,11 +82,6 @@ def verify(verify_key: str, federation_id: str, digest: bytes, signature: bytes 
             f"message signature is not by {verify_key} for federation {federation_id[:12]}; it was signed with another "
             "key or for another federation, or was altered"
         )
-
-
-def is_sealed(data: bytes) -> bool:
-    """Whether `data` is a sealed message; a plain one never begins like that."""
-    return data.startswith(SEALED_PREFIX)
 
 
 def seal(seal_key: str, data: bytes) -> bytes:

@@ -10,7 +10,7 @@ from typing import Any
 
 from fedfstq_hf import __version__
 from fedfstq_hf.errors import MailboxError
-from fedfstq_hf.federation.mailbox.protocol import checked_name
+from fedfstq_hf.federation.storage import checked_name
 from fedfstq_hf.text import parse_object, printable
 
 FORMAT = 3

@@ -19,8 +19,8 @@ from typing import Any
 
 from fedfstq_hf import __version__
 from fedfstq_hf.codec import Schema, get_codec
+from fedfstq_hf.codec.schema import TrainedPart
 from fedfstq_hf.errors import ConfigError, MailboxError
-from fedfstq_hf.federation.adapter_file import TrainedPart
 from fedfstq_hf.federation.keys import parse_public_key
 from fedfstq_hf.federation.record import other_version
 from fedfstq_hf.methods import OPTIMIZER_STATES, MethodSettings, feedback_decay

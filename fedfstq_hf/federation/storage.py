@@ -50,6 +50,28 @@ _KINDS = {
 }
 
 
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+
+def checked_name(name: str) -> str:
+    """`name`, if it can name a client or an evaluation set in every mailbox.
+
+    Raises:
+        MailboxError: it cannot.
+    """
+    if not _NAME.fullmatch(name):
+        raise MailboxError(
+            f"{name!r} cannot name a client or an evaluation set: use 1 to 64 letters, digits, '.', '_' or '-', "
+            "starting with a letter or a digit."
+        )
+    return name
+
+
+def is_name(name: str) -> bool:
+    """Whether `checked_name` would accept it."""
+    return _NAME.fullmatch(name) is not None
+
+
 class NotAFileError(OSError):
     """Something else than a plain file lies where one is looked for."""
 
@@ -65,9 +87,6 @@ class TooLargeError(OSError):
 def temporary_name(target: str) -> str:
     """A name beside `target` that no reader takes for the real one."""
     return f"{TEMPORARY_PREFIX}{target}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
-
-
-# -- reading ----------------------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
@@ -141,9 +160,6 @@ def read_file(path: Path, *, max_bytes: int, below: Path) -> bytes:
 def _check_plain(found: os.stat_result) -> None:
     if (what := kind(found.st_mode)) is not None:
         raise NotAFileError(errno.EINVAL, f"it is {what}, not a file")
-
-
-# -- writing ----------------------------------------------------------------------------------------------------------
 
 
 def make_folder(path: Path, *, durable: bool = True, below: Path | None = None) -> None:
@@ -292,9 +308,6 @@ def remove_leftovers(folder: Path, target: str | None = None, *, below: Path | N
                 _remove(name, descriptor)
 
 
-# -- locks ------------------------------------------------------------------------------------------------------------
-
-
 def open_lock(path: Path, *, below: Path | None = None) -> IO[bytes]:
     """Open the file whose lock stands for something; it stays empty."""
     try:
@@ -327,9 +340,6 @@ def _lock(file: IO[bytes], until: float) -> bool:
         if time.monotonic() > until:
             return False
         time.sleep(0.005)
-
-
-# -- inside -----------------------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager

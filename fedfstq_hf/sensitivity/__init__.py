@@ -7,9 +7,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .cross_entropy import weighted_cross_entropy
     from .fisher import AdapterFisher, TokenSensitivity
-    from .objective import token_weights
+    from .objective import token_weights, weighted_cross_entropy
 
 _HOME = {
     "AdapterFisher": "fisher",

@@ -20,7 +20,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from fedfstq_hf.codec import Encoded, Schema, get_codec, message
-from fedfstq_hf.codec.uniform.rounding import Fit, fit
+from fedfstq_hf.codec.uniform.quantizer import Fit, fit
 from fedfstq_hf.errors import AdapterMismatchError, BudgetError
 from fedfstq_hf.federation import adapter_file
 from fedfstq_hf.sharing.calibration import Imitation

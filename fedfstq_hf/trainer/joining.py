@@ -12,7 +12,6 @@ from fedfstq_hf.codec import CodecContext, get_codec, message, parse_budget
 from fedfstq_hf.codec.budget import open_budget, open_refinement_budget
 from fedfstq_hf.config import FedFSTQConfig
 from fedfstq_hf.errors import BudgetError, ConfigError, MailboxError
-from fedfstq_hf.federation import adapter_file
 from fedfstq_hf.federation.client.agreement import agree, is_agreed, read_terms, summary
 from fedfstq_hf.federation.client.participation import MailboxParticipation
 from fedfstq_hf.federation.client.session import ClientSession
@@ -114,7 +113,7 @@ def pack_local(config: FedFSTQConfig, view: AdapterView, start: Tensor, fisher: 
         round=0,
         client_id=config.client_id,
         num_examples=num_examples,
-        base=adapter_file.digest(view.schema, start),
+        base=view.schema.digest(start),
         schema=view.schema.fingerprint,
         codec=codec.name,
         params={},

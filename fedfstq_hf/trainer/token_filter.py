@@ -20,7 +20,7 @@ from transformers import Trainer
 
 from fedfstq_hf.errors import ConfigError
 from fedfstq_hf.sensitivity import TokenSensitivity, token_weights
-from fedfstq_hf.sensitivity.cross_entropy import weighted_and_plain
+from fedfstq_hf.sensitivity.objective import weighted_and_plain
 
 logger = logging.getLogger(__name__)
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from fedfstq_hf.codec.coding.coordinates import RUN, Coordinates
+from fedfstq_hf.codec.codec import RUN, Coordinates
 
 OFFSETS = np.array([0, 5, 5, 5 + 2 * RUN + 3, 5 + 2 * RUN + 20])
 

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from fedfstq_hf.codec import Encoded, SparseUpdate, codec_names, get_codec, register, registry
+from fedfstq_hf.codec import Encoded, SparseUpdate, codec_names, get_codec, register
+from fedfstq_hf.codec import codec as registry
 from fedfstq_hf.errors import ConfigError
 
 

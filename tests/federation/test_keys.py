@@ -74,7 +74,7 @@ def test_a_signed_message_binds_header_and_payload():
 def test_only_the_holder_unseals(data):
     sealed = keys.seal(ALICE.seal_key, data)
     assert len(sealed) == len(data) + keys.SEAL_OVERHEAD
-    assert keys.is_sealed(sealed)
+    assert message.is_sealed(sealed)
     assert keys.unseal(ALICE, sealed) == data
     assert keys.seal(ALICE.seal_key, data) != sealed
     with pytest.raises(MessageError, match="another key"):
@@ -94,7 +94,7 @@ def test_altered_and_plain_messages_do_not_unseal():
 
 def test_a_plain_message_is_told_from_a_sealed_one():
     data = message.pack(message.Header(3, "a", 1, "ab" * 32, "cd" * 32, "fstq", {}), b"payload")
-    assert not keys.is_sealed(data)
+    assert not message.is_sealed(data)
     with pytest.raises(MessageError, match="sealed"):
         message.unpack(keys.seal(ALICE.seal_key, data))
 

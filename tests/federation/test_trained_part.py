@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from fedfstq_hf.codec import Schema
+from fedfstq_hf.codec.schema import TrainedPart
 from fedfstq_hf.errors import ConfigError
-from fedfstq_hf.federation.adapter_file import TrainedPart
 from fedfstq_hf.recipe import MethodSettings
 
 WHOLE = Schema.from_state_dict(

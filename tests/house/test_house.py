@@ -42,7 +42,7 @@ ALLOWED = {
 # What still breaks the rules. These only shrink: an entry that is no longer needed fails, too.
 WRONG_ARROWS: set[tuple[str, str]] = set()
 SAME_NAMES: set[str] = set()
-MOST_MODULES = 188  # lowered whenever modules go; the aim is 170
+MOST_MODULES = 182  # lowered whenever modules go; the aim is 170
 MOST_LINES = 400
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fedfstq_hf.sensitivity import cross_entropy, weighted_cross_entropy
+from fedfstq_hf.sensitivity import objective, weighted_cross_entropy
 
 
 def both(rows, vocab, dtype=torch.float64):
@@ -21,7 +21,7 @@ def both(rows, vocab, dtype=torch.float64):
 
 @pytest.mark.parametrize("chunk", [1, 40, 2**18])
 def test_value_and_gradient(monkeypatch, chunk):
-    monkeypatch.setattr(cross_entropy, "_CHUNK", chunk)
+    monkeypatch.setattr(objective, "_CHUNK", chunk)
     found, expected, gradient, reference = both(7, 13)
     assert found.dtype == torch.float64
     assert found.item() == pytest.approx(expected.item(), rel=1e-12)
@@ -40,7 +40,7 @@ def test_low_precision_logits_are_summed_in_float32(dtype, tolerance):
 def test_beside_it_stands_the_sum_in_which_all_weigh_alike():
     torch.manual_seed(0)
     logits, targets = torch.randn(5, 7, dtype=torch.float64, requires_grad=True), torch.randint(0, 7, (5,))
-    loss, plain = cross_entropy.weighted_and_plain(logits, targets, torch.tensor([0.0, 2.0, 0.5, 0.0, 1.0]))
+    loss, plain = objective.weighted_and_plain(logits, targets, torch.tensor([0.0, 2.0, 0.5, 0.0, 1.0]))
     assert plain.item() == pytest.approx(F.cross_entropy(logits, targets, reduction="sum").item(), rel=1e-12)
     assert loss.requires_grad
     assert not plain.requires_grad

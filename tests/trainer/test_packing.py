@@ -8,7 +8,6 @@ from tiny_federation import make_trainer
 from fedfstq_hf.adapter import AdapterView
 from fedfstq_hf.codec import get_codec, message
 from fedfstq_hf.errors import BudgetError, ConfigError
-from fedfstq_hf.federation import adapter_file
 
 
 def test_local_training_packs_its_change(tmp_path):
@@ -20,7 +19,7 @@ def test_local_training_packs_its_change(tmp_path):
     view = trainer.adapter_view
     assert (header.client_id, header.num_examples, header.codec) == ("hospital-a", 7, "fp32")
     assert header.schema == view.schema.fingerprint
-    assert header.base == adapter_file.digest(view.schema, before)
+    assert header.base == view.schema.digest(before)
     change = get_codec("fp32").decode(payload, view.schema).to_dense()
     assert torch.equal(change, view.read() - before)
     assert change.any()

@@ -26,11 +26,9 @@ import torch
 from torch import Tensor
 
 from ...errors import ConfigError, MessageError
+from ..codec import CodecContext, Encoded, SparseUpdate, read_delta, register
 from ..coding.bits import check_fits, draws, packed_bytes, read_floats
-from ..coding.coordinates import read_delta
-from ..registry import CodecContext, Encoded, register
 from ..schema import Schema
-from ..update import SparseUpdate
 
 Float32 = npt.NDArray[np.float32]
 

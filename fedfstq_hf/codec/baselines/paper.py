@@ -28,14 +28,12 @@ import torch
 from torch import Tensor
 
 from ...errors import ConfigError, MessageError
+from ..codec import CodecContext, Encoded, SparseUpdate, read_delta, read_fisher, register
 from ..coding import index_coding
 from ..coding.allocation import Draft, fill, root_weight, strongest
-from ..coding.coordinates import read_delta, read_fisher
 from ..coding.entropy import Reader, Writer, table, uniform
 from ..coding.index_coding import Int64, Layout
-from ..registry import CodecContext, Encoded, register
 from ..schema import Schema
-from ..update import SparseUpdate
 
 WIDTHS = (2, 4, 16)
 _WEIGHTS = 64

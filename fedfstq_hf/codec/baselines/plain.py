@@ -12,10 +12,8 @@ import torch
 from torch import Tensor
 
 from ...errors import BudgetError, MessageError, NonFiniteError
-from ..coding.coordinates import read_delta
-from ..registry import CodecContext, Encoded, register
+from ..codec import CodecContext, Encoded, SparseUpdate, read_delta, register
 from ..schema import Schema
-from ..update import SparseUpdate
 
 
 @register("fp32")

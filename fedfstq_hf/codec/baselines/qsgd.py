@@ -33,12 +33,10 @@ import torch
 from torch import Tensor
 
 from ...errors import ConfigError, MessageError, NonFiniteError
+from ..codec import CodecContext, Encoded, SparseUpdate, read_delta, register, runs
 from ..coding.bits import Float64, check_fits, draws, pack_bits, packed_bytes, read_floats, unpack_bits
-from ..coding.coordinates import read_delta, runs
 from ..coding.entropy import Reader, Writer, table, uniform
-from ..registry import CodecContext, Encoded, register
 from ..schema import Schema
-from ..update import SparseUpdate
 
 _MAX_BITS = 8
 _MIN_BUCKET, _MAX_BUCKET = 8, 2**32 - 1

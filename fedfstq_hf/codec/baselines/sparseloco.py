@@ -32,13 +32,11 @@ import torch
 from torch import Tensor
 
 from ...errors import ConfigError, MessageError
+from ..codec import CodecContext, Encoded, SparseUpdate, read_delta, register
 from ..coding.allocation import Draft, fill
 from ..coding.bits import pack_bits, packed_bytes, unpack_bits
-from ..coding.coordinates import read_delta
 from ..coding.entropy import Reader, Writer, table, uniform
-from ..registry import CodecContext, Encoded, register
 from ..schema import Schema
-from ..update import SparseUpdate
 
 CHUNK = 4096
 MAX_K = 1024  # beyond a quarter, dense codecs are smaller

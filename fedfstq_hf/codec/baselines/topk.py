@@ -24,12 +24,10 @@ import torch
 from torch import Tensor
 
 from ...errors import BudgetError, ConfigError, MessageError, NonFiniteError
+from ..codec import CodecContext, Encoded, SparseUpdate, read_delta, register
 from ..coding.allocation import strongest
 from ..coding.bits import pack_bits, packed_bytes, read_floats, unpack_bits
-from ..coding.coordinates import read_delta
-from ..registry import CodecContext, Encoded, register
 from ..schema import Schema
-from ..update import SparseUpdate
 
 _VALUE_BITS = (32, 16, 8, 4)
 _FLOATS = {32: "<f4", 16: "<f2"}

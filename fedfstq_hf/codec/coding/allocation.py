@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..budget import check_empty_fits
-from ..update import SparseUpdate
+from ..codec import SparseUpdate
 
 Int64 = npt.NDArray[np.int64]
 # a Fisher below this share of its largest counts as that: coordinates never seen come last, but they do come

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ..codec import Coordinates, runs
 from ..schema import Schema
-from .coordinates import Coordinates, runs
 from .entropy import Adaptive, Reader, Writer, coin, table, uniform
 
 Int64 = npt.NDArray[np.int64]

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from ...errors import MessageError
+from ..codec import SparseUpdate
 from ..coding.entropy import Adaptive, Reader, Writer, table, uniform
 from ..schema import Schema, TensorSpec
-from ..update import SparseUpdate
 
 CLASSES = 32
 MAX_MAGNITUDE = 256

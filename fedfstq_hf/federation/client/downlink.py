@@ -52,7 +52,7 @@ def apply_change(data: bytes, base: RoundRecord, adapter: Tensor, record: RoundR
         raise MailboxError(f"The packed change of round {record.round} starts from another adapter.")
     update = get_codec(header.codec).decode(payload, schema, CodecContext(round=record.round))
     changed = schema.flatten(schema.unflatten(adapter + update.to_dense()))  # rounded as in the file
-    if adapter_file.digest(schema, changed) != record.adapter_digest:
+    if schema.digest(changed) != record.adapter_digest:
         raise MailboxError(
             f"The packed change of round {record.round} does not give the adapter that its record names."
         )

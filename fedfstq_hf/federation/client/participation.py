@@ -14,7 +14,6 @@ from torch import Tensor
 
 from fedfstq_hf.codec.budget import Budgets, MessageBudget
 from fedfstq_hf.errors import BudgetError, MailboxError, no_federation
-from fedfstq_hf.federation import adapter_file
 from fedfstq_hf.federation.client.downlink import Downlink
 from fedfstq_hf.federation.client.outbox import Pending
 from fedfstq_hf.federation.client.session import ClientSession, Settlement, says_nothing_yet
@@ -22,8 +21,7 @@ from fedfstq_hf.federation.client.uplink import PackSaliency, Uplink
 from fedfstq_hf.federation.control import read_control
 from fedfstq_hf.federation.envelope import Records
 from fedfstq_hf.federation.mailbox.posted_metrics import posted_losses, read_metrics
-from fedfstq_hf.federation.mailbox.protocol import Mailbox
-from fedfstq_hf.federation.polling import Polling
+from fedfstq_hf.federation.mailbox.protocol import Mailbox, Polling
 from fedfstq_hf.federation.record import RoundRecord, expected_messages
 from fedfstq_hf.text import printable
 
@@ -303,7 +301,7 @@ def store_message(
     )
     return session.finish(
         assignment.round,
-        adapter_file.digest(session.trained.whole, assignment.adapter),
+        session.trained.whole.digest(assignment.adapter),
         result.adapter - assignment.adapter if result.delta is None else result.delta,
         fisher=result.fisher,
         num_examples=result.num_examples,

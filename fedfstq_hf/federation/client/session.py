@@ -20,12 +20,11 @@ import torch
 from filelock import lock_descriptor
 from torch import Tensor
 
-from fedfstq_hf.codec import CodecContext, ErrorFeedback, Schema, get_codec, message
+from fedfstq_hf.codec import CodecContext, Schema, get_codec, message
 from fedfstq_hf.codec.message import PAIR_OVERHEAD, PAIR_PARAMS, join_pair, split_pair
 from fedfstq_hf.errors import AdapterMismatchError, BudgetError, MailboxError, NonFiniteError, SessionBusyError
 from fedfstq_hf.federation import keys, scaffold, storage
-from fedfstq_hf.federation.client.outbox import Outbox, Pending
-from fedfstq_hf.federation.client.session_state import FORMAT, STATE_FILE, SessionState
+from fedfstq_hf.federation.client.outbox import FORMAT, STATE_FILE, ErrorFeedback, Outbox, Pending, SessionState
 from fedfstq_hf.federation.envelope import seal_message
 from fedfstq_hf.federation.record import AcceptedUpdate, RoundRecord
 from fedfstq_hf.federation.spec import FederationSpec

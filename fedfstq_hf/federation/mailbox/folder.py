@@ -37,15 +37,8 @@ from fedfstq_hf.errors import (
 )
 from fedfstq_hf.federation import storage
 from fedfstq_hf.federation.mailbox.posted_metrics import MAX_FILE_BYTES, MAX_SOURCES, Metrics
-from fedfstq_hf.federation.mailbox.protocol import (
-    ADAPTER_CONFIG_FILE,
-    ADAPTER_FILE,
-    RECORD_FILE,
-    RootFiles,
-    UpdateRef,
-    checked_name,
-    is_name,
-)
+from fedfstq_hf.federation.mailbox.protocol import ADAPTER_CONFIG_FILE, ADAPTER_FILE, RECORD_FILE, RootFiles, UpdateRef
+from fedfstq_hf.federation.storage import checked_name, is_name
 from fedfstq_hf.text import parse_object, printable
 
 logger = logging.getLogger(__name__)

@@ -7,14 +7,16 @@ read.
 
 from __future__ import annotations
 
-import re
+import math
+import random
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
-from fedfstq_hf.errors import ConfigError, MailboxError
+from fedfstq_hf.errors import ConfigError
 from fedfstq_hf.text import printable
 
 ADAPTER_FILE = "adapter_model.safetensors"
@@ -37,22 +39,6 @@ RootReader = Callable[[str], bytes | None]
 RootFiles = Callable[[RootReader], Mapping[str, bytes]]
 """Makes the root's files (card, history, plot) for a round, from those that are there: people may have edited them."""
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-
-
-def checked_name(name: str) -> str:
-    """`name`, if it can name a client or an evaluation set in every mailbox.
-
-    Raises:
-        MailboxError: it cannot.
-    """
-    if not _NAME.fullmatch(name):
-        raise MailboxError(
-            f"{name!r} cannot name a client or an evaluation set: use 1 to 64 letters, digits, '.', '_' or '-', "
-            "starting with a letter or a digit."
-        )
-    return name
-
 
 def checked_repo(repo: object) -> str:
     """`repo`, if it names a repo on the Hub: ORG/NAME.
@@ -69,11 +55,6 @@ def checked_repo(repo: object) -> str:
             f"{printable(repo)!r} names no repo on the Hub. Type ORG/NAME, such as my-org/med-lora-ward-a."
         ) from None
     return repo
-
-
-def is_name(name: str) -> bool:
-    """Whether `checked_name` would accept it."""
-    return _NAME.fullmatch(name) is not None
 
 
 @dataclass(frozen=True, order=True)
@@ -167,3 +148,31 @@ class Mailbox(Protocol):
 
     def housekeep(self, round: int, *, clients: int, keep_rounds: int, tag: bool, finished: bool = False) -> None:
         """After publishing `round`: tag it, drop messages that are older than `keep_rounds`. Best effort."""
+
+
+_GROWTH = 1.3
+_LONGEST = 8.0  # times the first pause
+
+
+class Polling:
+    """The pauses between two looks at a mailbox: short at first, longer while nothing happens.
+
+    Args:
+        seconds: mean length of the first pause; each is 1.3 times as long as the one before, up to 8 times the first.
+        jitter: a pause is up to that share longer or shorter, so that many processes do not stay in step.
+        sleep: a test passes its own.
+    """
+
+    def __init__(self, seconds: float, *, jitter: float, sleep: Callable[[float], None] = time.sleep) -> None:
+        self._seconds = self._wait = seconds
+        self._jitter = jitter
+        self._sleep = sleep
+
+    def pause(self, at_most: float = math.inf) -> None:
+        """Sleep; before jitter no longer than `at_most` seconds."""
+        self._sleep(min(self._wait, at_most) * random.uniform(1 - self._jitter, 1 + self._jitter))
+        self._wait = min(self._wait * _GROWTH, self._seconds * _LONGEST)
+
+    def reset(self) -> None:
+        """Something happened: the next pause is as short as the first."""
+        self._wait = self._seconds

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fedfstq_hf.codec import Schema
+from fedfstq_hf.codec.schema import TrainedPart
 from fedfstq_hf.errors import (
     MailboxError,
     MailboxUnavailableError,
@@ -25,7 +26,6 @@ from fedfstq_hf.errors import (
     no_federation,
 )
 from fedfstq_hf.federation import adapter_file, history, scaffold
-from fedfstq_hf.federation.adapter_file import TrainedPart
 from fedfstq_hf.federation.control import read_control
 from fedfstq_hf.federation.envelope import Records
 from fedfstq_hf.federation.keys import Sign, Unseal
@@ -38,9 +38,9 @@ from fedfstq_hf.federation.mailbox.protocol import (
     SPEC_FILE,
     UPDATE_FILE,
     Mailbox,
+    Polling,
     RootFiles,
 )
-from fedfstq_hf.federation.polling import Polling
 from fedfstq_hf.federation.record import RoundRecord
 from fedfstq_hf.federation.server.aggregation import server_step
 from fedfstq_hf.federation.server.attachments import Joined, SaliencyMaker, join_attachments, sent_bytes
@@ -279,7 +279,7 @@ class Coordinator:
             refused=(*collected.refused, *(refined.refused if refined is not None else ()), *stopped),
             late=collected.late,
             update_bytes=len(packed) if UPDATE_FILE in files else None,
-            **scaffold.record_fields(files),
+            **(scaffold.record_fields(files) if self.spec.method.scaffold else {}),
         )
         return self._publish(record, data, files, attached.files)
 
@@ -293,8 +293,10 @@ class Coordinator:
     def _files(self, server_state: bytes | None, packed: bytes | None, variates: Tensor | None) -> dict[str, bytes]:
         """What is published beside adapter and record."""
         files = {SERVER_STATE_FILE: server_state, UPDATE_FILE: packed}
-        variate = scaffold.next_variate(self.mailbox, self.record, self.spec, self.schema.num_params, variates)
-        return {**{name: data for name, data in files.items() if data is not None}, **variate}
+        made = {name: data for name, data in files.items() if data is not None}
+        if self.spec.method.scaffold:
+            made |= scaffold.next_variate(self.mailbox, self.record, self.spec, self.schema.num_params, variates)
+        return made
 
     def _next_record(self, adapter: bytes, *, finished: bool, **fields: Any) -> RoundRecord:
         round = self.record.round + 1

@@ -12,8 +12,8 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 from torch import Tensor
 
+from fedfstq_hf.codec.schema import TrainedPart
 from fedfstq_hf.errors import MailboxError, MailboxUnavailableError, MessageError
-from fedfstq_hf.federation.adapter_file import TrainedPart
 from fedfstq_hf.federation.control import Control, read_control
 from fedfstq_hf.federation.envelope import Records
 from fedfstq_hf.federation.keys import Unseal

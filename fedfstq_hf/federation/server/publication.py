@@ -102,7 +102,7 @@ def make_record(
     record = RoundRecord(
         round=round,
         adapter_sha256=hashlib.sha256(adapter).hexdigest(),
-        adapter_digest=adapter_file.digest(schema, schema.flatten(state)),
+        adapter_digest=schema.digest(schema.flatten(state)),
         adapter_bytes=len(adapter),
         schema=schema.fingerprint,
         opened_at=now,

@@ -19,7 +19,7 @@ def test_attachments_are_sealed_to_the_coordinator(tmp_path):
     take_part(mailbox, "a", TABLE)
     take_part(mailbox, "b", None)
     sent = mailbox.read_attachment("a", SALIENCY_FILE, max_bytes=10**6)
-    assert keys.is_sealed(sent)
+    assert message.is_sealed(sent)
     assert len(sent) < len(TABLE) + message.MAX_CONTAINER + keys.SEAL_OVERHEAD
     assert not any(TABLE in path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
     with pytest.raises(MessageError, match="sealed to another key"):

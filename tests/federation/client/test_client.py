@@ -6,7 +6,6 @@ from light import SCHEMA, LightClient, NothingToDo, fake_training, found, run_ro
 
 from fedfstq_hf.codec.budget import MessageBudget, open_budget
 from fedfstq_hf.errors import BudgetError, MailboxError, UpdateConflictError
-from fedfstq_hf.federation import adapter_file
 from fedfstq_hf.federation.client.downlink import cheapest_download
 from fedfstq_hf.federation.client.participation import MailboxParticipation, local_seed
 from fedfstq_hf.federation.mailbox.folder import FolderMailbox
@@ -27,7 +26,7 @@ def test_an_assignment_says_all_that_training_needs(tmp_path):
     record = RoundRecord.from_json(mailbox.read(0, "round.json"))
     assert (assignment.round, assignment.global_step) == (0, 0)
     assert assignment.adapter_sha256 == record.adapter_sha256
-    assert record.adapter_digest == adapter_file.digest(SCHEMA, assignment.adapter)
+    assert record.adapter_digest == SCHEMA.digest(assignment.adapter)
     assert assignment.seed == local_seed(0, "a", 0)
     assert torch.equal(assignment.adapter, Coordinator(mailbox).adapter)
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from fedfstq_hf.codec import ErrorFeedback, SparseUpdate
-from fedfstq_hf.federation.client.outbox import Outbox, Pending
+from fedfstq_hf.codec import SparseUpdate
+from fedfstq_hf.federation.client.outbox import ErrorFeedback, Outbox, Pending
 
 DELTA = torch.tensor([1.0, -2.0, 3.0])
 

@@ -59,7 +59,7 @@ def test_previews_and_what_follows_them_have_their_own_budgets():
 
 def test_the_record_names_what_travels():
     pending = finish(make_session(**SEALED))
-    assert keys.is_sealed(pending.message)
+    assert message.is_sealed(pending.message)
     assert keys.unseal(READER, pending.message) == pending.readable
     assert pending.sha256 == hashlib.sha256(pending.message).hexdigest()
 

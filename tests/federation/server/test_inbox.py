@@ -232,7 +232,7 @@ def test_signed_and_sealed_refinements_are_used(tmp_path):
     client.session._sign = keys.signer(ALICE, coordinator.spec.id)
     assert client.step()
     pending = client.session.pending
-    assert keys.is_sealed(pending.refinement)
+    assert message.is_sealed(pending.refinement)
     opened = message.unpack_signed(keys.unseal(BOSS, pending.refinement))
     keys.verify(ALICE.verify_key, coordinator.spec.id, opened.digest, opened.signature)
     assert len(pending.message) <= 600 < len(pending.refinement) <= 690

@@ -17,9 +17,9 @@ from fedfstq_hf.federation.mailbox.protocol import (
     RECORD_FILE,
     SPEC_FILE,
     checked_repo,
-    is_name,
 )
 from fedfstq_hf.federation.spec import MAX_SPEC_BYTES
+from fedfstq_hf.federation.storage import is_name
 from fedfstq_hf.text import parse_object, printable
 
 logger = logging.getLogger(__name__)

@@ -33,7 +33,8 @@ from fedfstq_hf.federation.mailbox.hub.places import (
     squash,
 )
 from fedfstq_hf.federation.mailbox.hub.repo import HubRepo
-from fedfstq_hf.federation.mailbox.protocol import UpdateRef, is_name
+from fedfstq_hf.federation.mailbox.protocol import UpdateRef
+from fedfstq_hf.federation.storage import is_name
 
 logger = logging.getLogger(__name__)
 

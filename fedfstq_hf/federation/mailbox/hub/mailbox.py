@@ -34,7 +34,8 @@ from fedfstq_hf.federation.mailbox.hub.layouts import LAYOUTS, Layout
 from fedfstq_hf.federation.mailbox.hub.posts import ClientPosts
 from fedfstq_hf.federation.mailbox.hub.repo import HubRepo
 from fedfstq_hf.federation.mailbox.hub.writing import ClientWriter
-from fedfstq_hf.federation.mailbox.protocol import RootFiles, UpdateRef, checked_name, checked_repo
+from fedfstq_hf.federation.mailbox.protocol import RootFiles, UpdateRef, checked_repo
+from fedfstq_hf.federation.storage import checked_name
 
 
 class HubMailbox:

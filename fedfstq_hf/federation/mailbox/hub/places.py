@@ -21,7 +21,8 @@ from fedfstq_hf.errors import MailboxError, MessageError, UpdateConflictError
 from fedfstq_hf.federation.mailbox.hub.files import dump
 from fedfstq_hf.federation.mailbox.hub.http import TIDYING_SECONDS, Outcome, diagnose
 from fedfstq_hf.federation.mailbox.hub.repo import HubRepo, additions, has_digest
-from fedfstq_hf.federation.mailbox.protocol import ATTACHMENTS, is_name
+from fedfstq_hf.federation.mailbox.protocol import ATTACHMENTS
+from fedfstq_hf.federation.storage import is_name
 from fedfstq_hf.text import parse_object, printable
 
 logger = logging.getLogger(__name__)

@@ -22,7 +22,8 @@ from fedfstq_hf.federation.mailbox.hub.global_repo import GlobalRepo
 from fedfstq_hf.federation.mailbox.hub.layouts import Layout
 from fedfstq_hf.federation.mailbox.hub.places import MARKER_PATH, Marker, Place, read_marker
 from fedfstq_hf.federation.mailbox.hub.repo import RemoteFile
-from fedfstq_hf.federation.mailbox.protocol import UpdateRef, checked_name, is_name
+from fedfstq_hf.federation.mailbox.protocol import UpdateRef
+from fedfstq_hf.federation.storage import checked_name, is_name
 
 logger = logging.getLogger(__name__)
 

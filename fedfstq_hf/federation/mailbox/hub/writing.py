@@ -30,7 +30,7 @@ from fedfstq_hf.federation.mailbox.hub.places import (
     squash,
 )
 from fedfstq_hf.federation.mailbox.hub.repo import HubRepo, RepoState
-from fedfstq_hf.federation.mailbox.protocol import checked_name
+from fedfstq_hf.federation.storage import checked_name
 from fedfstq_hf.text import printable
 
 logger = logging.getLogger(__name__)

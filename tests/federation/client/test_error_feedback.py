@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from fedfstq_hf.codec import ErrorFeedback, SparseUpdate
+from fedfstq_hf.codec import SparseUpdate
 from fedfstq_hf.errors import ConfigError
+from fedfstq_hf.federation.client.outbox import ErrorFeedback
 
 
 def test_hand_computed_round():

@@ -1,6 +1,24 @@
-"""Codec `uniform` held still: values near those that it was fitted to, rounded at the same price to the same grid.
+"""Codec `uniform`: every coordinate on a uniform grid whose step follows the weights, entropy-coded.
 
-For training through the rounding, whose every step changes values a little and should find the grid where it was.
+For dense values, as in an adapter that is shared whole: the others are made for sparse changes. Source: scalar
+quantisation under an entropy constraint with rate-distortion optimised decisions, as in image codecs.
+
+A *group* is a row of a tensor seen as (smaller side, larger side): in a LoRA matrix, one component of the rank. The
+payload is one ANS stream (entropy.py), read in this order; values that are all zero make an empty payload.
+
+| symbols | model | meaning |
+|---|---|---|
+| 1 per group | adaptive, 32 | class; 0: the group is all zeros |
+| 1 per tensor | adaptive, 2 | steps are predicted by 0: the group before, 1: the tensor before (of as many groups) |
+| 1 | uniform, 16 | by how many 64ths of an octave all steps are raised |
+| 1 per group not 0 | adaptive, 512 | step, on a grid of 4 per octave from 2^-80, minus its prediction, modulo 512 |
+| 1 per class in use | adaptive, 256 | its largest magnitude m, less 1 |
+| m + 1 per class in use | adaptive, 48 | weights of the magnitudes 0 .. m: 2^(-i/2) |
+| 3 per class in use | uniform, 32 | where magnitudes 1, 2 and above are read, in 32nds of a step above m - 1/2 |
+| 1 per coordinate of a group not 0 | its class's weights, signs equally likely | signed magnitude + m |
+
+`fit` also gives its `Rounding`: the codec held still, for training through it, whose every step changes values a little
+and should find the grid where it was.
 """
 
 from __future__ import annotations
@@ -14,10 +32,9 @@ import torch
 from torch import Tensor
 
 from ...errors import BudgetError
-from ..coding.coordinates import read_delta, read_fisher
-from ..registry import Encoded
+from ..codec import CodecContext, Encoded, SparseUpdate, read_delta, read_fisher, register
 from ..schema import Schema, TensorSpec
-from .grid import MAX_MAGNITUDE, Float32, as_groups, assemble, is_tall, shape_of, step_grid
+from .grid import MAX_MAGNITUDE, Float32, as_groups, assemble, is_tall, read, shape_of, step_grid
 from .search import Found, search, tables_of
 
 
@@ -96,3 +113,29 @@ def _grouped(schema: Schema, vector: Tensor) -> list[Float32]:
 
 def _as_stored(spec: TensorSpec, values: Tensor) -> Tensor:
     return (values.T if is_tall(spec) else values).reshape(spec.shape)
+
+
+@register("uniform")
+class UniformCodec:
+    """Entropy-coded uniform quantisation, finer where `fisher` weighs more; 4 bits a value without `max_bytes`."""
+
+    name = "uniform"
+    unbiased = False
+
+    def encode(
+        self,
+        delta: Mapping[str, Tensor],
+        fisher: Mapping[str, Tensor] | None = None,
+        *,
+        max_bytes: int | None = None,
+        context: CodecContext | None = None,
+    ) -> Encoded:
+        """Spend the budget on the least weighted squared error. Raises BudgetError if not even zeros fit."""
+        return fit(delta, fisher, max_bytes).encoded
+
+    def decode(self, payload: bytes, schema: Schema, context: CodecContext | None = None) -> SparseUpdate:
+        """The adapter. Raises MessageError on any malformed payload."""
+        sides = [shape_of(spec) for spec in schema.tensors]
+        if not payload:
+            return SparseUpdate(schema.num_params, None, torch.zeros(schema.num_params, device="cpu"))
+        return assemble(schema, read(payload, sides))
