@@ -14,7 +14,7 @@ _HOME = {
     "AdapterFisher": "fisher",
     "TokenSensitivity": "fisher",
     "token_weights": "objective",
-    "weighted_cross_entropy": "cross_entropy",
+    "weighted_cross_entropy": "objective",
 }
 
 __all__ = ["AdapterFisher", "TokenSensitivity", "token_weights", "weighted_cross_entropy"]
