@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -97,8 +98,10 @@ class AdapterView:
             tensor = state[spec.name]
             if tensor.dtype != torch.float32:
                 raise AdapterMismatchError(
-                    f"Adapter tensor {spec.name} is {tensor.dtype}; expected float32 (PEFT's default, "
-                    "autocast_adapter_dtype=True), which also holds on a bfloat16 base."
+                    f"Adapter tensor {spec.name} is {tensor.dtype}; expected float32, also on a base of half the "
+                    "precision. PEFT makes LoRA so by default (autocast_adapter_dtype=True), but not a head or a bias "
+                    "that is trained beside it. Type: for p in model.parameters(): p.data = p.data.float() if "
+                    "p.requires_grad else p.data; and train with bf16=True or fp16=True."
                 )
             parameter = by_storage.pop(tensor.data_ptr(), None)
             if parameter is None:
@@ -122,6 +125,17 @@ class AdapterView:
         self._check_vocabulary()
         for spec, parameter in zip(self.schema.tensors, self.parameters, strict=True):
             parameter.copy_(vector[spec.offset : spec.offset + spec.size].view(parameter.shape))
+
+    @contextlib.contextmanager
+    def kept(self) -> Iterator[None]:
+        """Within it the model may be cast to another precision; afterwards the adapter holds the numbers it held."""
+        before = [parameter.data for parameter in self.parameters]
+        try:
+            yield
+        finally:
+            for parameter, data in zip(self.parameters, before, strict=True):
+                if parameter.dtype != data.dtype:
+                    parameter.data = data.to(parameter.device)
 
     def split(self, vector: Tensor) -> list[Tensor]:
         """A (num_params,) vector as copies in the parameters' shapes and on their devices, in schema order."""
@@ -201,7 +215,16 @@ def _not_trainable(name: str, model: PeftModel, config: Any) -> str:
 
 
 def _vocab_size(model: PeftModel) -> int:
-    return int(model.get_input_embeddings().weight.shape[0])
+    try:
+        weight = model.get_input_embeddings().weight
+        rows, _ = weight.shape
+    except (AttributeError, NotImplementedError, ValueError):
+        raise AdapterMismatchError(
+            f"{type(model.get_base_model()).__name__} looks up no token ids in input embeddings, which the sensitivity "
+            "of tokens and the identity of the base are read from: models of images, sound or several towers are not "
+            "supported. Use a language model."
+        ) from None
+    return int(rows)
 
 
 def _plain(value: Any) -> Any:

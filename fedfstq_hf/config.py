@@ -15,7 +15,6 @@ from fedfstq_hf.methods import LocalSwitches
 from fedfstq_hf.text import unknown
 
 CONFIG_FILE = "fedfstq_config.json"
-_ANY_ADAPTER = 10**12  # parameters, to check how a budget is written before the adapter is known
 _CLIENT_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
@@ -64,6 +63,13 @@ class FedFSTQConfig(LocalSwitches):
             "about the words in the data. Sent once, and only if the federation asks for it."
         },
     )
+    num_examples: int | None = field(
+        default=None,
+        metadata={
+            "help": "Weight of this client in the mean; when not given the length of train_dataset, or of a stream the "
+            "rows that a round saw."
+        },
+    )
     local_steps: int | None = field(
         default=None, metadata={"help": "Local optimizer steps per round; a mailbox's spec wins."}
     )
@@ -82,10 +88,13 @@ class FedFSTQConfig(LocalSwitches):
             )
         if self.local_steps is not None and self.local_steps < 1:
             raise ConfigError(f"local_steps must be at least 1, not {self.local_steps!r}.")
+        if self.num_examples is not None and self.num_examples < 1:
+            raise ConfigError(f"num_examples must be at least 1, not {self.num_examples!r}.")
         if self.refresh_steps < 1:
             raise ConfigError(f"refresh_steps must be at least 1, not {self.refresh_steps!r}.")
         if not 0 <= self.rho < 1:
             raise ConfigError(f"rho must lie in [0, 1), not {self.rho!r}.")
+        object.__setattr__(self, "codec_options", dict(self.codec_options))
         self.check_switches()
         if self.poll_seconds <= 0:
             raise ConfigError(f"poll_seconds must be positive, not {self.poll_seconds!r}.")
@@ -98,13 +107,13 @@ class FedFSTQConfig(LocalSwitches):
 
             checked_repo(self.repo)
         if self.uplink_budget is not None:
-            from fedfstq_hf.codec.budget import open_budget  # not at the top: it imports torch
+            from fedfstq_hf.codec.budget import check_budget  # not at the top: it imports torch
 
-            open_budget(self.uplink_budget, _ANY_ADAPTER)
+            check_budget(self.uplink_budget)
         if self.refinement_budget is not None:
-            from fedfstq_hf.codec.budget import open_refinement_budget
+            from fedfstq_hf.codec.budget import check_budget
 
-            open_refinement_budget(self.refinement_budget, _ANY_ADAPTER)
+            check_budget(self.refinement_budget, refinement=True)
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> Path:
         """Write `fedfstq_config.json` into `folder`; returns its path."""

@@ -8,10 +8,11 @@ and is a federation's `method`; `recipe.RecipeMethod` adds what only a simulatio
 from __future__ import annotations
 
 import dataclasses
+import json
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fedfstq_hf.errors import ConfigError
 from fedfstq_hf.ranges import Budget, Flag, Number, OneOf, Options, OrNone, Range, Text, Whole, shown
@@ -59,20 +60,31 @@ def switch(
     )
 
 
+if TYPE_CHECKING:
+    OptionsOrText = dict[str, Any]
+else:
+
+    class OptionsOrText(dict):
+        """A dict, also from the JSON text that a command line gives: `HfArgumentParser` calls a field's type."""
+
+        def __init__(self, value: Any = ()) -> None:
+            super().__init__(json.loads(value) if isinstance(value, str) else value)
+
+
 @dataclass(frozen=True, kw_only=True)
 class LocalSwitches:
     """What a client trains on and how its update travels. In a federation the mailbox's `method` wins."""
 
     codec: str = switch("fstq", Text(64), "How updates travel: the name of a codec.")
-    codec_options: dict[str, Any] = switch(dict, Options(), "Options of the codec.")
-    uplink_budget: str | int | None = switch(
+    codec_options: OptionsOrText = switch(dict, Options(), "Options of the codec.")
+    uplink_budget: int | str | None = switch(
         None,
         Budget(),
         "Most that a message may weigh: bytes ('96kB'), bits per parameter ('0.3bpp'), time on a link ('5s@2Mbps'); "
         "'auto' and 'auto:LOW..HIGH' grow as progress slows, 'ramp:LOW..HIGH' from round to round, 'late:LOW..HIGH' "
         "for the last quarter of them; 'round:1bpp' is what a round's messages share.",
     )
-    refinement_budget: str | int | None = switch(
+    refinement_budget: int | str | None = switch(
         None,
         Budget(),
         "Likewise of a second message of each client and round: its whole update again, better said, sent while the "

@@ -258,6 +258,20 @@ def open_refinement_budget(budget: str | int | None, num_params: int) -> Message
     return opened
 
 
+def check_budget(budget: str | int, *, refinement: bool = False) -> None:
+    """Raise `BudgetError` unless the budget can be read for an adapter of some size.
+
+    Which bound is the lower one, `0.05bpp` or `96kB`, depends on that size.
+    """
+    for power in range(3, 13):
+        try:
+            (open_refinement_budget if refinement else open_budget)(budget, 10**power)
+            return
+        except BudgetError:
+            if power == 12:
+                raise
+
+
 def open_budget(budget: str | int | None, num_params: int) -> MessageBudget:
     """Read a budget as people write it, for an adapter of `num_params`.
 

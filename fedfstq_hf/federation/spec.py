@@ -80,6 +80,7 @@ BITSANDBYTES_OPTIMIZERS = (
     "paged_adamw_32bit",
     "paged_adamw_8bit",
 )
+SCHEDULE_FREE_OPTIMIZERS = ("schedule_free_adamw", "schedule_free_radam", "schedule_free_sgd")
 OPTIMIZERS = (
     "adafactor",
     "adagrad",
@@ -88,8 +89,9 @@ OPTIMIZERS = (
     "rmsprop",
     "sgd",
     *BITSANDBYTES_OPTIMIZERS,
+    *SCHEDULE_FREE_OPTIMIZERS,
 )
-"""Those of torch, transformers and bitsandbytes that work without further arguments."""
+"""Those of torch, transformers, bitsandbytes and schedulefree that work without further arguments."""
 SCHEDULES = (
     "constant",
     "constant_with_warmup",

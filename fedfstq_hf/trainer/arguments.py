@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import inspect
 import logging
 from collections.abc import Iterator, Mapping
 from enum import Enum
@@ -11,7 +12,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from fedfstq_hf.errors import ConfigError
-from fedfstq_hf.federation.spec import BITSANDBYTES_OPTIMIZERS
+from fedfstq_hf.federation.spec import BITSANDBYTES_OPTIMIZERS, SCHEDULE_FREE_OPTIMIZERS
 
 logger = logging.getLogger(__name__)
 
@@ -27,8 +28,19 @@ def check_arguments(args: Any) -> None:
             "load_best_model_at_end=True would put this client's best checkpoint in the place of the federation's "
             "adapter. Leave it out; `fedfstq evaluate` measures published rounds, `fedfstq rollback` goes back to one."
         )
-    if args.optim in BITSANDBYTES_OPTIMIZERS and find_spec("bitsandbytes") is None:
-        raise ConfigError(f"The optimizer {args.optim} needs bitsandbytes. Type: pip install bitsandbytes")
+    for package, names in (("bitsandbytes", BITSANDBYTES_OPTIMIZERS), ("schedulefree", SCHEDULE_FREE_OPTIMIZERS)):
+        if args.optim in names and find_spec(package) is None:
+            raise ConfigError(f"The optimizer {args.optim} needs {package}. Type: pip install {package}")
+
+
+def signature_with_federation(trainer: type, mixin: type) -> inspect.Signature:
+    """That of the Trainer class behind the mixin, with the mixin's argument: others look arguments up by name."""
+    behind = trainer.__mro__[trainer.__mro__.index(mixin) + 1 :]
+    makers = [vars(kind)["__init__"] for kind in behind if "__init__" in vars(kind)]
+    signatures = [list(inspect.signature(make).parameters.values())[1:] for make in makers]
+    named = [[one for one in found if one.kind is one.POSITIONAL_OR_KEYWORD] for found in signatures]
+    federation = inspect.signature(vars(mixin)["__init__"]).parameters["federation"]
+    return inspect.Signature([*max(named[:3], key=len, default=[]), federation])
 
 
 def typed(args: Any, values: Mapping[str, Any]) -> dict[str, Any]:

@@ -126,7 +126,9 @@ class Saved:
 
     def leads_to(self, assignment: Assignment | None, spec: FederationSpec) -> bool:
         """Whether its log and step counter are those of this client before the assignment, or in the middle of it."""
-        if assignment is None or assignment.global_step is None:
+        if assignment is None:  # the federation is finished: its log may be read on
+            return self.place.federation == spec.id
+        if assignment.global_step is None:
             return False
         mine = (self.place.federation, self.place.client_id) == (spec.id, assignment.session.client_id)
         done = self.place.local_step if self.within(assignment) else 0

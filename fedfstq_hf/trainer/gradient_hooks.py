@@ -140,6 +140,10 @@ class GradientObserver:
             self._enter_tokens(seen)
         return True
 
+    def forget_step(self) -> None:
+        """The step at hand counts for nothing."""
+        self._seen, self._taken = [], []
+
     def _enter_tokens(self, seen: Sequence[tuple[Tensor, Tensor, Tensor | None]]) -> None:
         """The micro-batches of one step enter table and probe as one, however they are cut."""
         columns = [
@@ -161,7 +165,6 @@ class GradientObserver:
         L is the sum over target tokens, of which those of the token's own example alone depend on it: g(i) is the same
         whoever shares its batch.
         """
-        mask = inputs.get("attention_mask")
         hidden: list[Tensor] = []
 
         def watch(module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> None:
@@ -171,13 +174,13 @@ class GradientObserver:
 
             def collect(gradient: Tensor) -> None:
                 squared = (gradient.detach().float() * divisor).square().sum(dim=-1)
-                keep = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.to(ids.device).bool()
+                keep = _real_tokens(ids, inputs)
                 self._seen.append((ids[keep], squared[keep], hidden[0][keep] if hidden else None))
 
             if output.requires_grad and torch.is_grad_enabled():
                 output.register_hook(collect)  # type: ignore[no-untyped-call]
 
-        handles = [self._model.get_input_embeddings().register_forward_hook(watch)]
+        handles = [embedding.register_forward_hook(watch) for embedding in self._embeddings()]
         if self.probe is not None:
             from fedfstq_hf.generation.blocks import block_at, read_block
 
@@ -195,6 +198,16 @@ class GradientObserver:
             for handle in handles:
                 handle.remove()
 
+    def _embeddings(self) -> list[nn.Module]:
+        """The modules that look token ids up: encoder and decoder may each have one, with the same weights."""
+        first = self._model.get_input_embeddings()
+        alike: list[nn.Module] = [
+            module
+            for module in self._model.modules()
+            if isinstance(module, nn.Embedding) and module.weight is first.weight
+        ]
+        return alike or [first]
+
     def _new_tokens(self) -> TokenSensitivity:
         vocab_size = self._model.get_input_embeddings().weight.shape[0]
         return TokenSensitivity(int(vocab_size), rho=self.rho)
@@ -207,6 +220,23 @@ class GradientObserver:
 
         size = self._model.config.get_text_config(decoder=True).hidden_size
         return ProbeFit(int(size), layer=min(1, len(decoder_blocks(self._model)) - 1))
+
+
+def _real_tokens(ids: Tensor, inputs: Mapping[str, Any]) -> Tensor:
+    """Which of the ids that an embedding was given are no padding, bool in their shape.
+
+    The decoder of an encoder-decoder model has a mask of its own. A mask of (batch, heads, queries, keys) lets a token
+    see itself where it is none, be it boolean or added to scores.
+    """
+    given = inputs.get("input_ids")
+    own = isinstance(given, Tensor) and ids.shape == given.shape and bool((ids == given.to(ids.device)).all())
+    mask = inputs.get("attention_mask" if own else "decoder_attention_mask")
+    if isinstance(mask, Tensor) and mask.ndim == 4:
+        seen = mask.diagonal(dim1=-2, dim2=-1)[:, 0]
+        mask = seen if seen.dtype == torch.bool else seen > -1
+    if isinstance(mask, Tensor) and mask.shape == ids.shape:
+        return mask.to(ids.device).bool()
+    return torch.ones_like(ids, dtype=torch.bool)
 
 
 def token_table(carried: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -8,8 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from fedfstq_hf.adapter import AdapterView, base_fingerprint, check_same_adapter, check_same_base
-from fedfstq_hf.codec import CodecContext, get_codec, message, parse_budget
-from fedfstq_hf.codec.budget import open_budget, open_refinement_budget
+from fedfstq_hf.codec import CodecContext, get_codec, message
+from fedfstq_hf.codec.budget import check_empty_fits, open_budget, open_refinement_budget
 from fedfstq_hf.config import FedFSTQConfig
 from fedfstq_hf.errors import BudgetError, ConfigError, MailboxError
 from fedfstq_hf.federation.client.agreement import agree, is_agreed, read_terms, summary
@@ -22,6 +22,8 @@ from fedfstq_hf.trainer.checkpoint import make_state_folder, state_folder
 from fedfstq_hf.trainer.gradient_hooks import probe_state, token_table
 
 logger = logging.getLogger(__name__)
+
+_MANY_EXAMPLES = 10**9  # as many digits as a header may need
 
 
 def join(
@@ -98,6 +100,24 @@ def join(
     return participation, spec
 
 
+def local_budget(config: FedFSTQConfig, view: AdapterView) -> int | None:
+    """Payload bytes of the one message that local training packs; None for no limit.
+
+    Raises:
+        BudgetError: not even an empty message fits.
+    """
+    max_bytes, _ = open_budget(config.uplink_budget, view.schema.num_params).take(0, 1, carried={})
+    if max_bytes is None:
+        return None
+    room = max_bytes - message.overhead(_local_header(config, view, "0" * 64, _MANY_EXAMPLES), max_bytes)
+    check_empty_fits(0, room)
+    return room
+
+
+def _local_header(config: FedFSTQConfig, view: AdapterView, base: str, num_examples: int) -> message.Header:
+    return message.Header(0, config.client_id, num_examples, base, view.schema.fingerprint, config.codec)
+
+
 def pack_local(config: FedFSTQConfig, view: AdapterView, start: Tensor, fisher: Tensor, num_examples: int) -> bytes:
     """A message of round 0 from adapter `start` to the one `view` shows, within `config.uplink_budget`.
 
@@ -109,21 +129,11 @@ def pack_local(config: FedFSTQConfig, view: AdapterView, start: Tensor, fisher: 
         num_examples: that were trained on.
     """
     codec = get_codec(config.codec, **config.codec_options)
-    header = message.Header(
-        round=0,
-        client_id=config.client_id,
-        num_examples=num_examples,
-        base=view.schema.digest(start),
-        schema=view.schema.fingerprint,
-        codec=codec.name,
-        params={},
-    )
-    budget = config.uplink_budget
-    max_bytes = None if budget is None else parse_budget(budget, view.schema.num_params)
+    header = _local_header(config, view, view.schema.digest(start), num_examples)
     encoded = codec.encode(
         view.schema.unflatten(view.read() - start),
         view.schema.unflatten(fisher),
-        max_bytes=None if max_bytes is None else max_bytes - message.overhead(header, max_bytes),
+        max_bytes=local_budget(config, view),
         context=CodecContext(round=0),
     )
     return message.pack(header, encoded.payload)

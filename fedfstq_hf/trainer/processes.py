@@ -7,6 +7,7 @@ longer than the process group's timeout, 30 minutes by default, would end them.
 from __future__ import annotations
 
 import dataclasses
+import os
 import pickle
 import threading
 from collections.abc import Callable
@@ -176,8 +177,12 @@ def open_processes(trainer: Any) -> Processes:
         ConfigError: it trains in a way that hides the adapter or its gradients.
     """
     args = trainer.args
-    if args.fp16 or getattr(trainer.accelerator, "scaler", None) is not None:  # a launcher may have asked for it
-        raise ConfigError("fp16 scales gradients, which the Fisher information must not see. Use bf16=True or float32.")
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched > 1 and trainer.accelerator.num_processes == 1:
+        raise ConfigError(
+            f"A launcher started {launched} processes, but this one believes that it is alone: each would take part as "
+            "the same client. Where they have no GPU, type TrainingArguments(use_cpu=True)."
+        )
     sharding = {
         "FSDP": trainer.is_fsdp_enabled or args.fsdp,  # Accelerate passes over the argument on CPUs, without a word
         "DeepSpeed": trainer.is_deepspeed_enabled,

@@ -1,18 +1,21 @@
-"""The rounds of one long `Trainer.train()`: which comes next, its data order, its schedule, its optimizer state."""
+"""The rounds of one long `Trainer.train()`: which comes next, its batches, its schedule, its optimizer state."""
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, cast
 
 import torch
 from accelerate import skip_first_batches
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
-from torch.utils.data import Sampler
+from torch.utils.data import DataLoader, Sampler
+from transformers.trainer_utils import has_length
 
-from fedfstq_hf.errors import DataError
+from fedfstq_hf.errors import ConfigError, DataError
 from fedfstq_hf.federation.client.participation import Assignment, Participation
 from fedfstq_hf.federation.spec import FederationSpec
 from fedfstq_hf.trainer.checkpoint import Saved
@@ -31,7 +34,7 @@ class Rounds:
 
     Attributes:
         assignment: the round at hand; None between two rounds.
-        batches: of that round.
+        data: its batches.
         ended: no round is left.
         resumes_within: the checkpoint that training went on from was taken in the middle of the round at hand.
     """
@@ -39,7 +42,7 @@ class Rounds:
     def __init__(self, participation: Participation, spec: FederationSpec) -> None:
         self.participation, self.spec = participation, spec
         self.assignment: Assignment | None = None
-        self.batches: Iterator[Any] = iter(())
+        self.data = RoundData(spec.local_steps)
         self.ended = self.resumes_within = False
         self._upcoming: tuple[Assignment | None, ...] = ()  # the first, where it was asked for before training began
         self._resumed: Saved | None = None
@@ -48,26 +51,42 @@ class Rounds:
         """The checkpoint folder that training goes on from; None where its past is not this federation's."""
         if saved is None:
             return None
-        self._upcoming = (self.participation.next(),)
-        if not saved.leads_to(self._upcoming[0], self.spec):
+        if not saved.leads_to(self.peek(), self.spec):
             logger.info("%s is of another federation or of a later round: the round at hand starts anew.", saved.folder)
             return None
         self._resumed = saved
         return saved.folder
 
+    def peek(self) -> Assignment | None:
+        """Wait for the next round, without beginning it."""
+        if not self._upcoming:
+            self._upcoming = (self.participation.next(),)
+        return self._upcoming[0]
+
     def next(self) -> Assignment | None:
         """Wait for the next round, which is then at hand; None ends the training."""
-        if self._upcoming:
-            (self.assignment,), self._upcoming = self._upcoming, ()
-        else:
-            self.assignment = self.participation.next()
+        self.assignment, self._upcoming = self.peek(), ()
         self.ended = self.assignment is None
         return self.assignment
 
-    def resumed(self, assignment: Assignment) -> Saved | None:
+    def restart(self) -> None:
+        """Begin the round at hand once more: the Trainer's loop starts anew, with a smaller batch."""
+        if self.assignment is not None:
+            self._upcoming, self.assignment = (self.assignment,), None
+
+    def check_end(self, steps: int, *, asked: bool) -> None:
+        """Raise `ConfigError` if training ended after `steps` steps of a round, and no callback `asked` for it."""
+        if self.assignment is not None and not asked:
+            raise ConfigError(
+                f"Training ended within round {self.assignment.round}, after {steps} of {self.spec.local_steps} local "
+                "steps, and nobody asked for it: nothing of the round was sent. Keep the callbacks that this trainer "
+                "adds itself, and remove others by remove_callback()."
+            )
+
+    def resumed(self) -> Saved | None:
         """The checkpoint that training goes on from, before its first round; later None."""
         saved, self._resumed = self._resumed, None
-        self.resumes_within = saved is not None and saved.within(assignment)
+        self.resumes_within = saved is not None and self.assignment is not None and saved.within(self.assignment)
         return saved
 
     def place(self) -> dict[str, Any]:
@@ -82,11 +101,11 @@ def check_dataset(dataset: Any, client_id: str) -> None:
     """Refuse what no round can be drawn from.
 
     Raises:
-        DataError: it is empty, or of unknown length.
+        DataError: there is none, or it is empty.
     """
-    if dataset is None or not hasattr(dataset, "__len__"):
-        raise DataError("A federated client needs a train_dataset of known length; materialise a streaming one first.")
-    if len(dataset) == 0:
+    if dataset is None:
+        raise DataError(f"Client {client_id!r} has no training data: pass train_dataset to the trainer.")
+    if has_length(dataset) and len(dataset) == 0:
         raise DataError(f"The training data of client {client_id!r} is empty: it cannot take part.")
 
 
@@ -114,9 +133,99 @@ class RoundSampler(Sampler[int]):
         return iter(order[: self.num_samples].tolist())
 
 
-def skip_batches(loader: Any, count: int) -> Any:
-    """The loader without its first `count` batches, which are not collated either."""
-    return skip_first_batches(loader, count) if count else loader
+class RoundData:
+    """The batches of a client's rounds, from one data loader with one set of worker processes.
+
+    The order of a round depends on its seed alone, unless the client has a data loader, a sampler or a sampling
+    strategy of its own: such a loader is run through again, as often as the round's local steps take. A stream goes on
+    from round to round.
+
+    Args:
+        local_steps: optimizer steps of a round.
+
+    Attributes:
+        make_loader: the Trainer's own; asked where data set or batch size are others than in the last round.
+    """
+
+    def __init__(self, local_steps: int) -> None:
+        self.sampler: RoundSampler | None = None
+        self.make_loader: Callable[[], Any] | None = None
+        self._local_steps = local_steps
+        self._made_for: tuple[Any, int] | None = None  # data set and batch size
+        self._loader: Any = None
+        self._batches: Iterator[Any] = iter(())
+        self._is_stream = False
+
+    def __iter__(self) -> Iterator[Any]:
+        return self
+
+    def __next__(self) -> Any:
+        return next(self._batches)
+
+    def order(self, trainer: Any, dataset: Any, seed: int) -> RoundSampler:
+        """The sampler of a round, which the loader keeps."""
+        rows = trainer._train_batch_size * trainer.args.gradient_accumulation_steps * trainer.args.world_size
+        self.sampler = RoundSampler(len(dataset), self._local_steps * rows, seed)
+        return self.sampler
+
+    def begin(self, trainer: Any, seed: int, skip: int) -> None:
+        """Begin a round, without its first `skip` batches.
+
+        Args:
+            trainer: whose data and batch size they are.
+            seed: of the order.
+            skip: micro-batches that were trained on before a restart.
+        """
+        dataset, size = trainer.train_dataset, trainer._train_batch_size
+        if self._made_for is None or self._made_for[0] is not dataset or self._made_for[1] != size:
+            self._forget(trainer.accelerator)
+            self._loader, self._made_for = cast("Callable[[], Any]", self.make_loader)(), (dataset, size)
+            self._is_stream = not has_length(dataset)
+        elif self._is_stream:
+            return
+        elif self._loader.persistent_workers:
+            torch.empty((), dtype=torch.int64).random_()  # a loader that starts its workers draws a number for them
+        if self.sampler is None:
+            self._batches = _endless(self._loader, skip)
+        else:
+            self.sampler.seed = seed
+            self._batches = iter(skip_first_batches(self._loader, skip) if skip else self._loader)
+
+    def end(self) -> None:
+        """Leave the loader as Accelerate wants it left, between two passes."""
+        if self.sampler is not None:
+            next(self._batches, None)  # the loader is exhausted, and closes itself
+            self._batches = iter(())
+
+    def _forget(self, accelerator: Any) -> None:
+        """Let the former loader go, with its worker processes."""
+        self.end()
+        self.sampler, self._batches = None, iter(())
+        if self._loader is not None:
+            with contextlib.suppress(ValueError):
+                accelerator._dataloaders.remove(self._loader)
+            self._loader = None
+
+
+def placeholder(length: int) -> DataLoader[Any]:
+    """Stands for a round's batches where the Trainer asks for their number, and is not read."""
+    return DataLoader(range(length), generator=torch.Generator())  # type: ignore[arg-type]  # not the round's
+
+
+def _endless(loader: Any, skip: int) -> Iterator[Any]:
+    while True:
+        empty = True
+        for batch in loader:
+            empty = False
+            if skip:
+                skip -= 1
+            else:
+                yield batch
+        if empty:
+            raise DataError(
+                "The client's data loader gave no batch: there is nothing to train on. Check train_dataset, its "
+                "sampler, and dataloader_drop_last with a batch larger than the data."
+            )
 
 
 def set_schedule(scheduler: Any, step: int) -> None:
@@ -133,28 +242,77 @@ def set_schedule(scheduler: Any, step: int) -> None:
     scheduler._last_lr = rates
 
 
-def dump_optimizer(optimizer: Any, parameters: Sequence[Tensor]) -> dict[str, Tensor]:
-    """The optimizer's state per parameter, as `optimizer.INDEX.NAME`; plain numbers (a step counter) end in `#`."""
-    dumped: dict[str, Tensor] = {}
-    for index, parameter in enumerate(parameters):
-        for name, value in optimizer.state.get(parameter, {}).items():
-            if isinstance(value, Tensor):
-                dumped[f"{_OPTIMIZER}.{index}.{name}"] = value.detach().clone()
-            elif isinstance(value, (int, float)):
-                dtype = torch.float64 if isinstance(value, float) else None
-                dumped[f"{_OPTIMIZER}.{index}.{name}#"] = torch.tensor(value, dtype=dtype)
-    return dumped
+class OptimizerState:
+    """What an optimizer keeps, per parameter and beside them, as tensors that a session can carry.
+
+    A schedule-free optimizer counts its steps in its parameter groups. The names are `optimizer.INDEX.NAME` and
+    `optimizer.group.INDEX.NAME`; plain numbers end in `#`.
+
+    Args:
+        optimizer: before its first step.
+    """
+
+    def __init__(self, optimizer: Any) -> None:
+        self.optimizer = optimizer
+        self._fresh = [{name: copy.deepcopy(group[name]) for name in _kept(group)} for group in optimizer.param_groups]
+
+    def dump(self, parameters: Sequence[Tensor]) -> dict[str, Tensor]:
+        """All of it.
+
+        Raises:
+            ConfigError: the optimizer keeps something else than tensors and numbers.
+        """
+        dumped: dict[str, Tensor] = {}
+        held = [(str(i), self.optimizer.state.get(parameter, {})) for i, parameter in enumerate(parameters)]
+        for i, (group, fresh) in enumerate(zip(self.optimizer.param_groups, self._fresh, strict=False)):
+            held.append((f"group.{i}", {n: group[n] for n in _kept(group) if not _same(group[n], fresh.get(n))}))
+        for place, values in held:
+            for name, value in values.items():
+                key = f"{_OPTIMIZER}.{place}.{name}"
+                if isinstance(value, Tensor):
+                    dumped[key] = value.detach().clone()
+                elif isinstance(value, (bool, int, float)):
+                    dtype = torch.float64 if isinstance(value, float) else None
+                    dumped[f"{key}#"] = torch.tensor(value, dtype=dtype)
+                elif value is not None:
+                    raise ConfigError(
+                        f"The optimizer keeps {name}, a {type(value).__name__}, which cannot be carried from round to "
+                        "round. Found the federation with optimizer_state: fresh, or take another optim."
+                    )
+        return dumped
+
+    def load(self, parameters: Sequence[Tensor], carried: Mapping[str, Tensor]) -> None:
+        """Set it to what `dump` returned; without any, to that of a fresh optimizer."""
+        self.optimizer.state.clear()
+        for group, fresh in zip(self.optimizer.param_groups, self._fresh, strict=False):
+            for name in set(_kept(group)) - set(fresh):
+                del group[name]
+            group.update(copy.deepcopy(fresh))
+        for key, value in carried.items():
+            if not key.startswith(f"{_OPTIMIZER}."):
+                continue
+            place, _, name = key.removeprefix(f"{_OPTIMIZER}.").rpartition(".")
+            if place.startswith("group."):
+                state = self.optimizer.param_groups[int(place.removeprefix("group."))]
+            else:
+                state = self.optimizer.state[parameters[int(place)]]
+                if name != "step":
+                    value = value.to(parameters[int(place)].device)
+            state[name.removesuffix("#")] = value.item() if name.endswith("#") else value.clone()
 
 
-def load_optimizer(optimizer: Any, parameters: Sequence[Tensor], carried: Mapping[str, Tensor]) -> None:
-    """Set the optimizer's state to what `dump_optimizer` returned; without any, to a fresh one."""
-    optimizer.state.clear()
-    for key, value in carried.items():
-        if not key.startswith(f"{_OPTIMIZER}."):
-            continue
-        _, index, name = key.split(".", 2)
-        parameter = parameters[int(index)]
-        if name.endswith("#"):
-            optimizer.state[parameter][name[:-1]] = value.item()
-        else:
-            optimizer.state[parameter][name] = value.clone() if name == "step" else value.clone().to(parameter.device)
+def settle(optimizer: Any) -> None:
+    """One that trains at another point than its result (schedule-free) sets the model to the result."""
+    if callable(evaluate := getattr(optimizer, "eval", None)):
+        evaluate()
+
+
+def _kept(group: Mapping[str, Any]) -> list[str]:
+    """What of a parameter group an optimizer may keep; rates are the schedule's."""
+    return [name for name in group if name not in ("params", "lr", "initial_lr")]
+
+
+def _same(one: Any, other: Any) -> bool:
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return torch.equal(one, other)
+    return type(one) is type(other) and bool(one == other)

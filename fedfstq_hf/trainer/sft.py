@@ -28,8 +28,9 @@ class FedFSTQSFTTrainer(FedFSTQMixin, _Float32Adapters):
     """`trl.SFTTrainer` with one argument more, `federation`.
 
     Whatever `SFTConfig` can do to the data happens before the first round: chat templates, prompts with completions,
-    packing, `assistant_only_loss`. A packed row holds several examples; the client's weight in the mean is the number
-    of rows that were given, so that clients which pack and clients which do not count alike.
+    packing, `assistant_only_loss`. Rows without a target, which TRL drops, do not count in the client's weight. A
+    packed row holds several examples: there the weight is the number of rows that were given, so that clients which
+    pack and clients which do not count alike.
     """
 
     def __init__(self, *args: Any, train_dataset: Any = None, **kwargs: Any) -> None:
@@ -38,6 +39,7 @@ class FedFSTQSFTTrainer(FedFSTQMixin, _Float32Adapters):
         self._prepared = self.train_dataset
 
     def _num_examples(self) -> int:
-        if self._rows_given is not None and self.train_dataset is self._prepared:
+        packed = self.args.packing and self.train_dataset is self._prepared
+        if packed and self._rows_given is not None and self.federation.num_examples is None:
             return self._rows_given
         return super()._num_examples()

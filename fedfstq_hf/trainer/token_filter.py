@@ -99,7 +99,10 @@ class TokenFilter:
         refresh = step % self.refresh_steps == 0
         if not refresh if self.fisher_only else refresh and not self._projects_some:
             return  # the Trainer's own loss
-        targets = [_targets(batch).cpu() for batch in batches]
+        if not all("labels" in batch or "shift_labels" in batch for batch in batches):
+            return  # the Trainer says what is missing
+        on_device = [_targets(batch) for batch in batches]
+        targets = [target.cpu() for target in on_device]
         width = max((t.shape[1] for t in targets), default=0)
         rows = [F.pad(t, (0, width - t.shape[1]), value=_IGNORED) for t in targets]
         window = torch.cat(rows) if rows else torch.zeros(0, 0, dtype=torch.long)
@@ -113,9 +116,9 @@ class TokenFilter:
                 generator = torch.Generator().manual_seed(_seed(seed, step))
                 weights = token_weights(objective, scores, valid, ratio=self.ratio, generator=generator).float()
             start = 0
-            for batch, target in zip(batches, targets, strict=True):
+            for batch, target in zip(batches, on_device, strict=True):
                 end = start + len(target)
-                batch[name] = weights[start:end, : target.shape[1]].to(batch["labels"].device)
+                batch[name] = weights[start:end, : target.shape[1]].to(target.device)
                 start = end
 
         self._sees_all = refresh or self.objective in ("full", "soft")
@@ -166,6 +169,12 @@ class TokenFilter:
         if auxiliary is not None:  # as models with experts add it to their own loss
             loss = loss + self._base.router_aux_loss_coef * auxiliary.to(loss.device)
         return FilteredLoss(loss, second, plain, outputs)
+
+    def loss_of_all(self, model: nn.Module, inputs: dict[str, Any], num_items: Tensor | int | None) -> Tensor:
+        """The loss in which every target token weighs 1: over `num_items`, or the mean where that is None."""
+        counted = _targets(inputs) != _IGNORED
+        items = counted.sum() if num_items is None else num_items
+        return self.losses(model, inputs, counted.float(), None, items, steps=1).loss
 
 
 def open_filter(
@@ -224,9 +233,9 @@ def count_targets(batch: Mapping[str, Any], *, shifted: bool) -> Tensor | int:
 
     shifted: the loss shifts the labels, as that of a causal language model does.
     """
-    if "labels" not in batch and "shift_labels" not in batch:
-        return len(batch["input_ids"])
-    targets = _targets(batch) if shifted else batch["labels"]
+    if not isinstance(batch.get("labels", batch.get("shift_labels")), Tensor):
+        return next((len(value) for value in batch.values() if isinstance(value, Tensor) and value.ndim), 1)
+    targets = _targets(batch) if shifted else batch.get("labels", batch.get("shift_labels"))
     return targets.ne(_IGNORED).sum()
 
 

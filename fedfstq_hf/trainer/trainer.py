@@ -7,28 +7,29 @@ the participation gets the adapter, and packs and sends the change.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import dataclasses
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerCallback, set_seed
+from transformers import Trainer, set_seed
+from transformers.trainer_utils import has_length
 
 from fedfstq_hf.adapter import AdapterView
 from fedfstq_hf.config import FedFSTQConfig
-from fedfstq_hf.errors import ConfigError, DataError, MailboxError
+from fedfstq_hf.errors import ConfigError, MailboxError
 from fedfstq_hf.federation.client.participation import Participation
 from fedfstq_hf.federation.client.session import Settlement
 from fedfstq_hf.federation.spec import FederationSpec
 from fedfstq_hf.sensitivity import AdapterFisher, TokenSensitivity
 from fedfstq_hf.sensitivity.table import SensitivityTable
-from fedfstq_hf.trainer.arguments import announce, check_arguments, replaced, typed
+from fedfstq_hf.trainer.arguments import announce, check_arguments, replaced, signature_with_federation, typed
 from fedfstq_hf.trainer.checkpoint import START, CheckpointStates, Place, state_folder
-from fedfstq_hf.trainer.joining import join, pack_local
+from fedfstq_hf.trainer.joining import join, local_budget, pack_local
 from fedfstq_hf.trainer.methods.hooks import RoundStart
 from fedfstq_hf.trainer.processes import check_shared, join_together, open_processes
-from fedfstq_hf.trainer.rounds import Rounds, RoundSampler, check_dataset, load_optimizer, set_schedule, skip_batches
-from fedfstq_hf.trainer.steps import LocalSteps
+from fedfstq_hf.trainer.rounds import OptimizerState, Rounds, check_dataset, placeholder, set_schedule, settle
+from fedfstq_hf.trainer.steps import AfterStep, LocalSteps
 from fedfstq_hf.trainer.token_filter import TOKEN_WEIGHTS
 from fedfstq_hf.trainer.uploading import Uploads
 
@@ -54,10 +55,15 @@ class FedFSTQMixin(_TrainerLike):  # type: ignore[misc]
         self._view = AdapterView(self.model)
         self._open_steps(self.federation)
         self._start_adapter: Tensor | None = None  # of local training
+        self._optimizer: OptimizerState | None = None
         self._fed_metrics: dict[str, float] = {}
         self._trained_with: dict[str, Any] = {}
         self._uploads = Uploads(self, self.federation.state_dir)
-        self.add_callback(_StepEnd(self))
+        self.add_callback(AfterStep(lambda: self._end_step()))
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.__signature__ = signature_with_federation(cls, FedFSTQMixin)
 
     # What a user calls
 
@@ -87,14 +93,10 @@ class FedFSTQMixin(_TrainerLike):  # type: ignore[misc]
         return self._steps.fisher_vector()
 
     def token_sensitivity(self) -> SensitivityTable:
-        """`sensitivity` as a table, most sensitive tokens first; shows itself in a notebook.
-
-        Raises:
-            ConfigError: the trainer has no tokenizer to name the ids by.
-        """
-        if self.processing_class is None:
-            raise ConfigError("token_sensitivity() names token ids: pass processing_class=tokenizer to the trainer.")
-        return SensitivityTable.from_sensitivity(self.sensitivity, self.processing_class)
+        """`sensitivity` as a table, most sensitive first; `ConfigError` without a tokenizer to name the ids by."""
+        if self.processing_class is not None:
+            return SensitivityTable.from_sensitivity(self.sensitivity, self.processing_class)
+        raise ConfigError("token_sensitivity() names token ids: pass processing_class=tokenizer to the trainer.")
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         """Take part in every round until the federation ends; without a mailbox, train locally.
@@ -108,10 +110,11 @@ class FedFSTQMixin(_TrainerLike):  # type: ignore[misc]
         Raises:
             AdapterMismatchError: another base model or LoRA configuration than the federation's.
             MailboxError: no federation at the address, or nobody serves it.
-            NonFiniteError: in every step of a round the gradients were NaN or infinite; nothing of it was sent.
-                Where only some are, those steps are skipped and counted in the log as `fed_skipped_steps`.
+            NonFiniteError, DataError: in every step of a round gradients were NaN or infinite, or labels masked:
+                nothing of it was sent. Where only some are, those steps are skipped, see `fed_skipped_steps`.
         """
         if self.federation.mailbox is None:
+            local_budget(self.federation, self.adapter_view)  # better refused now than after training
             self._begin_locally(keep_start=bool(resume_from_checkpoint))
             self._trained_with = {}
             output = super().train(resume_from_checkpoint, **kwargs)
@@ -138,8 +141,7 @@ class FedFSTQMixin(_TrainerLike):  # type: ignore[misc]
         Args:
             participation: a mailbox's, or a simulation's.
             spec: what the federation shares; its training arguments are this trainer's until it ends.
-            resume_from_checkpoint: see `train`.
-            **kwargs: passed on to `Trainer.train`.
+            resume_from_checkpoint, **kwargs: see `train`.
         """
         check_shared(participation, self._processes)
         check_arguments(self.args)
@@ -152,8 +154,11 @@ class FedFSTQMixin(_TrainerLike):  # type: ignore[misc]
         try:
             with replaced(self.args, **self._trained_with):
                 saved = self._processes.first_alone(lambda: self._states().asked_for(resume_from_checkpoint))
-                output = super().train(rounds.choose(saved), **kwargs)
-                reached_end = self.state.global_step >= self.args.max_steps  # a user's callback may have stopped it
+                if (checkpoint := rounds.choose(saved)) is not None and saved is not None:
+                    self._fed_metrics = dict(saved.place.metrics)
+                output = super().train(checkpoint, **kwargs)
+                reached_end = self.state.global_step >= self.args.max_steps
+                rounds.check_end(self._steps.done, asked=self.control.should_training_stop and not reached_end)
                 if reached_end and not rounds.ended and self._next_round(rounds):
                     raise MailboxError("The federation handed out a round after its last step.")
         finally:
@@ -161,13 +166,10 @@ class FedFSTQMixin(_TrainerLike):  # type: ignore[misc]
         return output
 
     def pack_update(self) -> bytes:
-        """The message that carries what local training changed, from where `train()` started.
-
-        Returns:
-            A packed message of round 0, within `uplink_budget`.
-        """
+        """A message of round 0, within `uplink_budget`: what local training changed from where `train()` started."""
         if self._start_adapter is None:
             raise ConfigError("There is nothing to pack yet: call train() first.")
+        settle(self.optimizer)
         start, fisher = self._start_adapter, self.fisher_vector()
         return pack_local(self.federation, self.adapter_view, start, fisher, self._num_examples())
 
@@ -200,7 +202,7 @@ class FedFSTQMixin(_TrainerLike):  # type: ignore[misc]
         """The Trainer's own; in training steps of a token-filtered objective that of the weighted target tokens."""
         if TOKEN_WEIGHTS not in inputs:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        loss, outputs = self._steps.filtered_loss(model, inputs, num_items_in_batch)
+        loss, outputs = self._steps.filtered_loss(super().compute_loss, model, inputs, num_items_in_batch)
         return (loss, outputs) if return_outputs else loss
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
@@ -211,9 +213,10 @@ class FedFSTQMixin(_TrainerLike):  # type: ignore[misc]
         """The Trainer's, which also moves what methods learn beside the adapter."""
         super().create_optimizer(*args, **kwargs)
         held = {id(one) for group in self.optimizer.param_groups for one in group["params"]}
-        for learned in self._steps.learned():
-            if id(learned) not in held:
-                self.optimizer.add_param_group({"params": [learned], "weight_decay": 0.0})
+        for learned in (one for one in self._steps.learned() if id(one) not in held):
+            self.optimizer.add_param_group({"params": [learned], "weight_decay": 0.0})
+        if self._optimizer is None or self._optimizer.optimizer is not self.optimizer:
+            self._optimizer = OptimizerState(self.optimizer)
         return self.optimizer
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
@@ -223,20 +226,34 @@ class FedFSTQMixin(_TrainerLike):  # type: ignore[misc]
             if rounds.assignment is None and not self._next_round(rounds):
                 self.control.should_training_stop = True
                 return [], None
-            epoch_iterator = rounds.batches
+            epoch_iterator = rounds.data
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         if rounds is not None and len(batches) < num_batches:
-            raise DataError(
-                f"The round's data loader ended in local step {self._steps.done + 1} of {rounds.spec.local_steps}: a "
-                "sampler of your own must draw as many examples as that of `_get_train_sampler`."
-            )
+            rounds.check_end(self._steps.done, asked=False)
         return self._steps.weigh(batches, num_items), num_items
 
     # Rounds inside one train()
 
+    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """In a federation a round is the loop's epoch: it gets a placeholder of that length, and batches by rounds."""
+        rounds = self._rounds
+        if rounds is None:
+            return super()._inner_training_loop(*args, **kwargs)
+        rounds.restart()
+        if self.args.eval_on_start and (first := rounds.peek()) is not None:
+            self.adapter_view.write(first.adapter)
+        own: Any = self
+        rounds.data.make_loader = own.get_train_dataloader
+        own.get_train_dataloader = lambda: placeholder(rounds.spec.local_steps * self.args.gradient_accumulation_steps)
+        try:
+            return super()._inner_training_loop(*args, **kwargs)
+        finally:
+            del own.get_train_dataloader
+
     def _next_round(self, rounds: Rounds) -> bool:
         """Begin the next round; without one, load the final adapter."""
         assignment, spec = rounds.next(), rounds.spec
+        resumed = rounds.resumed()
         if assignment is None:
             if (final := rounds.participation.final_adapter()) is not None:
                 self.adapter_view.write(final)
@@ -246,15 +263,13 @@ class FedFSTQMixin(_TrainerLike):  # type: ignore[misc]
         check_dataset(self.train_dataset, self._client_id())
         steps, state, carried = self._steps, self.state, assignment.session.carried
         steps.begin(RoundStart(assignment.adapter, assignment.seed, carried, assignment.variate))
-        resumed = rounds.resumed(assignment)
-        if resumed is not None:
-            self._fed_metrics = dict(resumed.place.metrics)
+        steps.optimizer = optimizer = cast(OptimizerState, self._optimizer)
         if resumed is not None and rounds.resumes_within:  # the Trainer itself loaded adapter, optimizer and schedule
             steps.load_state_dict(resumed.tensors)
         else:
             self.adapter_view.write(assignment.adapter)
             kept = carried if spec.optimizer_state == "kept" else {}
-            load_optimizer(self.optimizer, self.adapter_view.parameters, kept)
+            optimizer.load(self.adapter_view.parameters, kept)
             set_schedule(self.lr_scheduler, assignment.round * spec.local_steps)
         if assignment.global_step is not None:  # steps that others took count, but not into this client's mean losses
             missed = assignment.global_step + steps.done - state.global_step
@@ -262,8 +277,8 @@ class FedFSTQMixin(_TrainerLike):  # type: ignore[misc]
             self._globalstep_last_logged += missed
             self._initial_global_step += missed
         set_seed((assignment.seed + self._processes.rank) % 2**32)
-        loader = super().get_train_dataloader()
-        rounds.batches = iter(skip_batches(loader, steps.done * self.args.gradient_accumulation_steps))
+        done = steps.done * self.args.gradient_accumulation_steps
+        rounds.data.begin(self, assignment.seed, done)
         return True
 
     def _end_step(self) -> None:
@@ -273,27 +288,21 @@ class FedFSTQMixin(_TrainerLike):  # type: ignore[misc]
         if rounds is None or rounds.assignment is None or steps.done < rounds.spec.local_steps:
             return
         steps.check_some_counted(self._client_id(), f"round {rounds.assignment.round}")
-        next(rounds.batches, None)  # lets Accelerate close the exhausted loader
-        result = steps.result(self._num_examples(), keep_optimizer=rounds.spec.optimizer_state == "kept")
+        rounds.data.end()
+        settle(self.optimizer)
+        result = steps.result(self._num_examples())
         metrics = rounds.participation.complete(rounds.assignment, result)
         self._fed_metrics = {**metrics, "fed_skipped_steps": steps.skipped} if metrics else {}
-        rounds.assignment, rounds.batches = None, iter(())
+        rounds.assignment = None
         if self._fed_metrics and self.args.logging_strategy != "no":
             self.control.should_log = True  # a row for every round, however rarely the losses are logged
 
-    def get_train_dataloader(self) -> DataLoader[Any]:
-        """In a federation a placeholder of the right length: each round brings its own loader."""
-        if self._rounds is None:
-            return super().get_train_dataloader()  # type: ignore[no-any-return]
-        return DataLoader(range(self.args.max_steps * self.args.gradient_accumulation_steps))  # type: ignore[arg-type]
-
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        rounds, args = self._rounds, self.args
-        if rounds is None or rounds.assignment is None:
+        rounds = self._rounds
+        if rounds is None or rounds.assignment is None or self.args.train_sampling_strategy != "random":
             return super()._get_train_sampler(train_dataset)
-        batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         dataset = self.train_dataset if train_dataset is None else train_dataset
-        return RoundSampler(len(dataset), rounds.spec.local_steps * batch, rounds.assignment.seed)
+        return rounds.data.order(self, dataset, rounds.assignment.seed)
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """A schedule over the whole federation, also for a client that skips rounds."""
@@ -301,14 +310,22 @@ class FedFSTQMixin(_TrainerLike):  # type: ignore[misc]
             num_training_steps = self._rounds.spec.rounds * self._rounds.spec.local_steps
         return super().create_scheduler(num_training_steps, optimizer)
 
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """The Trainer's; `bf16_full_eval` and `fp16_full_eval` leave the adapter as it was."""
+        with self.adapter_view.kept():
+            return super().evaluation_loop(*args, **kwargs)
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the federation's figures, so that they reach `log_history` and every reporter."""
         skipped = self._held_steps.skipped if self._rounds is None else 0
-        local = {"fed_skipped_steps": skipped} if skipped else {}
-        super().log({**logs, **local, **self._fed_metrics}, start_time)
+        own = {**({"fed_skipped_steps": skipped} if skipped else {}), **self._fed_metrics}
+        shown = {**logs, **own}
+        super().log(shown, start_time)
+        logs.update({name: value for name, value in shown.items() if name not in own})  # the Trainer's own additions
 
     def _num_examples(self) -> int:
-        return len(self.train_dataset)
+        seen = len(self.train_dataset) if has_length(self.train_dataset) else self._steps.rows * self._processes.count
+        return self.federation.num_examples or seen
 
     def _client_id(self) -> str:
         assignment = None if self._rounds is None else self._rounds.assignment
@@ -328,13 +345,9 @@ class FedFSTQMixin(_TrainerLike):  # type: ignore[misc]
         tensors = self._steps.state_dict()
         if self._rounds is None and self._start_adapter is not None:
             tensors[START] = self._start_adapter
-        place = Place(
-            client_id=self._client_id(),
-            global_step=self.state.global_step,
-            local_step=self._steps.done,
-            metrics=self._fed_metrics,
-            **({} if self._rounds is None else self._rounds.place()),
-        )
+        place = Place(self._client_id(), self.state.global_step, self._steps.done, metrics=self._fed_metrics)
+        if self._rounds is not None:
+            place = dataclasses.replace(place, **self._rounds.place())
         self._states().save(f"{self._get_output_dir(trial)}/checkpoint-{self.state.global_step}", place, tensors)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
@@ -362,10 +375,7 @@ class FedFSTQMixin(_TrainerLike):  # type: ignore[misc]
         revision: str | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Save adapter, tokenizer and card to `output_dir` and upload them: `Uploads.push` explains the arguments.
-
-        Only files of an allow-list leave: not `training_args.bin`, no checkpoints, nothing else that lies there.
-        """
+        """Save adapter, tokenizer and card, and upload them and nothing else: `Uploads.push` explains the arguments."""
         return self._uploads.push(commit_message, blocking, token, revision, **kwargs)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
@@ -384,14 +394,6 @@ class FedFSTQMixin(_TrainerLike):  # type: ignore[misc]
         """`training_args.bin` lies beside the model, and trackers may upload it: without `hub_token`."""
         with replaced(self.args, hub_token=None):
             super()._save(output_dir, state_dict)
-
-
-class _StepEnd(TrainerCallback):  # type: ignore[misc]
-    def __init__(self, trainer: FedFSTQMixin) -> None:
-        self._trainer = trainer
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._trainer._end_step()
 
 
 class FedFSTQTrainer(FedFSTQMixin, Trainer):  # type: ignore[misc]

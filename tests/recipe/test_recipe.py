@@ -146,7 +146,7 @@ def test_what_cannot_be_found_says_so(name, message):
             r"with control variates all clients weigh",
         ),
         ({"methods": {"a": {"uplink_budget": 0}}}, r"uplink_budget must be a whole number of at least 1"),
-        ({"methods": {"a": {"uplink_budget": [1]}}}, r"uplink_budget must be text or a whole number or null"),
+        ({"methods": {"a": {"uplink_budget": [1]}}}, r"uplink_budget must be a whole number or text or null"),
         ({"methods": {"a": {"server": {"lr": 0.0}}}}, r"recipe\.methods\.a\.server\.lr must be a number above 0"),
         (
             {"methods": {"a": {"server": {"final_lr": 0}}}},

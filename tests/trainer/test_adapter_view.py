@@ -125,7 +125,7 @@ def test_an_adapter_in_half_precision_is_refused():
     model = get_peft_model(base, LoraConfig(r=2, target_modules="all-linear"))
     model.to(torch.bfloat16)
     with pytest.raises(
-        AdapterMismatchError, match=r"is torch\.bfloat16; expected float32 .*autocast_adapter_dtype=True"
+        AdapterMismatchError, match=r"is torch\.bfloat16; expected float32, .*autocast_adapter_dtype=True"
     ):
         AdapterView(model)
 

@@ -43,9 +43,8 @@ def test_packing_before_training_is_refused(tmp_path):
 
 def test_a_budget_below_the_header_is_refused(tmp_path):
     trainer = make_trainer(tmp_path, uplink_budget=50)
-    trainer.train()
-    with pytest.raises(BudgetError):
-        trainer.pack_update()
+    with pytest.raises(BudgetError, match="raise the uplink budget by at least"):
+        trainer.train()
 
 
 def test_a_second_train_packs_from_where_it_began(tmp_path):

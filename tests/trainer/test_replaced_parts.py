@@ -5,7 +5,7 @@ import torch
 from local_training import Listed, Padded, ragged_data
 from small_federation import found, served, settings_of
 from tiny import make_arguments, make_tiny_model
-from torch.utils.data import SequentialSampler
+from torch.utils.data import DataLoader, SequentialSampler
 from transformers import TrainerCallback
 
 from fedfstq_hf import FedFSTQConfig, FedFSTQTrainer
@@ -51,16 +51,61 @@ def test_such_a_model_trained_locally(tmp_path):
     assert trainer.adapter_fisher.vector().any()
 
 
-def test_a_sampler_that_ends_within_a_round(tmp_path):
-    class Ordered(FedFSTQTrainer):
-        def _get_train_sampler(self, train_dataset=None):
-            return SequentialSampler(self.train_dataset)
+class Ordered(FedFSTQTrainer):
+    def _get_train_sampler(self, train_dataset=None):
+        return SequentialSampler(self.train_dataset)
 
+
+class Loaded(FedFSTQTrainer):
+    def get_train_dataloader(self):
+        rows = [self.data_collator([self.train_dataset[i], self.train_dataset[i + 1]]) for i in range(0, 8, 2)]
+        return DataLoader(rows, batch_size=None)
+
+
+def watch_ids(trainer):
+    """The rows that each micro-batch trained on."""
+    seen, step = [], trainer.training_step
+
+    def training_step(model, inputs, num_items_in_batch=None):
+        seen.append(inputs["input_ids"].tolist())
+        return step(model, inputs, num_items_in_batch)
+
+    trainer.training_step = training_step
+    return seen
+
+
+def in_order(trainer):
+    rows = trainer.train_dataset
+    return [trainer.data_collator([rows[i], rows[i + 1]])["input_ids"].tolist() for i in range(0, 8, 2)]
+
+
+@pytest.mark.parametrize("kind", [Ordered, Loaded])
+def test_data_of_ones_own_is_run_through_again_until_the_rounds_steps_are_done(tmp_path, kind):
     participation = Listed(make_tiny_model(), 2, local_steps=5)  # of 2 rows; there are 8
-    trainer = make_trainer(tmp_path, Ordered, model=make_tiny_model())
-    with pytest.raises(DataError, match="ended in local step 5 of 5"):
-        trainer.take_part(participation, participation.spec)
+    trainer = make_trainer(tmp_path, kind, model=make_tiny_model())
+    seen = watch_ids(trainer)
+    trainer.take_part(participation, participation.spec)
+    assert seen == [*in_order(trainer), in_order(trainer)[0]] * 2
+    assert len(participation.results) == 2
+
+
+def test_data_without_a_batch_end_the_round_with_an_error(tmp_path):
+    class Empty(FedFSTQTrainer):
+        def get_train_dataloader(self):
+            return DataLoader([], batch_size=None)
+
+    participation = Listed(make_tiny_model(), 1, local_steps=2)
+    with pytest.raises(DataError, match="data loader gave no batch"):
+        make_trainer(tmp_path, Empty, model=make_tiny_model()).take_part(participation, participation.spec)
     assert not participation.results
+
+
+def test_a_sampling_strategy_counts_in_a_federation(tmp_path):
+    participation = Listed(make_tiny_model(), 1, local_steps=4)
+    trainer = make_trainer(tmp_path, model=make_tiny_model(), arguments={"train_sampling_strategy": "sequential"})
+    seen = watch_ids(trainer)
+    trainer.take_part(participation, participation.spec)
+    assert seen == in_order(trainer)
 
 
 class KillAt(TrainerCallback):

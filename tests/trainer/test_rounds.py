@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import get_scheduler
 
-from fedfstq_hf.trainer.rounds import RoundSampler, dump_optimizer, load_optimizer, set_schedule
+from fedfstq_hf.trainer.rounds import OptimizerState, RoundSampler, set_schedule
 
 
 def test_each_pass_sees_every_example_once_in_an_order_of_its_own():
@@ -89,13 +89,13 @@ def test_kept_moments_go_on_as_if_nothing_had_happened(options):
     moved, two = make_optimizer(**options)
     step(moved, two, 0)
     step(moved, two, 1)
-    carried = dump_optimizer(two, moved)
+    carried = OptimizerState(two).dump(moved)
     assert all(isinstance(value, torch.Tensor) for value in carried.values())
     fresh, three = make_optimizer(**options)
     with torch.no_grad():
         for new, old in zip(fresh, moved, strict=True):
             new.copy_(old)
-    load_optimizer(three, fresh, carried | {"tokens.ema": torch.zeros(3)})
+    OptimizerState(three).load(fresh, carried | {"tokens.ema": torch.zeros(3)})
     step(moved, two, 17)  # what was dumped is a copy
     step(fresh, three, 2)
     step(fresh, three, 3)
@@ -105,9 +105,10 @@ def test_kept_moments_go_on_as_if_nothing_had_happened(options):
 
 def test_without_any_the_optimizer_starts_afresh():
     used, one = make_optimizer()
+    state = OptimizerState(one)
     step(used, one, 0)
-    load_optimizer(one, used, {})
-    assert dump_optimizer(one, used) == {}
+    state.load(used, {})
+    assert state.dump(used) == {}
     new, two = make_optimizer()
     with torch.no_grad():
         for a, b in zip(new, used, strict=True):
@@ -130,11 +131,11 @@ def test_state_that_is_no_tensor_is_kept_too():
         step(straight, one, seed)
     moved, two = make()
     step(moved, two, 0)
-    carried = dump_optimizer(two, moved)
+    carried = OptimizerState(two).dump(moved)
     fresh, three = make()
     with torch.no_grad():
         fresh[0].copy_(moved[0])
-    load_optimizer(three, fresh, carried)
+    OptimizerState(three).load(fresh, carried)
     step(fresh, three, 1)
     step(fresh, three, 2)
     assert torch.equal(fresh[0], straight[0])

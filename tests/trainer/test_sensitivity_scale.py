@@ -4,10 +4,6 @@ import pytest
 import torch
 from local_training import make_trainer
 from tiny import make_tiny_model
-from transformers import Trainer
-
-from fedfstq_hf.errors import ConfigError
-from fedfstq_hf.trainer.processes import open_processes
 
 MINE = list(range(1, 10))
 """Ids of the example that is looked at; none of the others has them."""
@@ -154,11 +150,15 @@ def test_a_subclass_that_divides_by_itself(tmp_path):
     check_equal(alone(tmp_path), scores(tmp_path, size=2, steps=2, prepare=prepare))
 
 
-def test_scaled_gradients_are_refused_however_they_were_asked_for(tmp_path):
-    """`accelerate launch --mixed_precision fp16` scales the loss, and `args.fp16` says nothing of it."""
-    trainer, _ = make_trainer(tmp_path)
-    assert isinstance(trainer, Trainer)
-    open_processes(trainer)
-    trainer.accelerator.scaler = torch.amp.GradScaler("cpu")
-    with pytest.raises(ConfigError, match="fp16 scales gradients"):
-        open_processes(trainer)
+def test_scaled_gradients_are_read_as_they_would_be_without_the_scale(tmp_path):
+    """float16 training multiplies the loss by a power of two before the backward pass."""
+    seen = []
+    for scale in (None, 2.0**12):
+        trainer, _ = make_trainer(tmp_path)
+        if scale is not None:
+            trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        trainer.train()
+        seen.append((trainer.sensitivity.scores(), trainer.fisher_vector(), trainer.adapter_view.read()))
+    for mine, theirs in zip(*seen, strict=True):
+        assert theirs.any()
+        assert torch.allclose(mine, theirs, rtol=1e-5, atol=1e-9)

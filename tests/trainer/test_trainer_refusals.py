@@ -2,14 +2,12 @@
 
 import pytest
 import torch
-from datasets import Dataset
 from peft import LoraConfig
 from tiny import make_tiny_data, make_tiny_model
 from tiny_federation import found, make_trainer, serve
 from transformers import TrainerCallback
 
-from fedfstq_hf import FedFSTQTrainer
-from fedfstq_hf.errors import AdapterMismatchError, BudgetError, ConfigError, DataError, MailboxError, NonFiniteError
+from fedfstq_hf.errors import AdapterMismatchError, BudgetError, DataError, MailboxError, NonFiniteError
 from fedfstq_hf.federation.client.session import ClientSession
 from fedfstq_hf.federation.mailbox.folder import FolderMailbox
 from fedfstq_hf.federation.spec import FederationSpec
@@ -62,12 +60,6 @@ def test_other_target_modules(tmp_path):
 def test_an_empty_shard(tmp_path):
     mailbox = found(tmp_path / "box")
     refused(tmp_path, mailbox, DataError, "training data of client 'a' is empty: it cannot take part", data=[])
-
-
-def test_a_stream(tmp_path):
-    mailbox = found(tmp_path / "box")
-    stream = Dataset.from_list(make_tiny_data(3)).to_iterable_dataset()
-    refused(tmp_path, mailbox, DataError, "known length; materialise a streaming one first", data=stream)
 
 
 def test_labels_that_are_all_masked(tmp_path):
@@ -150,11 +142,3 @@ def test_nobody_serves(tmp_path):
     make_trainer(tmp_path, mailbox).train()  # the state folder was released
     thread.join(30)
     assert mailbox.head() == 2
-
-
-def test_fp16_is_refused(tmp_path):
-    trainer = make_trainer(tmp_path)
-    trainer.args.fp16 = True
-    arguments = trainer.args
-    with pytest.raises(ConfigError, match="Use bf16=True or float32"):
-        FedFSTQTrainer(model=make_tiny_model(), args=arguments, train_dataset=make_tiny_data(2))
