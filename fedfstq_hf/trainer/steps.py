@@ -187,7 +187,7 @@ class LocalSteps:
             self.filter = None
 
     def training_step(
-        self, plain: Callable[..., Tensor], model: nn.Module, inputs: dict[str, Any], num_items: Any
+        self, plain: Callable[..., Tensor], model: nn.Module, inputs: Any, num_items: Any
     ) -> Tensor:
         """The Trainer's own `training_step`, `plain`; then Fisher information from its gradients, before clipping.
 
