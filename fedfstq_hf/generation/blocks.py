@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,15 +19,32 @@ from fedfstq_hf.errors import ConfigError
 class BlockInput:
     """What reaches a decoder block during the prefill of a whole prompt.
 
-    hidden: (B, T, H). rotary: cos and sin, (1 or B, T, D) each, or None for models without rotary positions.
-    input_ids, attention_mask: (B, T) of the same tokens, 1 = real token.
+    hidden: (B, T, H). given: all that it is called with, by name. input_ids, attention_mask: (B, T) of the same tokens,
+    1 = real token.
     """
 
     block: nn.Module
     hidden: Tensor
-    rotary: tuple[Tensor, Tensor] | None
+    given: dict[str, Any]
     input_ids: Tensor
     attention_mask: Tensor
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Kept tokens: their positions (B, K), ascending, and which of them are real, (B, K) bool.
+
+    The others fill up rows that keep fewer than K: a mask hides them.
+    """
+
+    positions: Tensor
+    real: Tensor
+
+    @classmethod
+    def all_of(cls, ids: Tensor) -> Kept:
+        """Every one of (B, T)."""
+        positions = torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)
+        return cls(positions, torch.ones_like(positions, dtype=torch.bool))
 
 
 def base_of(model: Any) -> Any:
@@ -83,13 +101,35 @@ class _Cutter:
     """Cuts whatever a block is given along the sequence, whichever way its model passes it.
 
     past: entries in the cache before this prompt; they stay. length: tokens before the cut. kept: (B, K) ascending.
+    real: (B, K) bool, False for what only fills a row up and must not be seen.
     """
 
-    def __init__(self, kept: Tensor, length: int, past: int) -> None:
-        self.kept, self.length = kept, length
+    def __init__(self, kept: Tensor, real: Tensor, length: int, past: int) -> None:
+        self.kept, self.real, self.length = kept, real, length
         before = torch.arange(past, device=kept.device).expand(kept.shape[0], -1)
         self.columns = torch.cat([before, kept + past], dim=1)
         self._done: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def hide(self, mask: Any, implementation: str) -> Any:
+        """A block's mask, already cut, that shows no token which only fills a row up."""
+        if bool(self.real.all()):
+            return mask
+        past = self.columns.shape[1] - self.kept.shape[1]
+        seen = torch.cat([torch.ones_like(self.columns[:, :past], dtype=torch.bool), self.real], dim=1)
+        if isinstance(mask, Tensor) and mask.ndim == 2:
+            return mask * seen.to(mask.dtype)
+        if isinstance(mask, Tensor) and mask.ndim == 4:
+            hidden = ~seen[:, None, None, :]
+            return mask & ~hidden if mask.dtype == torch.bool else mask.masked_fill(hidden, torch.finfo(mask.dtype).min)
+        if mask is not None:
+            raise ConfigError(
+                f"rows keep different numbers of tokens, and a mask of type {type(mask).__name__} cannot "
+                "hide what fills them up; pass one prompt at a time"
+            )
+        if "flash" in implementation:
+            return seen.long()
+        causal = torch.ones(self.kept.shape[1], seen.shape[1], dtype=torch.bool, device=seen.device).tril(past)
+        return causal & seen[:, None, None, :]
 
     def __call__(self, value: Any) -> Any:
         if isinstance(value, Tensor):
@@ -117,33 +157,52 @@ def read_block(
     block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], ids: Tensor, mask: Tensor
 ) -> BlockInput:
     """What a block is about to be called with."""
-    names = dict(zip(inspect.signature(block.forward).parameters, args, strict=False)) | kwargs
-    return BlockInput(block, names["hidden_states"], names.get("position_embeddings"), ids, mask)
+    names = list(inspect.signature(block.forward).parameters)
+    given = dict(zip(names, args, strict=False)) | kwargs
+    return BlockInput(block, given[names[0]], given, ids, mask)
 
 
 @contextmanager
 def cut_before(
-    model: Any, layer: int, input_ids: Tensor, attention_mask: Tensor, past: int, choose: Callable[[BlockInput], Tensor]
-) -> Iterator[list[Tensor]]:
-    """While it is open, one forward pass drops tokens before block `layer`; the hooks go when it closes.
+    model: Any,
+    layer: int,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    past: int,
+    choose: Callable[[BlockInput], Kept],
+    *,
+    any_thread: bool = False,
+) -> Iterator[list[Kept]]:
+    """While it is open, one forward pass of this thread drops tokens before block `layer`; the hooks go when it closes.
 
-    choose: from what reaches that block to the kept tokens (B, K), ascending. Yields a list that then holds them.
-    The caller cuts the cache of the blocks before.
+    choose: from what reaches that block to the tokens that are kept. Yields a list that then holds them. The caller
+    cuts the cache of the blocks before. Other threads may run the same model meanwhile, unless `any_thread` counts.
     """
-    chosen: list[Tensor] = []
+    chosen: list[Kept] = []
     cutters: list[_Cutter] = []
+    owner = None if any_thread else threading.get_ident()
+    implementation = str(getattr(base_of(model).config, "_attn_implementation", ""))
 
-    def first(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def first(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Any:
+        if (
+            owner not in (None, threading.get_ident()) or kwargs is None
+        ):  # a hook that another thread takes away has no keywords
+            return None
         kept = choose(read_block(block, args, kwargs, input_ids, attention_mask))
         chosen.append(kept)
-        cutters.append(_Cutter(kept, input_ids.shape[1], past))
+        cutters.append(_Cutter(kept.positions, kept.real, input_ids.shape[1], past))
         return later(block, args, kwargs)
 
-    def later(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        cut = cutters[0]
-        if cut.kept.shape[1] == cut.length:
+    def later(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Any:
+        if owner not in (None, threading.get_ident()) or kwargs is None:
             return None
-        return tuple(cut(value) for value in args), {name: cut(value) for name, value in kwargs.items()}
+        cut = cutters[0]
+        if cut.kept.shape[1] == cut.length and bool(cut.real.all()):
+            return None
+        changed = {name: cut(value) for name, value in kwargs.items()}
+        if "attention_mask" in changed:
+            changed["attention_mask"] = cut.hide(changed["attention_mask"], implementation)
+        return tuple(cut(value) for value in args), changed
 
     block_at(model, layer)
     handles = [
@@ -167,7 +226,11 @@ def read_at(model: Any, layer: int, input_ids: Tensor, attention_mask: Tensor) -
     """Run embedding and the first `layer` blocks over a prompt, and nothing after them. (B, T) both."""
     found: list[BlockInput] = []
 
-    def stop(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    owner = threading.get_ident()
+
+    def stop(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
+        if threading.get_ident() != owner or kwargs is None:
+            return
         found.append(read_block(block, args, kwargs, input_ids, attention_mask))
         raise _Reached
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +28,8 @@ class Cut:
     mask: Tensor | None = None
     access: str = "open"
     even: bool = True
+    first: Any = None
+    """The layer that keeps `mask` in step where the cache's rows are repeated, chosen or reordered."""
 
     def reopen(self) -> None:
         """Let the owner of a call append whatever it wants. Raises ConfigError for layers that differ."""
@@ -59,6 +62,22 @@ class _CutLayer(DynamicLayer):  # type: ignore[misc]
     def reset(self) -> None:
         super().reset()
         self.cut.dropped, self.cut.mask = 0, None
+
+    def _rows(self, change: Callable[[Tensor], Tensor]) -> None:
+        if self.cut.first is self and self.cut.mask is not None:
+            self.cut.mask = change(self.cut.mask)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        super().reorder_cache(beam_idx)
+        self._rows(lambda mask: mask.index_select(0, beam_idx.to(mask.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        self._rows(lambda mask: mask.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)
+        self._rows(lambda mask: mask[indices.to(mask.device), ...])
 
 
 class _CutSlidingLayer(_CutLayer, DynamicSlidingWindowLayer):  # type: ignore[misc]
@@ -111,6 +130,7 @@ def mark_cut(cache: Any, dropped: int, mask: Tensor | None) -> Cut:
     if cut is None:
         cut = Cut()
         cache.layers[:] = [_marked(layer, cut) for layer in cache.layers]
+        cut.first = cache.layers[0]
     cut.dropped += dropped
     cut.mask = mask
     return cut

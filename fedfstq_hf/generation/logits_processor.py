@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
@@ -56,7 +57,12 @@ class TokenReductionLogitsProcessor(LogitsProcessor):  # type: ignore[misc]
         check_cuttable(self.cache)
         self._refuse_padding(input_ids)
         mask = torch.ones_like(input_ids)
-        kept = self.reducer.positions(input_ids, mask, self.model)
+        chosen = self.reducer.kept(input_ids, mask, self.model)
+        if not bool(chosen.real.all()):
+            raise DataError(
+                "rows keep different numbers of tokens; pass one prompt at a time, or custom_generate=reducer"
+            )
+        kept = chosen.positions
         dropped = input_ids.shape[1] - kept.shape[1]
         if not dropped:
             return
@@ -71,8 +77,24 @@ class TokenReductionLogitsProcessor(LogitsProcessor):  # type: ignore[misc]
         config = base_of(self.model).generation_config
         tokenizer_pad = getattr(self.reducer.tokenizer, "pad_token_id", None)
         pads = [pad for pad in (config.pad_token_id, tokenizer_pad) if pad is not None]
-        if len(input_ids) > 1 and any(bool((input_ids[:, 0] == pad).any()) for pad in pads):
+        mask = _mask_of_generate()
+        hidden = mask is not None and mask.ndim == 2 and bool((mask[:, : input_ids.shape[1]] == 0).any())
+        if hidden or any(bool((input_ids[:, 0] == pad).any()) for pad in pads):
             raise DataError(
                 "the batch is padded; plain generate() would read the mask of the whole prompt against "
                 "the cut cache. Pass one prompt at a time, prompts of one length, or custom_generate=reducer"
             )
+
+
+def _mask_of_generate() -> Tensor | None:
+    """The attention mask of the generate() that runs, which hands its processors none; None where it is not found."""
+    frame = sys._getframe(1)
+    for _ in range(12):
+        arguments = frame.f_locals.get("model_kwargs")
+        if isinstance(arguments, dict) and isinstance(arguments.get("attention_mask"), Tensor):
+            found: Tensor = arguments["attention_mask"]
+            return found
+        if frame.f_back is None:
+            break
+        frame = frame.f_back
+    return None

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fedfstq_hf.errors import DataError
-from fedfstq_hf.generation.blocks import BlockInput, can_cut, cut_before, decoder_blocks
+from fedfstq_hf.generation.blocks import BlockInput, Kept, can_cut, cut_before, decoder_blocks
 from fedfstq_hf.generation.cache import Cut, check_cuttable, cut_of, drop_entries, mark_cut, tokens_seen
 from fedfstq_hf.generation.scorers import EarlyScorer, Scorer
 
@@ -33,8 +33,8 @@ class Prompt:
     seen: int
 
 
-Choose = Callable[[Prompt, Tensor], Tensor]
-"""From a prompt and its scores (B, T) to the kept positions (B, K), ascending."""
+Choose = Callable[[Prompt, Tensor], Kept]
+"""From a prompt and its scores (B, T) to what is kept."""
 
 
 class ReducedModel:
@@ -68,16 +68,16 @@ class ReducedModel:
         past = int(cache.get_seq_length())
         before = self._entries_mask(model_kwargs.get("attention_mask"), cache, past, prompt)
         if not reduce:
-            outputs, kept = self._forward(prompt, before, model_kwargs), None
+            outputs = self._forward(prompt, before, model_kwargs)
+            kept = Kept.all_of(prompt.input_ids)
         elif isinstance(self._scorer, EarlyScorer) and can_cut(self.model):
             outputs, kept = self._forward_and_cut(prompt, before, model_kwargs, past, self._scorer)
         else:
             scores = self._scorer.scores(self.model, prompt.input_ids, prompt.attention_mask)
             kept = self._choose(prompt, scores)
             outputs = self._forward(gathered(prompt, kept), before, model_kwargs)
-        after = prompt.attention_mask if kept is None else prompt.attention_mask.gather(1, kept)
-        mask = torch.cat([before, after], dim=1)
-        dropped = 0 if kept is None else prompt.input_ids.shape[1] - kept.shape[1]
+        mask = torch.cat([before, prompt.attention_mask.gather(1, kept.positions) * kept.real], dim=1)
+        dropped = prompt.input_ids.shape[1] - kept.positions.shape[1]
         self._cut = mark_cut(cache, dropped, mask)
         model_kwargs["attention_mask"] = mask if bool((mask == 0).any()) else None
         return outputs
@@ -89,7 +89,7 @@ class ReducedModel:
 
     def _new_part(self, input_ids: Tensor, generation_config: Any, model_kwargs: dict[str, Any]) -> Prompt:
         """Follows generate(): ids as long as the mask are the whole text, shorter ones only what is new."""
-        mask, positions = model_kwargs.get("attention_mask"), model_kwargs["position_ids"]
+        mask, positions = model_kwargs.get("attention_mask"), model_kwargs.get("position_ids")
         seen = tokens_seen(model_kwargs["past_key_values"]) if model_kwargs.get("past_key_values") is not None else 0
         mask_length = mask.shape[1] if mask is not None else getattr(generation_config, "_mask_length", -1)
         new = input_ids.shape[1] - (seen if mask_length == input_ids.shape[1] else 0)
@@ -99,9 +99,12 @@ class ReducedModel:
                 "the whole text so far with something new at its end, or an empty cache"
             )
         ids = input_ids[:, -new:]
+        real = torch.ones_like(ids) if mask is None else mask[:, -new:].long()
+        if positions is None or positions.ndim != 2:  # of a model that tokens cannot be dropped from; `_pays` says so
+            positions = (real.cumsum(-1) - 1).clamp_min(0)
         return Prompt(
             ids,
-            torch.ones_like(ids) if mask is None else mask[:, -new:].long(),
+            real,
             positions[:, -new:].expand(ids.shape[0], -1),
             self._protected[:, -new:],
             seen,
@@ -133,10 +136,10 @@ class ReducedModel:
 
     def _forward_and_cut(
         self, prompt: Prompt, before: Tensor, model_kwargs: dict[str, Any], past: int, scorer: EarlyScorer
-    ) -> tuple[Any, Tensor]:
+    ) -> tuple[Any, Kept]:
         """The first blocks see all tokens, the others the kept ones; the first blocks' cache is cut afterwards."""
 
-        def choose(inputs: BlockInput) -> Tensor:
+        def choose(inputs: BlockInput) -> Kept:
             return self._choose(prompt, scorer.score_block(inputs))
 
         args = (self.model, scorer.layer, prompt.input_ids, prompt.attention_mask, past, choose)
@@ -144,16 +147,17 @@ class ReducedModel:
             outputs = self._forward(prompt, before, model_kwargs)
         (kept,) = chosen
         for layer in outputs.past_key_values.layers[: min(scorer.layer, len(decoder_blocks(self.model)))]:
-            drop_entries(layer, kept, past)
+            drop_entries(layer, kept.positions, past)
         return outputs, kept
 
 
-def gathered(prompt: Prompt, kept: Tensor) -> Prompt:
-    """Only the kept positions (B, K) of a prompt."""
+def gathered(prompt: Prompt, kept: Kept) -> Prompt:
+    """Only what is kept of a prompt."""
+    at = kept.positions
     return Prompt(
-        prompt.input_ids.gather(1, kept),
-        prompt.attention_mask.gather(1, kept),
-        prompt.position_ids.gather(1, kept),
-        prompt.protected.gather(1, kept),
+        prompt.input_ids.gather(1, at),
+        prompt.attention_mask.gather(1, at) * kept.real,
+        prompt.position_ids.gather(1, at),
+        prompt.protected.gather(1, at),
         prompt.seen,
     )

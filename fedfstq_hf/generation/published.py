@@ -36,6 +36,8 @@ def published_file(repo: str, name: str) -> Path | None:
     """
     if _is_folder(repo):
         return file_in(Path(repo), name, ConfigError)
+    if not _is_hub_id(repo.removeprefix("hf://")):
+        raise ConfigError(f"there is no folder {repo}, and no repo of the Hub is called so; type ORG/NAME or a folder")
     try:
         return Path(hf_hub_download(repo.removeprefix("hf://"), name))
     except LocalEntryNotFoundError:

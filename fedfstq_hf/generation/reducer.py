@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fedfstq_hf.errors import ConfigError, DataError
-from fedfstq_hf.generation.blocks import base_of
+from fedfstq_hf.generation.blocks import Kept, base_of
 from fedfstq_hf.generation.cache import sliding_window
 from fedfstq_hf.generation.inspection import Inspection
 from fedfstq_hf.generation.prefill import Choose, Prompt, ReducedModel, gathered
@@ -27,6 +28,8 @@ from fedfstq_hf.generation.selection import (
     strip_markers,
     template_sequences,
 )
+
+logger = logging.getLogger(__name__)
 
 _LOOPS = {"greedy_search": "_sample", "sample": "_sample", "beam_search": "_beam_search", "beam_sample": "_beam_search"}
 
@@ -68,6 +71,10 @@ class TokenReducer:
     ) -> None:
         if keep_ratio is not None and keep_tokens is not None:
             raise ConfigError(f"got keep_ratio={keep_ratio} and keep_tokens={keep_tokens}; give one of them")
+        for name, value in (("keep_ratio", keep_ratio), ("keep_tokens", keep_tokens), ("min_tokens", min_tokens)):
+            whole = name != "keep_ratio"
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int if whole else (int, float))):
+                raise ConfigError(f"{name} is {value!r}; expected a {'whole ' if whole else ''}number")
         if keep_tokens is None and not 0 < (keep_ratio := 0.5 if keep_ratio is None else keep_ratio) <= 1:
             raise ConfigError(f"keep_ratio is {keep_ratio}; expected a share in (0, 1], for example 0.5")
         if keep_tokens is not None and keep_tokens < first + last:
@@ -79,6 +86,7 @@ class TokenReducer:
         self.scorer = QueryAttention() if scorer is None else scorer
         self.tokenizer, self.model, self.markers = tokenizer, model, markers
         self._ends = Protection(first, last)
+        self._said = False  # that a prompt was too short
         self._sequences = template_sequences(tokenizer)
 
     def __repr__(self) -> str:
@@ -132,6 +140,12 @@ class TokenReducer:
                 return False
             if not model_kwargs.get("use_cache", True) or model_kwargs.get("past_key_values") is None:
                 raise ConfigError("token reduction needs the cache; leave use_cache=False out, or custom_generate")
+            positions = model_kwargs.get("position_ids")
+            if positions is None or positions.ndim != 2:
+                raise ConfigError(
+                    f"{type(model).__name__} takes no position_ids of (batch, seq): kept tokens would move together "
+                    "(ALiBi), or stand in several dimensions. Leave custom_generate out for it"
+                )
             return True
 
         _check_model(model, model_kwargs)
@@ -213,7 +227,7 @@ class TokenReducer:
         prompt = self._prompt(**inputs)
         scores = self.scorer.scores(self.model, prompt.input_ids, prompt.attention_mask)
         kept = torch.zeros_like(prompt.protected)
-        kept.scatter_(1, self._choose(self.model)(prompt, scores), True)
+        kept.scatter_(1, self._choose(self.model, min_tokens=0)(prompt, scores).positions, True)
         ids = prompt.input_ids[0]
         return Inspection(
             tokens=[self.tokenizer.decode([i]) for i in ids.tolist()],
@@ -226,9 +240,13 @@ class TokenReducer:
 
     def positions(self, input_ids: Tensor, attention_mask: Tensor, model: Any = None) -> Tensor:
         """Kept positions (B, K) of prompts (B, T), ascending; all of them where reduction would not pay."""
+        return self.kept(input_ids, attention_mask, model).positions
+
+    def kept(self, input_ids: Tensor, attention_mask: Tensor, model: Any = None) -> Kept:
+        """Likewise, with which of them only fill a row up."""
         prompt = self._prompt(input_ids, attention_mask, None)
         if not self._pays(prompt, None, input_ids.shape[1]):
-            return torch.arange(input_ids.shape[1], device=input_ids.device).expand(input_ids.shape)
+            return Kept.all_of(input_ids)
         scores = self.scorer.scores(model, prompt.input_ids, prompt.attention_mask)
         return self._choose(model)(prompt, scores)
 
@@ -246,12 +264,20 @@ class TokenReducer:
         """Whether to drop anything; raises ConfigError where it would have to be wrong."""
         lengths = prompt.attention_mask.sum(-1)
         if int(lengths.max()) < self.min_tokens:
+            if not self._said:
+                self._said = True
+                logger.warning(
+                    "A prompt of %d tokens passes through whole, as all do that have fewer than min_tokens=%d.",
+                    int(lengths.max()),
+                    self.min_tokens,
+                )
             return False
-        if bool((budgets(prompt.attention_mask, self.keep_ratio, self.keep_tokens) >= lengths).all()):
+        if bool((self._budgets(prompt, self.min_tokens) >= lengths).all()):
             return False
         if model is None:
             return True
         config = model.config.get_text_config(decoder=True)
+        _check_build(model, config, max_length)
         context = getattr(config, "max_position_embeddings", None)
         needed = int(prompt.position_ids.max()) + 1
         if context is not None and needed > context:
@@ -273,10 +299,13 @@ class TokenReducer:
         rule = Protection(self._ends.first, self._ends.last, special_ids(self.tokenizer, config), self._sequences)
         return rule.mask(prompt.input_ids, prompt.attention_mask, at_start=not prompt.seen)
 
-    def _choose(self, model: Any) -> Choose:
-        def choose(prompt: Prompt, scores: Tensor) -> Tensor:
+    def _budgets(self, prompt: Prompt, min_tokens: int) -> Tensor:
+        return budgets(prompt.attention_mask, self.keep_ratio, self.keep_tokens, min_tokens)
+
+    def _choose(self, model: Any, min_tokens: int | None = None) -> Choose:
+        def choose(prompt: Prompt, scores: Tensor) -> Kept:
             always = self._always(prompt, model)
-            budget = budgets(prompt.attention_mask, self.keep_ratio, self.keep_tokens)
+            budget = self._budgets(prompt, self.min_tokens if min_tokens is None else min_tokens)
             check_spans(prompt.protected, always, budget)
             return select(scores, prompt.attention_mask, prompt.protected | always, budget)
 
@@ -294,6 +323,34 @@ def _expanded(protected: Tensor | None, input_ids: Tensor) -> Tensor:
             "each token, as encode() returns it"
         )
     return protected.bool().to(input_ids.device).repeat_interleave(rows // protected.shape[0], dim=0)
+
+
+def _check_build(model: Any, config: Any, max_length: int) -> None:
+    """Raise `ConfigError` for a build in which what is kept would depend on what is dropped."""
+    if getattr(model, "_is_stateful", False) or {"linear_attention", "mamba"} & set(
+        getattr(config, "layer_types", None) or ()
+    ):
+        raise ConfigError(
+            f"{type(model).__name__} has layers without attention, whose state holds every token in its order; dropped "
+            "ones cannot be taken out of it. Leave the reducer out"
+        )
+    if str(getattr(config, "_attn_implementation", "")) == "flex_attention":
+        raise ConfigError(
+            "token reduction cannot cut the masks of flex_attention; type model.set_attn_implementation('sdpa')"
+        )
+    if model.training and getattr(model.get_decoder(), "gradient_checkpointing", False):
+        raise ConfigError("gradient checkpointing takes the cache away that token reduction cuts; call model.eval()")
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    kind = rope.get("rope_type", rope.get("type")) if isinstance(rope, dict) else None
+    original = (rope.get("original_max_position_embeddings") if isinstance(rope, dict) else None) or getattr(
+        config, "original_max_position_embeddings", None
+    )
+    if kind == "longrope" and original is not None and max_length > original:
+        raise ConfigError(
+            f"{type(model).__name__} reads a text of more than {original} tokens anew where its cache is shorter, and "
+            f"the text may reach {max_length}; a shortened cache would save nothing. Stay below {original} tokens, or "
+            "leave the reducer out"
+        )
 
 
 def _check_model(model: Any, model_kwargs: dict[str, Any]) -> None:

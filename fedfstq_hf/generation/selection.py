@@ -12,16 +12,19 @@ import torch
 from torch import Tensor
 
 from fedfstq_hf.errors import ConfigError, DataError, NonFiniteError
+from fedfstq_hf.generation.blocks import Kept
 
 
-def budgets(attention_mask: Tensor, keep_ratio: float | None, keep_tokens: int | None) -> Tensor:
-    """(B,) int64 tokens to keep per row: `ceil(keep_ratio x real tokens)`, or at most `keep_tokens`."""
+def budgets(attention_mask: Tensor, keep_ratio: float | None, keep_tokens: int | None, min_tokens: int = 0) -> Tensor:
+    """(B,) int64 tokens to keep per row: `ceil(keep_ratio x real tokens)`, or at most `keep_tokens`.
+
+    min_tokens: a row of fewer is kept whole.
+    """
     lengths = attention_mask.long().sum(-1)
-    if keep_tokens is not None:
-        return lengths.clamp_max(keep_tokens)
     ratio = 1.0 if keep_ratio is None else keep_ratio
     counts = [math.ceil(round(ratio * length, 6)) for length in lengths.tolist()]  # 0.1 x 30 is 3.0000000000000004
-    return torch.tensor(counts, device=lengths.device)
+    wanted = torch.tensor(counts, device=lengths.device) if keep_tokens is None else lengths.clamp_max(keep_tokens)
+    return torch.where(lengths < min_tokens, lengths, wanted)
 
 
 def check_spans(protected: Tensor, always: Tensor, budget: Tensor) -> None:
@@ -35,12 +38,12 @@ def check_spans(protected: Tensor, always: Tensor, budget: Tensor) -> None:
             )
 
 
-def select(scores: Tensor, attention_mask: Tensor, protected: Tensor, budget: Tensor) -> Tensor:
-    """Kept positions (B, K) int64, ascending in each row; K is the largest row's count.
+def select(scores: Tensor, attention_mask: Tensor, protected: Tensor, budget: Tensor) -> Kept:
+    """What is kept of each row; K is the largest row's count.
 
     scores: (B, T), higher = keep; +inf allowed. protected: (B, T) bool, kept before all others, even beyond the budget.
-    budget: (B,). A row that keeps fewer than K is filled up with its padding, then with its next best tokens. Ties go
-    to the earlier token. Raises NonFiniteError on NaN scores.
+    budget: (B,). A row that keeps fewer than K is filled up with its padding, then with its next best tokens, which are
+    not real ones. Ties go to the earlier token. Raises NonFiniteError on NaN scores.
     """
     real = attention_mask.bool()
     if bool((scores.isnan() & real).any()):
@@ -55,7 +58,8 @@ def select(scores: Tensor, attention_mask: Tensor, protected: Tensor, budget: Te
     rank = order.argsort(dim=-1)
     kept = rank < count[:, None]
     filled = _argsort_by(best, 2 * kept.long() + (~real).long())[:, : int(count.max())]
-    return filled.sort(dim=-1).values
+    positions = filled.sort(dim=-1).values
+    return Kept(positions, kept.gather(1, positions))
 
 
 def _argsort_by(scores: Tensor, tier: Tensor) -> Tensor:

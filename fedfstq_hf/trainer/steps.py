@@ -186,9 +186,7 @@ class LocalSteps:
             logger.info("%s: it is computed by the Trainer, on the full logits.", differ)
             self.filter = None
 
-    def training_step(
-        self, plain: Callable[..., Tensor], model: nn.Module, inputs: Any, num_items: Any
-    ) -> Tensor:
+    def training_step(self, plain: Callable[..., Tensor], model: nn.Module, inputs: Any, num_items: Any) -> Tensor:
         """The Trainer's own `training_step`, `plain`; then Fisher information from its gradients, before clipping.
 
         A step with NaN or infinite gradients is skipped: nothing is read off it, and the optimizer leaves parameters

@@ -25,7 +25,16 @@ from torch import Tensor, nn
 
 from fedfstq_hf.errors import ConfigError, DataError
 from fedfstq_hf.generation.attention import content_keys
-from fedfstq_hf.generation.blocks import base_of, block_at, can_cut, cut_before, decoder_blocks, read_block
+from fedfstq_hf.generation.blocks import (
+    BlockInput,
+    Kept,
+    base_of,
+    block_at,
+    can_cut,
+    cut_before,
+    decoder_blocks,
+    read_block,
+)
 from fedfstq_hf.trainer.methods.hooks import LocalMethod, MicroBatch
 from fedfstq_hf.workloads.examples import IGNORED_LABEL
 
@@ -164,7 +173,12 @@ class FedToMe(LocalMethod):
         blocks = list(decoder_blocks(self._model))[self.layer :]
         handles = [blocks[0].register_forward_pre_hook(merge_tokens, with_kwargs=True)]
         try:
-            with cut_before(self._model, self.layer, ids, mask, 0, lambda given: state["kept"]):
+
+            def choose(given: BlockInput) -> Kept:
+                return Kept(state["kept"], torch.ones_like(state["kept"], dtype=torch.bool))
+
+            # backward passes that run a block again may do so in a thread of their own
+            with cut_before(self._model, self.layer, ids, mask, 0, choose, any_thread=True):
                 handles += [block.register_forward_pre_hook(weigh, with_kwargs=True) for block in blocks]
                 handles.append(base_of(self._model).get_decoder().register_forward_hook(restore))
                 yield
