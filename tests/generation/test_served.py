@@ -21,6 +21,7 @@ from fedfstq_hf.errors import ConfigError, DataError
 from fedfstq_hf.generation.attention import window_attention
 from fedfstq_hf.generation.blocks import read_at
 from fedfstq_hf.generation.logits_processor import TokenReductionLogitsProcessor
+from fedfstq_hf.generation.published import HUB_PATH, custom_generate_source
 from fedfstq_hf.generation.reducer import TokenReducer
 from fedfstq_hf.generation.scorers import QueryAttention
 
@@ -54,6 +55,17 @@ def test_attention_is_the_layers_own_in_every_build(kind):
     own = model(ids, output_attentions=True).attentions[2][:, :, -8:]
     found = window_attention(read_at(model, 2, ids, torch.ones_like(ids)), 8)
     torch.testing.assert_close(found, own, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["cohere", "phi3", "olmo2", "qwen3"])
+def test_the_published_code_keeps_the_same_tokens(tmp_path, kind):
+    (tmp_path / HUB_PATH).parent.mkdir()
+    (tmp_path / HUB_PATH).write_text(custom_generate_source(), encoding="utf-8")
+    model, ids = make(kind), make_ids(2, 40)
+    options = {"max_new_tokens": NEW, "do_sample": False}
+    expected = model.generate(ids, custom_generate=TokenReducer(0.4, min_tokens=0), **options)
+    published = {"custom_generate": str(tmp_path), "trust_remote_code": True, "keep_ratio": 0.4, "min_tokens": 0}
+    assert torch.equal(model.generate(ids, **published, **options), expected)
 
 
 def test_an_attention_that_cannot_be_asked_is_refused():

@@ -7,18 +7,22 @@ a commit whose file you have read.
 
 The first `layer` blocks see the whole prompt; then the tokens that the prompt's last `window` tokens attend to least
 are dropped, and the other blocks and the cache hold the rest, at their original positions. The result is the whole
-prompt and the new tokens. Decoders of the Llama build (blocks in `layers`, with `q_proj` and `k_proj`); greedy search,
-sampling, beams, streamers, left-padded batches. A cache cannot be passed in or kept.
+prompt and the new tokens. Decoders with blocks in `layers` whose attention transformers lets be exchanged; greedy
+search, sampling, beams, streamers, left-padded batches. A cache cannot be passed in or kept.
 """
 
 from __future__ import annotations
 
+import copy
+import inspect
 import math
+import threading
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers import AttentionInterface
 
 _LOOPS = {"greedy_search": "_sample", "sample": "_sample", "beam_search": "_beam_search", "beam_sample": "_beam_search"}
 
@@ -48,6 +52,7 @@ def generate(
     if arguments.get("inputs_embeds") is not None or model.config.is_encoder_decoder:
         raise ValueError("token reduction needs input_ids and a decoder-only model")
     options: dict[str, Any] = {"ratio": keep_ratio, "layer": layer, "window": window, "reach": reach, "first": first}
+    options["least"] = min_tokens
     tokenizer = arguments.get("tokenizer")
     special = set(tokenizer.all_special_ids) if tokenizer is not None else _special_ids(model.generation_config)
 
@@ -104,11 +109,14 @@ class _Reduced:
                 return _take(_take(value, chosen[0], 2), chosen[0], 3)
             return _take(value, chosen[0], 1) if value.ndim in (2, 3) and value.shape[1] == length else value
 
-        def before(block: Any, args: tuple[Any, ...], given: dict[str, Any]) -> Any:
+        owner = threading.get_ident()
+
+        def before(block: Any, args: tuple[Any, ...], given: dict[str, Any] | None = None) -> Any:
+            if threading.get_ident() != owner or given is None:  # another thread runs the same model
+                return None
             if not chosen:
-                hidden = given["hidden_states"] if "hidden_states" in given else args[0]
-                scores = _scores(block, hidden, given["position_embeddings"], self.mask, self.options)
-                chosen.append(_choose(scores, self.mask, self.options))
+                named = dict(zip(inspect.signature(block.forward).parameters, args, strict=False)) | given
+                chosen.append(_choose(_scores(block, named, self.mask, self.options), self.mask, self.options))
             return tuple(cut(value) for value in args), {name: cut(value) for name, value in given.items()}
 
         blocks = self.model.get_decoder().layers
@@ -125,35 +133,73 @@ class _Reduced:
         return outputs
 
 
-def _scores(block: Any, hidden: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor, options: dict[str, Any]) -> Tensor:
-    """(B, T) attention of the last window: mean over the window, maximum over heads, shared among neighbours."""
-    attention, states = block.self_attn, block.input_layernorm(hidden)
-    size, window, length = attention.head_dim, min(options["window"], hidden.shape[1]), hidden.shape[1]
-    query = attention.q_proj(states[:, -window:]).view(len(hidden), window, -1, size).transpose(1, 2)
-    key = attention.k_proj(states).view(len(hidden), length, -1, size).transpose(1, 2)
-    if getattr(attention, "q_norm", None) is not None:
-        query, key = attention.q_norm(query), attention.k_norm(key)
-    cos, sin = (part.unsqueeze(1) for part in rotary)
-    query, key = _rotate(query, cos[:, :, -window:], sin[:, :, -window:]), _rotate(key, cos, sin)
-    grouped = query.view(len(hidden), key.shape[1], -1, window, size)
-    logits = (grouped @ key.transpose(-1, -2).unsqueeze(2)).float() * attention.scaling
-    places = torch.arange(length, device=hidden.device)
-    allowed = (places <= places[length - window :, None]) & mask.bool()[:, None, :]
-    logits = logits.masked_fill(~allowed[:, None, None], torch.finfo(torch.float32).min)
-    peak = logits.softmax(-1).mean(3).flatten(1, 2).amax(1)
+class _Captured(Exception):
+    """Ends a block's forward pass where its attention begins."""
+
+
+def _capture(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, **options: Any) -> Any:
+    raise _Captured(query, key, attention_mask, options)
+
+
+_NAME = f"fedfstq_capture_{id(_Captured)}"  # this file may be loaded more than once
+AttentionInterface.register(_NAME, _capture)
+
+
+def _scores(block: Any, given: dict[str, Any], mask: Tensor, options: dict[str, Any]) -> Tensor:
+    """(B, T) attention of the last window: mean over the window, maximum over heads, shared among neighbours.
+
+    Queries and keys are those that the block hands to its own attention function.
+    """
+    block = copy.copy(block)
+    block._modules = dict(block._modules)
+    for name, child in block._modules.items():
+        if child is not None and hasattr(child, "config"):
+            child = copy.copy(child)
+            child.config = copy.copy(child.config)
+            child.config._attn_implementation_internal = _NAME
+            block._modules[name] = child
+    try:
+        block.forward(**given | {name: None for name in ("past_key_values", "past_key_value") if name in given})
+    except _Captured as found:
+        query, key, own_mask, terms = found.args
+    else:
+        raise ValueError(f"token reduction here does not know the attention of {type(block).__name__}")
+    if any(terms.get(name) is not None for name in ("position_bias", "attention_bias", "alibi", "head_mask")):
+        raise ValueError(f"the attention of {type(block).__name__} has terms that token reduction here does not know")
+    query = query[:, :, -options["window"] :]
+    batch, heads, window, size = query.shape
+    length, scale = key.shape[2], terms.get("scaling")
+    grouped = query.reshape(batch, key.shape[1], -1, window, size)
+    logits = (grouped @ key.transpose(-1, -2).unsqueeze(2)).float() * (size**-0.5 if scale is None else scale)
+    logits = logits.view(batch, heads, window, length)
+    if (cap := terms.get("softcap")) is not None:
+        logits = torch.tanh(logits / cap) * cap
+    places = torch.arange(length, device=logits.device)
+    allowed = ((places <= places[length - window :, None]) & mask.bool()[:, None, :])[:, None]
+    if isinstance(own_mask, Tensor) and own_mask.ndim == 4 and own_mask.shape[-1] == length:
+        seen = own_mask[:, :, -window:]
+        allowed, logits = (allowed & seen, logits) if seen.dtype == torch.bool else (allowed, logits + seen.float())
+    logits = logits.masked_fill(~allowed, torch.finfo(torch.float32).min)
+    if (sinks := terms.get("s_aux")) is not None:
+        logits = torch.cat([logits, sinks.float().view(1, heads, 1, 1).expand(batch, heads, window, 1)], dim=-1)
+    peak = logits.softmax(-1)[..., :length].mean(2).amax(1)
     return F.max_pool1d(peak[:, None], 2 * options["reach"] + 1, stride=1, padding=options["reach"])[:, 0]
 
 
 def _choose(scores: Tensor, mask: Tensor, options: dict[str, Any]) -> Tensor:
-    """(B, K) kept positions, ascending; rows that keep fewer than K are filled up with padding, then next best."""
+    """(B, K) kept positions, ascending; rows that keep fewer than K are filled up with padding."""
     real = mask.bool()
     ends = (real.cumsum(-1) <= options["first"]) | (real.flip(-1).cumsum(-1).flip(-1) <= options["window"])
     protected = (ends | options["special"]) & real
-    budget = torch.tensor([math.ceil(round(options["ratio"] * n, 6)) for n in real.sum(-1).tolist()]).to(mask.device)
+    counts = [n if n < options["least"] else math.ceil(round(options["ratio"] * n, 6)) for n in real.sum(-1).tolist()]
+    budget = torch.tensor(counts).to(mask.device)
     count = torch.maximum(budget, protected.sum(-1)).clamp_max(real.sum(-1))
     rank = _order(scores, protected.long() + real.long()).argsort(-1)
     kept = rank < count[:, None]
-    return _order(scores, 2 * kept.long() + (~real).long())[:, : int(count.max())].sort(-1).values
+    chosen = _order(scores, 2 * kept.long() + (~real).long())[:, : int(count.max())].sort(-1).values
+    if bool((real & ~kept).gather(1, chosen).any()):
+        raise ValueError("rows keep different numbers of tokens; pass prompts of one length, or one at a time")
+    return chosen
 
 
 def _order(scores: Tensor, tier: Tensor) -> Tensor:
@@ -170,11 +216,6 @@ def _take(tensor: Tensor, kept: Tensor, dim: int) -> Tensor:
     return tensor.expand(len(kept), *tensor.shape[1:]).gather(dim, kept.view(view).expand(shape))
 
 
-def _rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    half = states.shape[-1] // 2
-    return states * cos + torch.cat([-states[..., half:], states[..., :half]], dim=-1) * sin
-
-
 def _special_ids(config: Any) -> set[int]:
     found: set[int] = set()
     for value in (config.bos_token_id, config.eos_token_id, config.pad_token_id):
@@ -184,9 +225,11 @@ def _special_ids(config: Any) -> set[int]:
 
 def _check(model: Any, generation_config: Any, mask: Tensor) -> None:
     config = model.config.get_text_config(decoder=True)
-    first_block = next(iter(getattr(model.get_decoder(), "layers", [])), None)
-    if getattr(getattr(first_block, "self_attn", None), "q_proj", None) is None:
+    if not hasattr(model.get_decoder(), "layers") or "position_ids" not in inspect.signature(model.forward).parameters:
         raise ValueError(f"token reduction here does not know the blocks of {type(model).__name__}")
+    rope = getattr(config, "rope_parameters", None) or {}
+    if getattr(config, "_attn_implementation", None) == "flex_attention" or rope.get("rope_type") == "longrope":
+        raise ValueError("token reduction here has neither flex_attention nor longrope")
     if set(getattr(config, "layer_types", None) or ["full_attention"]) != {"full_attention"} or (
         getattr(config, "sliding_window", None) is not None and generation_config.max_length >= config.sliding_window
     ):
