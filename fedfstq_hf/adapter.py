@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -52,6 +53,9 @@ _WITHOUT_EFFECT = (
 )
 _BASE_CHANGING_INITS = ("pissa", "olora", "loftq", "corda", "eva", "lora_ga")
 _PROBES = 16
+_GROUPS, _PLAIN = 32, 8  # groups of tensors; the first ones are of those that no quantisation touches
+_VALUES = 256  # of a tensor
+_APART = 0.15  # that sums of a group may differ by: rounding to bfloat16 moves them by a hundredth
 
 
 class AdapterView:
@@ -271,9 +275,11 @@ def check_same_adapter(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> No
 
 @torch.no_grad()
 def base_fingerprint(model: PeftModel) -> dict[str, Any]:
-    """What identifies a base model across precisions: its architecture and a few input embedding values.
+    """What identifies a base model across precisions: its architecture, a few embedding values, and all its tensors.
 
-    The values are compared with a tolerance, so that a bfloat16 or a quantised load still matches its float32 original.
+    Of every tensor a few values enter two sums: the logarithm of their size, and their projection on fixed signs, which
+    knows their order. All are compared with a tolerance, so that a bfloat16 load still matches its float32 original;
+    the layers of a quantised one have no such sums, and are not compared.
     """
     config = model.get_base_model().config
     weight = model.get_input_embeddings().weight
@@ -286,7 +292,47 @@ def base_fingerprint(model: PeftModel) -> dict[str, Any]:
         "vocab_size": int(config.get_text_config().vocab_size),
         "num_hidden_layers": int(config.get_text_config().num_hidden_layers),
         "embedding_probe": [float(f"{value:.6g}") for value in probe.tolist()],
+        **_tensor_sums(model),
     }
+
+
+def _tensor_sums(model: PeftModel) -> dict[str, list[float | None]]:
+    """Sums over groups of the base's tensors: of vectors and embeddings first, then of the layers' matrices."""
+    config, embedding = model.get_base_model().config, model.get_input_embeddings().weight
+    trained = _adapter_parameters(model)
+    sizes, probes = [0.0] * _GROUPS, [0.0] * _GROUPS
+    whole = getattr(config, "quantization_config", None) is None
+    named = [(name.replace(".base_layer", ""), one) for name, one in model.get_base_model().named_parameters()]
+    base = sorted(((name, tensor) for name, tensor in named if id(tensor) not in trained), key=lambda pair: pair[0])
+    for number, (_, tensor) in enumerate(base):
+        if not tensor.is_floating_point() or tensor.element_size() < 2:
+            whole = False
+            continue
+        flat = tensor.detach().reshape(-1)
+        values = flat[:: max(1, flat.numel() // _VALUES)][:_VALUES].float().cpu()
+        size = float(values.square().mean().sqrt()) if values.numel() else 0.0
+        places = torch.arange(values.numel())
+        signs = ((places * 2654435761 >> 13) & 1) * 2 - 1
+        group = number % _PLAIN if tensor.ndim < 2 or tensor is embedding else _PLAIN + number % (_GROUPS - _PLAIN)
+        sizes[group] += math.log2(max(size, 2.0**-40))
+        probes[group] += float((values * signs).sum()) / max(size, 2.0**-40) / max(1, values.numel()) ** 0.5
+    known = _GROUPS if whole else _PLAIN
+    return {
+        name: [round(value, 3) if group < known else None for group, value in enumerate(sums)]
+        for name, sums in (("tensor_sizes", sizes), ("tensor_probes", probes))
+    }
+
+
+def _adapter_parameters(model: PeftModel) -> set[int]:
+    """Ids of the parameters that PEFT added."""
+    added: set[int] = set()
+    for module in model.modules():
+        if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+            names = [*module.adapter_layer_names, *getattr(module, "other_param_names", ())]
+            for held in (getattr(module, name, None) for name in names):
+                parts = held.parameters() if isinstance(held, nn.Module) else [held]
+                added.update(id(part) for part in parts if isinstance(part, Tensor))
+    return added
 
 
 def check_same_base(mine: Mapping[str, Any], theirs: Mapping[str, Any], name: str) -> None:
@@ -296,9 +342,14 @@ def check_same_base(mine: Mapping[str, Any], theirs: Mapping[str, Any], name: st
         AdapterMismatchError: naming the first difference and the model to load.
     """
     remedy = f"Load the base model {printable(repr(name))}."
-    for key in sorted(theirs, key=lambda key: key == "embedding_probe"):  # last: it differs where shapes do
+    for key in sorted(theirs, key=lambda key: key.startswith(("embedding_", "tensor_"))):  # last: they follow shapes
         expected, found = theirs[key], mine.get(key)
-        if key == "embedding_probe":
+        if key.startswith("tensor_"):
+            if not _same_sums(found or [], expected):
+                raise AdapterMismatchError(
+                    f"This base model has the federation's shape, but other weights ({printable(key)}). {remedy}"
+                )
+        elif key == "embedding_probe":
             if not _close(found or [], expected):
                 raise AdapterMismatchError(
                     f"This base model has the federation's shape, but other weights: its embeddings differ. {remedy}"
@@ -308,6 +359,14 @@ def check_same_base(mine: Mapping[str, Any], theirs: Mapping[str, Any], name: st
                 f"This base model has {printable(key)}={found!r}, the federation's has {printable(repr(expected))}. "
                 f"{remedy}"
             )
+
+
+def _same_sums(mine: Sequence[float | None], theirs: object) -> bool:
+    """Whether two lists of `_tensor_sums` agree where both know a sum."""
+    if not isinstance(theirs, list) or len(theirs) != len(mine):
+        return False
+    pairs = [(a, b) for a, b in zip(mine, theirs, strict=True) if a is not None and b is not None]
+    return all(type(b) in (int, float) and abs(a - b) <= _APART for a, b in pairs)
 
 
 def _close(mine: Sequence[float], theirs: object) -> bool:

@@ -22,6 +22,7 @@ from fedfstq_hf.errors import ConfigError, MailboxError
 from fedfstq_hf.federation import adapter_file
 from fedfstq_hf.federation.mailbox.protocol import ADAPTER_CONFIG_FILE
 from fedfstq_hf.federation.spec import CLIENT_DEFAULTS, SHARED_DATA, SHARED_TRAINING, FederationSpec
+from fedfstq_hf.generation.saliency import tokenizer_fingerprint
 from fedfstq_hf.recipe import Recipe
 from fedfstq_hf.text import printable
 
@@ -165,7 +166,7 @@ def make_spec(
     return FederationSpec(
         name=recipe.name,
         model=recipe.model,
-        base_fingerprint=base_fingerprint(founding.model),
+        base_fingerprint={**base_fingerprint(founding.model), "tokenizer": tokenizer_fingerprint(founding.tokenizer)},
         schema=founding.view.schema.fingerprint,
         rounds=recipe.federation.rounds,
         local_steps=training.local_steps,

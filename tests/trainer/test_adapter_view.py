@@ -175,6 +175,31 @@ def test_a_base_is_recognised_across_precisions():
     assert json.loads(json.dumps(theirs)) == theirs
 
 
+@pytest.mark.parametrize("change", ["zeroed", "scaled", "reversed"])
+@pytest.mark.parametrize("part", ["mlp.down_proj", "input_layernorm", "q_proj.base_layer"])
+def test_a_base_with_one_other_tensor_is_another_base(change, part):
+    theirs, other = base_fingerprint(make_tiny_model()), make_tiny_model()
+    with torch.no_grad():
+        for name, tensor in other.named_parameters():
+            if f"layers.1.{part}" in name.replace("self_attn.", "") and "lora_" not in name:
+                kept = tensor.clone() + (0.1 * torch.arange(tensor.numel()).view_as(tensor) if tensor.ndim < 2 else 0)
+                changed = {"zeroed": 0 * kept, "scaled": 1.5 * kept, "reversed": kept.flip(0)}[change]
+                tensor.copy_(changed)
+    with pytest.raises(AdapterMismatchError, match=r"other weights \(tensor_(sizes|probes)\). Load the base model"):
+        check_same_base(base_fingerprint(other), theirs, "org/tiny")
+
+
+def test_a_quantised_base_is_compared_in_what_is_not_quantised():
+    theirs, mine = base_fingerprint(make_tiny_model()), base_fingerprint(make_tiny_model())
+    for name in ("tensor_sizes", "tensor_probes"):
+        mine[name][8:] = [None] * 24
+    check_same_base(mine, theirs, "tiny")
+    check_same_base(theirs, mine, "tiny")
+    mine["tensor_sizes"][0] = (mine["tensor_sizes"][0] or 0) + 1.0
+    with pytest.raises(AdapterMismatchError, match="tensor_sizes"):
+        check_same_base(mine, theirs, "tiny")
+
+
 def test_another_base_is_refused_with_the_model_to_load():
     theirs = base_fingerprint(make_tiny_model())
     with pytest.raises(

@@ -7,10 +7,12 @@ from tiny import make_tiny_data, make_tiny_model
 from tiny_federation import found, make_trainer, serve
 from transformers import TrainerCallback
 
+from fedfstq_hf.adapter import base_fingerprint
 from fedfstq_hf.errors import AdapterMismatchError, BudgetError, DataError, MailboxError, NonFiniteError
 from fedfstq_hf.federation.client.session import ClientSession
 from fedfstq_hf.federation.mailbox.folder import FolderMailbox
 from fedfstq_hf.federation.spec import FederationSpec
+from fedfstq_hf.generation.saliency import tokenizer_fingerprint
 
 
 def refused(tmp_path, mailbox, error, match, **options):
@@ -72,10 +74,17 @@ def test_labels_that_are_all_masked(tmp_path):
 
 def test_a_loss_that_is_not_a_number(tmp_path):
     mailbox = found(tmp_path / "box")
-    model = make_tiny_model()
-    model.get_base_model().model.norm.weight.data.fill_(torch.nan)
+    trainer = make_trainer(tmp_path, mailbox)
+
+    class Poison(TrainerCallback):
+        def on_train_begin(self, args, state, control, model=None, **kwargs):
+            model.get_base_model().model.norm.weight.data.fill_(torch.nan)
+
+    trainer.add_callback(Poison())
     match = r"client 'a'.* round 0.*nothing of this round was sent.*Lower the learning rate or check the data"
-    refused(tmp_path, mailbox, NonFiniteError, match, model=model)
+    with pytest.raises(NonFiniteError, match=match):
+        trainer.train()
+    assert mailbox.list_updates(0) == []
 
 
 def test_a_loss_that_diverges_in_a_later_round_loses_no_residual(tmp_path):
@@ -142,3 +151,19 @@ def test_nobody_serves(tmp_path):
     make_trainer(tmp_path, mailbox).train()  # the state folder was released
     thread.join(30)
     assert mailbox.head() == 2
+
+
+def test_another_tokenizer(tmp_path):
+    class Words:
+        def __init__(self, *words):
+            self.words = words
+
+        def get_vocab(self):
+            return {word: number for number, word in enumerate(self.words)}
+
+    known = base_fingerprint(make_tiny_model()) | {"tokenizer": tokenizer_fingerprint(Words("a", "b"))}
+    mailbox = found(tmp_path / "box", base_fingerprint=known)
+    trainer = make_trainer(tmp_path, mailbox)
+    trainer.processing_class = Words("b", "a")
+    with pytest.raises(AdapterMismatchError, match="ids would stand for other tokens"):
+        trainer.train()

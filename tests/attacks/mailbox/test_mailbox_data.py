@@ -42,7 +42,8 @@ def test_max_length_is_bounded():
 def test_no_path_of_the_founder_is_published(tmp_path, monkeypatch):
     recipe = Recipe.from_dict(make_recipe(tmp_path / "secret-project"))
     schema = types.SimpleNamespace(fingerprint="0" * 64, num_params=10)
-    founding = types.SimpleNamespace(model=None, view=types.SimpleNamespace(schema=schema))
+    tokenizer = types.SimpleNamespace(get_vocab=dict)
+    founding = types.SimpleNamespace(model=None, view=types.SimpleNamespace(schema=schema), tokenizer=tokenizer)
     monkeypatch.setattr("fedfstq_hf.running.foundation.base_fingerprint", lambda model: {})
     spec = recipe_spec(recipe, "fstq", founding, seed=0, min_clients=1)
     assert spec.data == {"format": "jsonl", "max_length": 16}
