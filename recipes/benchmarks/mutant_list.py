@@ -148,7 +148,7 @@ MUTANTS: list[tuple[str, tuple[str, ...], Changes]] = [
             ("protected = protected & real", "pass"),
             ("torch.maximum(budget, protected.sum(-1))", "budget"),
             (".clamp_max(real.sum(-1))", ""),
-            ("return filled.sort(dim=-1).values", "return filled"),
+            ("positions = filled.sort(dim=-1).values", "positions = filled"),
             ("2 * kept.long() + (~real).long()", "2 * kept.long()"),
             ("scores.argsort(dim=-1, descending=True, stable=True)", "scores.argsort(dim=-1, stable=True)"),
         ],
