@@ -130,6 +130,7 @@ class MailboxParticipation:
         self._poll_seconds = poll_seconds
         self._wait_seconds = wait_seconds
         self._sleep = sleep
+        self._seen = -1, 0.0  # the newest round, and when it was first seen
         self._undone = -1  # rollbacks up to this round are undone here
         self._record = Records(mailbox, session.spec)
         self.uplink = Uplink(mailbox, session, self._record, saliency)
@@ -143,6 +144,8 @@ class MailboxParticipation:
         polling = Polling(self._poll_seconds, jitter=0.5, sleep=self._sleep)
         while True:
             record = self._newest_record()
+            if record.round != self._seen[0]:
+                self._seen = record.round, time.monotonic()
             if record.round > newest:  # it goes on, though perhaps without this client
                 started, newest = time.monotonic(), record.round
             if self._settled(record):
@@ -222,14 +225,20 @@ class MailboxParticipation:
         return self._record(head)
 
     def _wanted(self, record: RoundRecord) -> bool:
-        """Whether this client is asked for an update of the open round."""
+        """Whether this client is asked for an update of the open round.
+
+        Past its deadline a round is open because nobody whom it asked has answered: then everybody is asked.
+        """
         client_id = self.session.client_id
         if not read_control(self.mailbox).enrolled(client_id):
             raise MailboxError(
                 f"Client {client_id!r} is not enrolled in {self.mailbox.address}. Check client_id, or ask for "
                 f"`fedfstq enrol {self.mailbox.address} {client_id}`."
             )
-        return record.selected is None or client_id in record.selected
+        if record.selected is None or client_id in record.selected:
+            return True
+        open_for = time.monotonic() - self._seen[1]  # since this client saw it first: clocks may differ
+        return record.deadline is not None and open_for >= record.deadline - record.opened_at
 
     def _settled(self, newest: RoundRecord) -> bool:
         """Settle the pending message if its round is over, else post it (again); True when nothing is pending."""

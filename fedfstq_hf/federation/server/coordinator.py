@@ -216,7 +216,14 @@ class Coordinator:
 
     def _open_round(self) -> None:
         self._round = OpenRound(
-            self.mailbox, self.spec, self.record, self._record, self.trained, self.adapter, self._unseal
+            self.mailbox,
+            self.spec,
+            self.record,
+            self._record,
+            self.trained,
+            self.adapter,
+            self._unseal,
+            self._overdue,
         )
 
     def _other_head(self) -> RoundRecord | None:
@@ -232,8 +239,10 @@ class Coordinator:
         self._history = history.complete(self.mailbox.read_root, self.record.round, self._record)
 
     def _enough(self, count: int) -> bool:
-        late = self.record.deadline is not None and self._clock() >= self.record.deadline
-        return count >= (1 if late else self.spec.min_clients)
+        return count >= (1 if self._overdue() else self.spec.min_clients)
+
+    def _overdue(self) -> bool:
+        return self.record.deadline is not None and self._clock() >= self.record.deadline
 
     def _until_deadline(self) -> float:
         deadline = self.record.deadline

@@ -38,6 +38,8 @@ class OpenRound:
         trained: what of the adapter messages are about.
         adapter: of the open round, whole, (num_params,) float32; bounds what clipping takes for usual.
         unseal: opens sealed messages.
+        overdue: whether the round's deadline has passed. It is open still because nobody whom it asked has sent
+            anything; from then on any client that is enrolled may.
     """
 
     def __init__(
@@ -49,6 +51,7 @@ class OpenRound:
         trained: TrainedPart,
         adapter: Tensor,
         unseal: Unseal | None,
+        overdue: Callable[[], bool] = lambda: False,
     ) -> None:
         self._mailbox = mailbox
         self._spec = spec
@@ -57,6 +60,7 @@ class OpenRound:
         self._schema = trained.schema
         self._adapter = adapter
         self._unseal = unseal
+        self._overdue = overdue
         self.inbox = Inbox(mailbox, spec, record.round, records, max_bytes=self.screening().max_bytes)
         self._collector = self._collector_of(record.round)
 
@@ -113,13 +117,16 @@ class OpenRound:
         usable, late = self.inbox.updates(back)
         return usable, [*late, *self.inbox.late_refinements(back)]
 
+    def _selected(self, round: int) -> tuple[str, ...] | None:
+        return None if round == self._record.round and self._overdue() else self._records(round).selected
+
     def _collector_of(self, round: int) -> Collector:
         return Collector(
             self._mailbox,
             round,
             num_params=self._schema.num_params,
             base=lambda round: self._records(round).adapter_digest,
-            selected=lambda round: self._records(round).selected,
+            selected=self._selected,
             usual=lambda: UsualNorm.of(self._records(round), self._adapter),
         )
 

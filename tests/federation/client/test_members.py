@@ -321,3 +321,23 @@ def test_the_coordinator_s_clock_alone_closes_a_round(tmp_path):
     now[0] = 60.0
     assert coordinator.ready()
     assert torch.isfinite(coordinator.adapter).all()
+
+
+def test_past_the_deadline_the_others_are_asked(tmp_path, monkeypatch):
+    """The one that was drawn is offline: without this the round would never close."""
+    now = [0.0]
+    monkeypatch.setattr("fedfstq_hf.federation.client.participation.time.monotonic", lambda: now[0])
+    mailbox = FolderMailbox(tmp_path / "box", durable=False)
+    enrolled = Control(clients={name: Enrolment() for name in "abcd"})
+    found_in(mailbox, control=enrolled, min_clients=1, clients_per_round=1, round_seconds=10.0, rounds=4)
+    coordinator = Coordinator(mailbox, clock=lambda: now[0])
+    (drawn,) = coordinator.record.selected
+    others = join(mailbox, tmp_path, sorted(set("abcd") - {drawn}))
+    assert not any(client.step() for client in others)
+    now[0] = 9.0
+    assert not any(client.step() for client in others)
+    now[0] = 10.0
+    assert others[0].step()
+    record = coordinator.close_round()
+    assert [update.client_id for update in record.accepted] == [others[0].session.client_id]
+    assert record.round == 1
