@@ -58,6 +58,7 @@ class GlobalRepo:
         self._layout: str | None = None
         self._first_control: bytes | None = None
         self._kept: dict[str, bytes] = {}
+        self._record: bytes | None = None  # of the known head
 
     # -- rounds -----------------------------------------------------------------------------------------------------
 
@@ -79,6 +80,7 @@ class GlobalRepo:
             round = round_in(file.data if file is not None else None, self.address)
             if self._head is None or round >= self._head:
                 self._head, self._head_etag, self._commit = round, state.etag, state.commit
+                self._record = None if file is None else file.data
         elif self._head is not None:
             self._commit = state.commit
         return self._head
@@ -165,16 +167,18 @@ class GlobalRepo:
             present = read(paths.HEAD_PATH)
             if present == record:
                 return True  # an answer was lost, the commit was not
-            if present is not None and round_in(present, self.address) >= round:
+            there = -1 if present is None else round_in(present, self.address)
+            if there >= round or (there == round - 1 and before not in (None, present)):  # or made from another one
                 raise round_taken(round, self.address)
             if present is None:
                 refuse_foreign(read, written, self.repo.repo_id)
             return False
 
         # Only a commit that was seen to hold the previous round can be built on without looking.
-        parent = self._commit if self._head == round - 1 and round > 0 else None
+        known = self._head == round - 1 and round > 0
+        parent, before = (self._commit, self._record) if known else (None, None)
         commit = Swap(self.repo, f"Round {round}", make, check, parent).run()
-        self._head, self._head_etag, self._commit = round, "", commit
+        self._head, self._head_etag, self._commit, self._record = round, "", commit, record
 
     def refresh_root(self, root: RootFiles | None) -> None:
         """Renew the files for people, where they are not what they should be."""
@@ -189,7 +193,7 @@ class GlobalRepo:
         def check(read: Reader) -> bool:  # nothing to do, or a newer round that has its own files
             return round_in(read(paths.HEAD_PATH), self.address) != head or not changed(read)
 
-        self._commit = Swap(self.repo, "Model card", changed, check).run()
+        self._go_on(Swap(self.repo, "Model card", changed, check))
 
     def tag(self, round: int) -> None:
         """Keep the commit of the round that was published last."""
@@ -227,11 +231,9 @@ class GlobalRepo:
             present[:] = [read(paths.CONTROL_PATH)]
             return present[0] != expected
 
-        commit = Swap(self.repo, "Control", lambda read: {paths.CONTROL_PATH: data}, check).run()
-        if self._head is not None:
-            self._commit = commit
+        self._go_on(Swap(self.repo, "Control", lambda read: {paths.CONTROL_PATH: data}, check))
         written = present[0] in (expected, data)
-        self._control = (commit, data if written else present[0])
+        self._control = (self._commit or "", data if written else present[0])
         return written
 
     def post_metric(self, round: int, source: str, metrics: Mapping[str, Any]) -> None:
@@ -245,7 +247,13 @@ class GlobalRepo:
         def check(read: Reader) -> bool:
             return read(paths.METRICS_PATH) == merged(read)[paths.METRICS_PATH]
 
-        self._commit = Swap(self.repo, "Metrics", merged, check).run()
+        self._go_on(Swap(self.repo, "Metrics", merged, check))
+
+    def _go_on(self, swap: Swap) -> None:
+        """Make a commit beside the rounds; go on from it unless it came after one that may hold a newer round."""
+        commit = swap.run()
+        if self._head is not None and swap.base == self._commit:
+            self._commit = commit
 
     def read_metrics(self) -> dict[int, dict[str, dict[str, Any]]]:
         """What the metrics file holds: round -> source -> name -> value."""
@@ -318,6 +326,7 @@ class Swap:
         files: path -> content, made from what stands at the parent.
         check: says whether what stands at a newer parent is the commit already made (True), lets it be made on top
             (False), or raises.
+        base: the commit that it came after, once it is made, or that `check` found it at.
     """
 
     repo: HubRepo
@@ -325,6 +334,7 @@ class Swap:
     files: Callable[[Reader], Mapping[str, bytes]]
     check: Callable[[Reader], bool]
     parent: str | None = None
+    base: str | None = None
 
     def run(self) -> str:
         """Make the commit; returns its id.
@@ -340,6 +350,7 @@ class Swap:
         if self.parent is None:
             head = self.repo.head()
             if self.check(self._reader(head)):
+                self.base = head
                 return head
             self.parent = head
         parent, self.parent = self.parent, None
@@ -353,6 +364,7 @@ class Swap:
             raise
 
     def _commit(self, parent: str) -> str:
+        self.base = parent
         files = dict(self.files(self._reader(parent)))
         try:
             return self.repo.commit_once(additions(files), self.message, parent=parent)

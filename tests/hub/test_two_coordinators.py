@@ -1,0 +1,80 @@
+"""Two coordinators of one federation on the Hub: a round is published once, an update counted once."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+
+import pytest
+
+from fedfstq_hf.errors import MailboxError, RoundConflictError
+from fedfstq_hf.federation.control import change_control, pause, resume
+from tests.loopback_hub.federation import CLIENTS, HubFederation
+from tests.loopback_hub.loopback import LoopbackHub
+
+STEPS = ("client", "client", "client", "close", "close", "refresh", "metric", "control", "look", "card")
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_any_interleaving(hub_here: LoopbackHub, seed: int) -> None:
+    draw, hub = random.Random(seed), hub_here
+    run = HubFederation(hub, "own", rounds=4, min_clients=1)
+    coordinators = [run.coordinator(), run.coordinator()]
+    clients = {name: run.client(name) for name in CLIENTS}
+    for number in range(30):
+        what, chosen = draw.choice(STEPS), draw.choice(coordinators)
+        if what == "client":
+            clients[draw.choice(CLIENTS)].step()
+        elif what == "close" and chosen.ready() and not chosen.finished:
+            with contextlib.suppress(MailboxError):
+                chosen.close_round()
+        elif what == "refresh":
+            chosen.refresh()
+        elif what == "metric":
+            chosen.mailbox.post_metric(0, f"set-{number}", {"loss": 1.0})
+        elif what == "control":
+            change_control(chosen.mailbox, pause("a moment"))
+            change_control(chosen.mailbox, resume)
+        elif what == "look":
+            chosen.mailbox.head()
+        elif what == "card":
+            hub.write("org/run", {"README.md": f"# {number}\n".encode()})
+    titles = [commit["title"] for commit in hub.commits("org/run") if commit["title"].startswith("Round ")]
+    assert len(titles) == len(set(titles))
+    used = [(update["client_id"], update["sha256"]) for record in run.records() for update in record["accepted"]]
+    assert len(used) == len(set(used))
+
+
+@pytest.mark.parametrize("between", ["refresh", "metric", "control"])
+def test_a_commit_beside_the_rounds_does_not_carry_an_old_head_over_a_newer_round(
+    hub_here: LoopbackHub, between: str
+) -> None:
+    """Each of them makes its commit after the other's round; the known head is the one before."""
+    run = HubFederation(hub_here, "own", rounds=4, min_clients=1)
+    first, second = run.coordinator(), run.coordinator()
+    run.client("a").step()
+    assert second.close_round() is not None
+    if between == "refresh":
+        first.refresh()
+    elif between == "metric":
+        first.mailbox.post_metric(0, "set", {"loss": 1.0})
+    else:
+        change_control(first.mailbox, pause("a moment"))
+        change_control(first.mailbox, resume)
+    files = {name: first.mailbox.read(0, name) for name in ("adapter_model.safetensors", "adapter_config.json")}
+    with pytest.raises(RoundConflictError):
+        first.mailbox.publish(1, files | {"round.json": b"{}"})
+    assert [commit["title"] for commit in hub_here.commits("org/run")].count("Round 1") == 1
+
+
+def test_a_round_is_not_built_on_another_record_of_the_same_number(hub_here: LoopbackHub) -> None:
+    run = HubFederation(hub_here, "own", rounds=4, min_clients=1)
+    first = run.coordinator()
+    run.client("a").step()
+    assert first.close_round() is not None
+    first.mailbox.head()
+    files = {name: first.mailbox.read(1, name) for name in ("adapter_model.safetensors", "adapter_config.json")}
+    other = hub_here.read("org/run", "fedfstq/round.json").replace(b'"opened_at": 0.0', b'"opened_at": 1.0')
+    hub_here.write("org/run", {"fedfstq/round.json": other})
+    with pytest.raises(RoundConflictError):
+        first.mailbox.publish(2, files | {"round.json": b'{"round": 2}'})
