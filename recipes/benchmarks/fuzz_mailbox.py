@@ -348,6 +348,7 @@ def batch(root: str, first: int, count: int) -> hostile_run.Outcome:
                 home.mkdir()
                 shutil.copytree(template, box)
                 end = _join(_stage, box, home)
+                _wait_for_threads()  # a refinement may still be written
                 if end != "message sent":
                     raise RuntimeError(f"The honest mailbox {template.name}: {end}")
         _keep_base(_stage)
