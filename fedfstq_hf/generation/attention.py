@@ -68,17 +68,20 @@ def window_attention(inputs: BlockInput, window: int) -> Tensor:
     return probabilities
 
 
+# What an attention function may be given beside scores of queries and keys, and this one does not know
 _TERMS = {"position_bias", "attention_bias", "alibi", "head_mask", "indexer", "indices"}
 
 
 def _captured(inputs: BlockInput) -> _Captured:
     """What the block's attention is given; the block itself, which other threads may run, is left alone."""
     block = copy.copy(inputs.block)
+    block.__dict__.pop("forward", None)  # Accelerate's wrapper around a module's forward is bound to the original
     block._modules = dict(block._modules)
     for name, child in block._modules.items():
         if child is None or not hasattr(child, "config"):
             continue
         own: Any = copy.copy(child)
+        own.__dict__.pop("forward", None)
         own.config = copy.copy(own.config)
         own.config._attn_implementation_internal = _CAPTURE
         block._modules[name] = own
@@ -99,7 +102,7 @@ def _captured(inputs: BlockInput) -> _Captured:
 def content_keys(inputs: BlockInput) -> Tensor:
     """The attention's keys before their rotation to positions, (B, key heads, T, D)."""
     attention, norm = _parts(inputs.block)
-    return _query_and_key(attention, norm(inputs.hidden), 1)[1]
+    return _keys(attention, norm(inputs.hidden))
 
 
 def _parts(block: Any) -> tuple[Any, Any]:
@@ -111,24 +114,20 @@ def _parts(block: Any) -> tuple[Any, Any]:
     raise _unknown(block)
 
 
-def _query_and_key(attention: Any, hidden: Tensor, window: int) -> tuple[Tensor, Tensor]:
-    """Before rotation: queries of the last tokens (B, heads, window, D) and all keys (B, key heads, T, D)."""
+def _keys(attention: Any, hidden: Tensor) -> Tensor:
     size = getattr(attention, "head_dim", None) or getattr(attention, "head_size", None)
     if size is None:
         raise _unknown(attention)
-    tail = hidden[:, -window:]
     if (projection := getattr(attention, "query_key_value", None)) is not None:  # GPT-NeoX: per head q, k, v
-        mixed = _heads(projection(hidden), 3 * size)
-        return mixed[:, :, -window:, :size], mixed[..., size : 2 * size]
+        return _heads(projection(hidden), 3 * size)[..., size : 2 * size]
     if (projection := getattr(attention, "c_attn", None)) is not None:  # GPT-2: all q, all k, all v
-        query, key, _ = projection(hidden).split(attention.split_size, dim=2)
-        return _heads(query[:, -window:], size), _heads(key, size)
-    if getattr(attention, "q_proj", None) is None or getattr(attention, "k_proj", None) is None:
+        return _heads(projection(hidden).split(attention.split_size, dim=2)[1], size)
+    if getattr(attention, "k_proj", None) is None:
         raise _unknown(attention)
-    query, key = _heads(attention.q_proj(tail), size), _heads(attention.k_proj(hidden), size)
-    if getattr(attention, "q_norm", None) is not None:  # Qwen 3, Gemma 3
-        query, key = attention.q_norm(query), attention.k_norm(key)
-    return query, key
+    keys = _heads(attention.k_proj(hidden), size)
+    if getattr(attention, "k_norm", None) is not None:  # Qwen 3, Gemma 3
+        keys = attention.k_norm(keys)
+    return keys
 
 
 def _heads(states: Tensor, size: int) -> Tensor:

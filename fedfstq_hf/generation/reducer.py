@@ -238,12 +238,8 @@ class TokenReducer:
 
     # ------------------------------------------------------------------ shared
 
-    def positions(self, input_ids: Tensor, attention_mask: Tensor, model: Any = None) -> Tensor:
-        """Kept positions (B, K) of prompts (B, T), ascending; all of them where reduction would not pay."""
-        return self.kept(input_ids, attention_mask, model).positions
-
     def kept(self, input_ids: Tensor, attention_mask: Tensor, model: Any = None) -> Kept:
-        """Likewise, with which of them only fill a row up."""
+        """What is kept of prompts (B, T); all of it where reduction would not pay."""
         prompt = self._prompt(input_ids, attention_mask, None)
         if not self._pays(prompt, None, input_ids.shape[1]):
             return Kept.all_of(input_ids)
@@ -340,12 +336,9 @@ def _check_build(model: Any, config: Any, max_length: int) -> None:
         )
     if model.training and getattr(model.get_decoder(), "gradient_checkpointing", False):
         raise ConfigError("gradient checkpointing takes the cache away that token reduction cuts; call model.eval()")
-    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-    kind = rope.get("rope_type", rope.get("type")) if isinstance(rope, dict) else None
-    original = (rope.get("original_max_position_embeddings") if isinstance(rope, dict) else None) or getattr(
-        config, "original_max_position_embeddings", None
-    )
-    if kind == "longrope" and original is not None and max_length > original:
+    rope = getattr(config, "rope_parameters", None) or {}
+    original = rope.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", None)
+    if rope.get("rope_type") == "longrope" and original is not None and max_length > original:
         raise ConfigError(
             f"{type(model).__name__} reads a text of more than {original} tokens anew where its cache is shorter, and "
             f"the text may reach {max_length}; a shortened cache would save nothing. Stay below {original} tokens, or "

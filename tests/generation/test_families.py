@@ -63,7 +63,7 @@ def test_generating_on_a_shortened_prompt_is_generating_with_a_mask(family):
     for scorer in (Rarity(), probe):
         reducer = TokenReducer(0.5, min_tokens=0, scorer=scorer)
         if scorer is probe:
-            expected = masked_tokens(model, ids, reducer.positions(ids, torch.ones_like(ids), model))
+            expected = masked_tokens(model, ids, reducer.kept(ids, torch.ones_like(ids), model).positions)
         result = model.generate(ids, max_new_tokens=NEW, do_sample=False, custom_generate=reducer)
         assert torch.equal(result, expected)
         assert not torch.equal(result, model.generate(ids, max_new_tokens=NEW, do_sample=False))
@@ -121,7 +121,7 @@ def test_early_layers_run_once_and_later_ones_see_kept_tokens_only():
     assert lengths[4:] == [1] * 4
     assert [layer.keys.shape[-2] for layer in result.past_key_values.layers] == [21] * 4
 
-    kept = reducer.positions(ids, torch.ones_like(ids), model)
+    kept = reducer.kept(ids, torch.ones_like(ids), model).positions
     early = model(ids, output_hidden_states=True).hidden_states[2]
     rest = copy.deepcopy(model)
     rest.model.layers = rest.model.layers[2:]

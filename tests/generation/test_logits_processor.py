@@ -30,7 +30,7 @@ def test_cache_is_cut_and_positions_stay(family, scorer):
     reducer = TokenReducer(0.5, min_tokens=0, scorer=scorer)
     result, processor = run(model, ids, reducer)
     assert {layer.keys.shape[-2] for layer in processor.cache.layers} == {LENGTH // 2 + NEW - 1}
-    kept = reducer.positions(ids, torch.ones_like(ids), model)
+    kept = reducer.kept(ids, torch.ones_like(ids), model).positions
     cache = DynamicCache(config=model.config)
     logits = model(ids, past_key_values=cache, use_cache=True).logits
     for layer in cache.layers:

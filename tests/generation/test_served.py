@@ -4,6 +4,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from accelerate import dispatch_model
 from families import left_padded, make_ids, make_model
 from transformers import (
     AutoConfig,
@@ -53,6 +54,17 @@ def make(kind):
 def test_attention_is_the_layers_own_in_every_build(kind):
     model, ids = make(kind), make_ids(2, 40)
     own = model(ids, output_attentions=True).attentions[2][:, :, -8:]
+    found = window_attention(read_at(model, 2, ids, torch.ones_like(ids)), 8)
+    torch.testing.assert_close(found, own, rtol=1e-4, atol=1e-6)
+
+
+@torch.no_grad()
+def test_a_model_that_accelerate_has_dispatched():
+    """Its modules have wrappers around their forward passes."""
+    model, ids = make("qwen3"), make_ids(2, 40)
+    own = model(ids, output_attentions=True).attentions[2][:, :, -8:]
+    dispatch_model(model, {"": "cpu"}, force_hooks=True)
+    assert "forward" in vars(model.model.layers[2].self_attn)
     found = window_attention(read_at(model, 2, ids, torch.ones_like(ids)), 8)
     torch.testing.assert_close(found, own, rtol=1e-4, atol=1e-6)
 

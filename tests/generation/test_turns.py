@@ -75,7 +75,7 @@ def test_second_turn_on_a_cut_cache(lengths, scorer):
 
 def shown(reducer, model, ids, mask):
     """(B, T) mask of what a reducer keeps of a prompt on its own."""
-    return torch.zeros_like(ids).scatter(1, reducer.positions(ids, mask, model), 1) * mask
+    return torch.zeros_like(ids).scatter(1, reducer.kept(ids, mask, model).positions, 1) * mask
 
 
 @torch.no_grad()

@@ -151,10 +151,12 @@ def _scores(block: Any, given: dict[str, Any], mask: Tensor, options: dict[str, 
     Queries and keys are those that the block hands to its own attention function.
     """
     block = copy.copy(block)
+    block.__dict__.pop("forward", None)  # Accelerate's wrapper around a module's forward is bound to the original
     block._modules = dict(block._modules)
     for name, child in block._modules.items():
         if child is not None and hasattr(child, "config"):
             child = copy.copy(child)
+            child.__dict__.pop("forward", None)
             child.config = copy.copy(child.config)
             child.config._attn_implementation_internal = _NAME
             block._modules[name] = child
