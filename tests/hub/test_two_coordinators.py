@@ -4,41 +4,75 @@ from __future__ import annotations
 
 import contextlib
 import random
+from collections.abc import Callable
 
 import pytest
 
 from fedfstq_hf.errors import MailboxError, RoundConflictError
 from fedfstq_hf.federation.control import change_control, pause, resume
+from fedfstq_hf.federation.server.coordinator import Coordinator
 from tests.loopback_hub.federation import CLIENTS, HubFederation
 from tests.loopback_hub.loopback import LoopbackHub
 
-STEPS = ("client", "client", "client", "close", "close", "refresh", "metric", "control", "look", "card")
+BESIDE = ("refresh", "metric", "control", "look")
+STEPS = ("client", "client", "client", "close", "race", "race", *BESIDE)
+
+
+def beside(coordinator: Coordinator, what: str, number: int) -> None:
+    """A commit, or a look, that leaves the rounds alone."""
+    if what == "refresh":
+        coordinator.refresh()
+    elif what == "metric":
+        coordinator.mailbox.post_metric(0, f"set-{number}", {"loss": 1.0})
+    elif what == "control":
+        change_control(coordinator.mailbox, pause("a moment"))
+        change_control(coordinator.mailbox, resume)
+    elif what == "look":
+        coordinator.mailbox.head()
+
+
+def between_collecting_and_publishing(coordinator: Coordinator, act: Callable[[], None]) -> None:
+    """`act` happens once, when the coordinator has made its next round and not yet sent it."""
+    mailbox, publish = coordinator.mailbox, coordinator.mailbox.publish
+
+    def later(*arguments: object) -> None:
+        mailbox.publish = publish
+        act()
+        publish(*arguments)
+
+    mailbox.publish = later
 
 
 @pytest.mark.parametrize("seed", range(8))
 def test_any_interleaving(hub_here: LoopbackHub, seed: int) -> None:
     draw, hub = random.Random(seed), hub_here
-    run = HubFederation(hub, "own", rounds=4, min_clients=1)
-    coordinators = [run.coordinator(), run.coordinator()]
+    run = HubFederation(hub, "own", rounds=6, min_clients=1)
+    pair = [run.coordinator(), run.coordinator()]
     clients = {name: run.client(name) for name in CLIENTS}
-    for number in range(30):
-        what, chosen = draw.choice(STEPS), draw.choice(coordinators)
+
+    def close(coordinator: Coordinator) -> None:
+        if not coordinator.finished and coordinator.ready():
+            with contextlib.suppress(MailboxError):
+                coordinator.close_round()
+
+    for number in range(25):
+        one, other = draw.sample(pair, 2)
+        what = draw.choice(STEPS)
         if what == "client":
             clients[draw.choice(CLIENTS)].step()
-        elif what == "close" and chosen.ready() and not chosen.finished:
-            with contextlib.suppress(MailboxError):
-                chosen.close_round()
-        elif what == "refresh":
-            chosen.refresh()
-        elif what == "metric":
-            chosen.mailbox.post_metric(0, f"set-{number}", {"loss": 1.0})
-        elif what == "control":
-            change_control(chosen.mailbox, pause("a moment"))
-            change_control(chosen.mailbox, resume)
-        elif what == "look":
-            chosen.mailbox.head()
-        elif what == "card":
-            hub.write("org/run", {"README.md": f"# {number}\n".encode()})
+        elif what == "close":
+            close(one)
+        elif what == "race":
+
+            def meanwhile(one: Coordinator = one, other: Coordinator = other, number: int = number) -> None:
+                close(other)
+                beside(one, draw.choice(BESIDE), number)
+
+            between_collecting_and_publishing(one, meanwhile)
+            close(one)
+            vars(one.mailbox).pop("publish", None)
+        else:
+            beside(one, what, number)
     titles = [commit["title"] for commit in hub.commits("org/run") if commit["title"].startswith("Round ")]
     assert len(titles) == len(set(titles))
     used = [(update["client_id"], update["sha256"]) for record in run.records() for update in record["accepted"]]
