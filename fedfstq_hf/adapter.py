@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -53,7 +54,7 @@ _WITHOUT_EFFECT = (
 )
 _BASE_CHANGING_INITS = ("pissa", "olora", "loftq", "corda", "eva", "lora_ga")
 _PROBES = 16
-_GROUPS, _PLAIN = 32, 8  # groups of tensors; the first ones are of those that no quantisation touches
+_GROUPS, _PLAIN = 32, 8  # groups of tensors; the first ones are of embeddings and norms, which no quantisation touches
 _VALUES = 256  # of a tensor
 _APART = 0.15  # that sums of a group may differ by: rounding to bfloat16 moves them by a hundredth
 
@@ -297,14 +298,17 @@ def base_fingerprint(model: PeftModel) -> dict[str, Any]:
 
 
 def _tensor_sums(model: PeftModel) -> dict[str, list[float | None]]:
-    """Sums over groups of the base's tensors: of vectors and embeddings first, then of the layers' matrices."""
+    """Sums over groups of the base's tensors: of embeddings and norms first, then of the layers' matrices and biases.
+
+    None for those of the layers where a quantisation holds them in another form.
+    """
     config, embedding = model.get_base_model().config, model.get_input_embeddings().weight
     trained = _adapter_parameters(model)
     sizes, probes = [0.0] * _GROUPS, [0.0] * _GROUPS
     whole = getattr(config, "quantization_config", None) is None
-    named = [(name.replace(".base_layer", ""), one) for name, one in model.get_base_model().named_parameters()]
-    base = sorted(((name, tensor) for name, tensor in named if id(tensor) not in trained), key=lambda pair: pair[0])
-    for number, (_, tensor) in enumerate(base):
+    for name, tensor in model.get_base_model().named_parameters():
+        if id(tensor) in trained:
+            continue
         if not tensor.is_floating_point() or tensor.element_size() < 2:
             whole = False
             continue
@@ -313,7 +317,10 @@ def _tensor_sums(model: PeftModel) -> dict[str, list[float | None]]:
         size = float(values.square().mean().sqrt()) if values.numel() else 0.0
         places = torch.arange(values.numel())
         signs = ((places * 2654435761 >> 13) & 1) * 2 - 1
-        group = number % _PLAIN if tensor.ndim < 2 or tensor is embedding else _PLAIN + number % (_GROUPS - _PLAIN)
+        # by the name, as a quantised base may lack the parameters of its layers
+        number, plain = zlib.crc32(name.replace(".base_layer", "").encode()), tensor is embedding
+        plain |= tensor.ndim < 2 and not name.endswith("bias")
+        group = number % _PLAIN if plain else _PLAIN + number % (_GROUPS - _PLAIN)
         sizes[group] += math.log2(max(size, 2.0**-40))
         probes[group] += float((values * signs).sum()) / max(size, 2.0**-40) / max(1, values.numel()) ** 0.5
     known = _GROUPS if whole else _PLAIN
@@ -336,7 +343,7 @@ def _adapter_parameters(model: PeftModel) -> set[int]:
 
 
 def check_same_base(mine: Mapping[str, Any], theirs: Mapping[str, Any], name: str) -> None:
-    """Compare two base fingerprints.
+    """Compare two base fingerprints, and those of tokenizers where both have one.
 
     Raises:
         AdapterMismatchError: naming the first difference and the model to load.
@@ -344,7 +351,13 @@ def check_same_base(mine: Mapping[str, Any], theirs: Mapping[str, Any], name: st
     remedy = f"Load the base model {printable(repr(name))}."
     for key in sorted(theirs, key=lambda key: key.startswith(("embedding_", "tensor_"))):  # last: they follow shapes
         expected, found = theirs[key], mine.get(key)
-        if key.startswith("tensor_"):
+        if key == "tokenizer":
+            if found not in (None, expected):
+                raise AdapterMismatchError(
+                    f"This tokenizer's vocabulary has sha256 {found:.12}, the federation's {printable(expected, 12)}: "
+                    f"ids would stand for other tokens. Load the tokenizer of {printable(repr(name))}."
+                )
+        elif key.startswith("tensor_"):
             if not _same_sums(found or [], expected):
                 raise AdapterMismatchError(
                     f"This base model has the federation's shape, but other weights ({printable(key)}). {remedy}"

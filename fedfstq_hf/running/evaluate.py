@@ -16,6 +16,7 @@ from fedfstq_hf.federation import adapter_file
 from fedfstq_hf.federation.envelope import Records
 from fedfstq_hf.federation.mailbox.protocol import ADAPTER_CONFIG_FILE, ADAPTER_FILE, Mailbox
 from fedfstq_hf.federation.spec import FederationSpec
+from fedfstq_hf.generation.saliency import tokenizer_fingerprint
 from fedfstq_hf.running.client_file import own_data
 from fedfstq_hf.running.foundation import load_base, load_shared_base, wrap_base
 from fedfstq_hf.workloads import DataConfig
@@ -142,8 +143,8 @@ def measure(
     config = own_data(spec.data, data, "the evaluation")
     base, tokenizer = load_base(model, dtype) if model is not None else load_shared_base(spec.model, dtype)
     adapted = wrap_base(base, mailbox.read(0, ADAPTER_CONFIG_FILE))
-    theirs = {name: value for name, value in spec.base_fingerprint.items() if name != "tokenizer"}
-    check_same_base(base_fingerprint(adapted), theirs, spec.model)
+    mine = base_fingerprint(adapted) | {"tokenizer": tokenizer_fingerprint(tokenizer)}
+    check_same_base(mine, spec.base_fingerprint, spec.model)
     examples = _examples(config, tokenizer)
     record = Records(mailbox, spec)(chosen)
     view = AdapterView(adapted)

@@ -11,14 +11,14 @@ from fedfstq_hf.adapter import AdapterView, base_fingerprint, check_same_adapter
 from fedfstq_hf.codec import CodecContext, get_codec, message
 from fedfstq_hf.codec.budget import check_empty_fits, open_budget, open_refinement_budget
 from fedfstq_hf.config import FedFSTQConfig
-from fedfstq_hf.errors import AdapterMismatchError, BudgetError, ConfigError, MailboxError
+from fedfstq_hf.errors import BudgetError, ConfigError, MailboxError
 from fedfstq_hf.federation.client.agreement import agree, is_agreed, read_terms, summary
 from fedfstq_hf.federation.client.participation import MailboxParticipation
 from fedfstq_hf.federation.client.session import ClientSession
 from fedfstq_hf.federation.key_files import client_signer
 from fedfstq_hf.federation.mailbox.open import open_mailbox
 from fedfstq_hf.federation.spec import FederationSpec
-from fedfstq_hf.text import printable
+from fedfstq_hf.generation.saliency import tokenizer_fingerprint
 from fedfstq_hf.trainer.checkpoint import make_state_folder, state_folder
 from fedfstq_hf.trainer.gradient_hooks import probe_state, token_table
 
@@ -57,7 +57,10 @@ def join(
     if not is_agreed(folder, terms):
         for line in summary(spec, address):
             logger.info("%s", line)
-    check_base(view, tokenizer, spec)
+    mine = base_fingerprint(view.model)
+    if hasattr(tokenizer, "get_vocab"):
+        mine["tokenizer"] = tokenizer_fingerprint(tokenizer)
+    check_same_base(mine, spec.base_fingerprint, spec.model)
     check_same_adapter(view.model.peft_config[view.name].to_dict(), terms.adapter_config)
     mailbox.check_client(config.client_id)
     budget = config.uplink_budget if config.uplink_budget is not None else spec.method.uplink_budget
@@ -99,21 +102,6 @@ def join(
         session.close()
         raise
     return participation, spec
-
-
-def check_base(view: AdapterView, tokenizer: Any, spec: FederationSpec) -> None:
-    """Raise `AdapterMismatchError` for another base model or, where one is given, tokenizer than the federation's."""
-    mine, theirs = base_fingerprint(view.model), dict(spec.base_fingerprint)
-    expected = theirs.pop("tokenizer", None)
-    check_same_base(mine, theirs, spec.model)
-    if expected is not None and hasattr(tokenizer, "get_vocab"):
-        from fedfstq_hf.generation.saliency import tokenizer_fingerprint
-
-        if (found := tokenizer_fingerprint(tokenizer)) != expected:
-            raise AdapterMismatchError(
-                f"This tokenizer's vocabulary has sha256 {found[:12]}, the federation's {printable(expected, 12)}: "
-                f"ids would stand for other tokens. Load the tokenizer of {printable(repr(spec.model))}."
-            )
 
 
 def local_budget(config: FedFSTQConfig, view: AdapterView) -> int | None:

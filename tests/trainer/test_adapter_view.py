@@ -200,6 +200,20 @@ def test_a_quantised_base_is_compared_in_what_is_not_quantised():
         check_same_base(mine, theirs, "tiny")
 
 
+def test_a_base_whose_layers_hold_no_parameters_is_compared_by_the_others():
+    """As GPTQ and AWQ have them: packed weights and biases are buffers."""
+    theirs, packed = base_fingerprint(make_tiny_model()), make_tiny_model()
+    packed.get_base_model().config.quantization_config = {"quant_method": "gptq"}
+    for module in packed.modules():
+        if isinstance(module, torch.nn.Linear) and module is not packed.get_base_model().lm_head:
+            weight = module._parameters.pop("weight")
+            module.register_buffer("weight", weight.detach())
+    check_same_base(base_fingerprint(packed), theirs, "tiny")
+    packed.get_base_model().model.norm.weight.data.mul_(1.5)
+    with pytest.raises(AdapterMismatchError, match="tensor_sizes"):
+        check_same_base(base_fingerprint(packed), theirs, "tiny")
+
+
 def test_another_base_is_refused_with_the_model_to_load():
     theirs = base_fingerprint(make_tiny_model())
     with pytest.raises(
