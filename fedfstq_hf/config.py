@@ -106,14 +106,11 @@ class FedFSTQConfig(LocalSwitches):
             )
 
             checked_repo(self.repo)
-        if self.uplink_budget is not None:
-            from fedfstq_hf.codec.budget import check_budget  # not at the top: it imports torch
+        for name in ("uplink_budget", "refinement_budget"):
+            if (budget := getattr(self, name)) is not None:
+                from fedfstq_hf.codec.budget import check_budget  # not at the top: it imports torch
 
-            check_budget(self.uplink_budget)
-        if self.refinement_budget is not None:
-            from fedfstq_hf.codec.budget import check_budget
-
-            check_budget(self.refinement_budget, refinement=True)
+                check_budget(budget, refinement=name == "refinement_budget")
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> Path:
         """Write `fedfstq_config.json` into `folder`; returns its path."""

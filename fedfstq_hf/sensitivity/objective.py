@@ -1,5 +1,4 @@
-"""Token-filtered objectives: what each target token of a batch weighs in the local loss (Fed-FSTQ stage 2), and the
-weighted cross-entropy, which keeps one gradient beside the logits and no other tensor of their size.
+"""Token-filtered objectives: what each target token of a batch weighs in the local loss, and that loss (stage 2).
 
 The loss of a batch with N target tokens is `sum(w_i * loss_i) / N`. The paper knows the hard mask alone; it keeps a
 model from ever learning the ids it drops, which the other two avoid.

@@ -23,7 +23,14 @@ from fedfstq_hf.trainer.methods.active import active_methods
 from fedfstq_hf.trainer.methods.hooks import MicroBatch, RoundStart
 from fedfstq_hf.trainer.processes import Processes
 from fedfstq_hf.trainer.rounds import OptimizerState
-from fedfstq_hf.trainer.token_filter import FISHER_WEIGHTS, TOKEN_WEIGHTS, TokenFilter, count_targets, open_filter
+from fedfstq_hf.trainer.token_filter import (
+    FISHER_WEIGHTS,
+    TOKEN_WEIGHTS,
+    TokenFilter,
+    count_rows,
+    count_targets,
+    open_filter,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -170,9 +177,9 @@ class LocalSteps:
             mine = mine * self._loss_factor(num_items)
         half = any(p.dtype in (torch.float16, torch.bfloat16) for p in model.parameters())
         half |= self._trainer.accelerator.mixed_precision in ("fp16", "bf16")
-        self._shown_equal = bool(
-            torch.isclose(mine, own.to(mine), rtol=1e-3 if half else 1e-5, atol=1e-6, equal_nan=True)
-        )
+        close = bool(torch.isclose(mine, own.to(mine), rtol=1e-3 if half else 1e-5, atol=1e-6, equal_nan=True))
+        # processes go one way: those that weigh tokens do so together
+        self._shown_equal = close if self._processes.count == 1 else self._processes.mean(float(close)) == 1.0
         if not self._shown_equal:
             base = type(self.view.model.get_base_model()).__name__
             differ = (
@@ -335,13 +342,6 @@ def _multiply_gradients(parameters: Sequence[nn.Parameter], factor: float) -> No
         for parameter in parameters:
             if parameter.grad is not None:
                 parameter.grad.mul_(factor)
-
-
-def count_rows(batch: Any) -> int:
-    """Of a micro-batch: of its first tensor, or of a list."""
-    if isinstance(batch, Mapping):
-        return next((len(value) for value in batch.values() if isinstance(value, Tensor) and value.ndim), 0)
-    return len(batch) if isinstance(batch, Sequence) else 0
 
 
 class AfterStep(TrainerCallback):  # type: ignore[misc]

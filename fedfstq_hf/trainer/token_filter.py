@@ -233,10 +233,17 @@ def count_targets(batch: Mapping[str, Any], *, shifted: bool) -> Tensor | int:
 
     shifted: the loss shifts the labels, as that of a causal language model does.
     """
-    if not isinstance(batch.get("labels", batch.get("shift_labels")), Tensor):
-        return next((len(value) for value in batch.values() if isinstance(value, Tensor) and value.ndim), 1)
-    targets = _targets(batch) if shifted else batch.get("labels", batch.get("shift_labels"))
-    return targets.ne(_IGNORED).sum()
+    labels = batch.get("labels", batch.get("shift_labels"))
+    if not isinstance(labels, Tensor):
+        return max(1, count_rows(batch))
+    return (_targets(batch) if shifted else labels).ne(_IGNORED).sum()
+
+
+def count_rows(batch: Any) -> int:
+    """Of a micro-batch: of its first tensor, or of a list."""
+    if isinstance(batch, Mapping):
+        return next((len(value) for value in batch.values() if isinstance(value, Tensor) and value.ndim), 0)
+    return len(batch) if isinstance(batch, Sequence) else 0
 
 
 def _seed(seed: int, step: int) -> int:
