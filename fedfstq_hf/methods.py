@@ -22,6 +22,8 @@ FISHER_SOURCES = ("gradients", "adam")
 FISHER_OBJECTIVES = ("same", "filtered-only")
 WEIGHTS = ("examples", "uniform", "precision")
 OPTIMIZER_STATES = ("fresh", "kept")
+EXACT = "exact"
+"""A downlink without lossy frames."""
 
 
 class Row(str):
@@ -206,6 +208,61 @@ class ServerSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DownlinkSettings:
+    """How the next adapter is published for download; see `federation.frames`. In YAML and JSON `exact`, or a mapping
+    such as `{keyframe: 2bpp, longest: 1.5}`."""
+
+    keyframe: int | str | None = "2bpp"
+    """Budget of a lossy keyframe; None publishes none, which is `exact`."""
+    longest: float = 1.5
+    """Most that a newcomer downloads, as a multiple of a keyframe: where deltas since the last one make it more, the
+    round has a keyframe."""
+    step: int | str | None = None
+    """Budget of a lossy step in rounds between keyframes whose messages nobody else may see."""
+
+    def __post_init__(self) -> None:
+        Budget().check("keyframe", self.keyframe)
+        Budget().check("step", self.step)
+        Number(1, 1000).check("longest", self.longest)
+        if self.keyframe is None and self.step is not None:
+            raise ConfigError("step is a lossy frame, and needs keyframe: give its budget, such as 2bpp.")
+
+    @classmethod
+    def from_yaml(cls, value: object, where: str) -> DownlinkSettings | None:
+        """Build from `exact` or a mapping; None stays None. Raises ConfigError where it is none of these."""
+        if value is None or isinstance(value, cls):
+            return value
+        if value == EXACT:
+            return cls(keyframe=None)
+        known = [item.name for item in dataclasses.fields(cls)]
+        if not isinstance(value, Mapping) or not set(value) <= set(known):
+            raise ConfigError(
+                f"{where} must be {EXACT!r} or a mapping such as {{keyframe: 2bpp, longest: 1.5}}, not {shown(value)}."
+            )
+        try:
+            return cls(**value)
+        except ConfigError as error:
+            raise ConfigError(f"{where}.{error}") from None
+
+    def to_yaml(self) -> str | dict[str, Any]:
+        """What `from_yaml` reads."""
+        return EXACT if self.keyframe is None else dataclasses.asdict(self)
+
+
+def default_downlink(codec: str, *, exact: bool) -> DownlinkSettings:
+    """What serves where a method does not say.
+
+    Lossy keyframes pay where a client misses rounds: what it missed weighs more than they do. Who is asked in every
+    round needs the round's messages alone. Other codecs' downlinks are exact, as published.
+
+    Args:
+        codec: of the messages.
+        exact: all clients are asked in every round, and may see each other's messages.
+    """
+    return DownlinkSettings(keyframe=None) if exact or codec != "fstq" else DownlinkSettings()
+
+
+@dataclass(frozen=True, kw_only=True)
 class MethodSettings(LocalSwitches):
     """One method: a codec and the switches of client and server around it; `method` in a federation's spec."""
 
@@ -238,6 +295,13 @@ class MethodSettings(LocalSwitches):
     server: ServerSettings = field(
         default_factory=ServerSettings,
         metadata={"help": "The optimizer that the mean update is handed to as a pseudo-gradient."},
+    )
+    downlink: DownlinkSettings | None = field(
+        default=None,
+        metadata={
+            "help": "How the next adapter is published for download: 'exact', or with lossy keyframes; not given, "
+            "exact where all clients are asked in every round and may see each other's messages, and for other codecs."
+        },
     )
     weights: str = switch(
         "examples",
@@ -304,6 +368,7 @@ class MethodSettings(LocalSwitches):
         if not isinstance(self.server, ServerSettings):
             # the flat form of YAML and JSON
             object.__setattr__(self, "server", ServerSettings.from_yaml(self.server, "server"))  # type: ignore[unreachable]
+        object.__setattr__(self, "downlink", DownlinkSettings.from_yaml(self.downlink, "downlink"))
         self.check_switches()
         if self.learned_binarisation and self.codec != "fedbat":
             raise ConfigError(
@@ -313,7 +378,12 @@ class MethodSettings(LocalSwitches):
     def to_dict(self) -> dict[str, Any]:
         """Plain data from which `from_dict` makes an equal one: all switches but those of a simulation alone."""
         values = {item.name: getattr(self, item.name) for item in dataclasses.fields(MethodSettings)}
-        return values | {"server": self.server.to_yaml(), "codec_options": dict(self.codec_options)}
+        downlink = None if self.downlink is None else self.downlink.to_yaml()
+        return values | {
+            "server": self.server.to_yaml(),
+            "codec_options": dict(self.codec_options),
+            "downlink": downlink,
+        }
 
     @classmethod
     def from_dict(cls, values: object) -> MethodSettings:

@@ -36,7 +36,6 @@ _BUILTIN = {
     "paper": ".baselines.paper",
     "qsgd": ".baselines.qsgd",
     "signsgd": ".baselines.onebit",
-    "sparse32": ".sparse32",
     "sparseloco": ".baselines.sparseloco",
     "topk": ".baselines.topk",
     "uniform": ".uniform.quantizer",

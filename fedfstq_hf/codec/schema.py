@@ -106,12 +106,22 @@ class Schema:
             )
 
 
-_LORA_A = ".lora_A."
+_LORA_A, _LORA_B = ".lora_A.", ".lora_B."
 
 
 def is_lora_a(name: str) -> bool:
     """Whether a tensor of PEFT's state dict is the factor A of a LoRA."""
     return _LORA_A in name
+
+
+def is_lora_b(name: str) -> bool:
+    """Whether a tensor of PEFT's state dict is the factor B of a LoRA."""
+    return _LORA_B in name
+
+
+def as_lora_b(name: str) -> str:
+    """The name of the factor B that belongs to a factor A."""
+    return name.replace(_LORA_A, _LORA_B)
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,11 @@ import time
 from fedfstq_hf.adapters.allow_list import check_own
 from fedfstq_hf.errors import ConfigError, RoundConflictError
 from fedfstq_hf.federation import history
+from fedfstq_hf.federation.aggregation import check_server
 from fedfstq_hf.federation.control import Control
 from fedfstq_hf.federation.keys import Sign
 from fedfstq_hf.federation.mailbox.protocol import ADAPTER_CONFIG_FILE, ADAPTER_FILE, RECORD_FILE, SPEC_FILE, Mailbox
 from fedfstq_hf.federation.record import RoundRecord
-from fedfstq_hf.federation.server.aggregation import check_server
 from fedfstq_hf.federation.server.publication import CardMaker, make_record, root_files
 from fedfstq_hf.federation.spec import FederationSpec
 

@@ -112,8 +112,7 @@ def row(record: RoundRecord, previous: RoundRecord | None) -> HistoryRow:
         num_examples=None if record.sealed else sum(update.num_examples for update in record.accepted),
         uplink_bytes=record.uplink_bytes,
         dense_uplink_bytes=0 if previous is None else previous.adapter_bytes * messages,
-        downlink_bytes=record.variate_bytes
-        + (record.adapter_bytes if record.update_bytes is None else record.update_bytes),
+        downlink_bytes=record.variate_bytes + record.path_from(record.round - 1).num_bytes,
         dense_downlink_bytes=record.adapter_bytes,
         accepted=len(record.accepted),
         refused=len(refused),

@@ -5,15 +5,16 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from fedfstq_hf import __version__
 from fedfstq_hf.errors import MailboxError
 from fedfstq_hf.federation.storage import checked_name
 from fedfstq_hf.text import parse_object, printable
 
-FORMAT = 3
+FORMAT = 4
 FIGURES = ("num_examples", "weight", "norm", "scale")
 """Of an `AcceptedUpdate`; public records of sealed federations leave them out."""
 MAX_BYTES = 16 * 10**6
@@ -64,6 +65,42 @@ class RefusedUpdate:
     refinement: bool = False
 
 
+MESSAGES, STEP, KEYFRAME = "messages", "step", "keyframe"
+KINDS = (MESSAGES, STEP, KEYFRAME)
+"""Of frames: see `federation.frames`."""
+
+
+class Frame(NamedTuple):
+    """A frame of the downlink: the round that it leads to, its kind, and its bytes."""
+
+    round: int
+    kind: str
+    num_bytes: int
+
+
+@dataclass(frozen=True)
+class Path:
+    """A way to a round: frames to apply in order, the first on the adapter that is held, or on Θ_0 if a keyframe.
+
+    None stands for the plain adapter file. `num_bytes` is the download.
+    """
+
+    frames: tuple[Frame, ...] | None
+    num_bytes: int
+
+
+def listed(frames: Sequence[Frame], new: Frame | None, whole: int) -> tuple[Frame, ...]:
+    """The frames that the next record names: those since a keyframe, or as many as weigh less than the plain file."""
+    if new is None:
+        return ()
+    if new.kind == KEYFRAME:
+        return (new,)
+    kept = [*frames, new]
+    while len(kept) > 1 and sum(frame.num_bytes for frame in kept) >= whole:
+        kept.pop(0)
+    return tuple(kept)
+
+
 @dataclass(frozen=True)
 class RoundRecord:
     """What was published as round `round`: the adapter Θ_round and the updates it was made from.
@@ -73,7 +110,7 @@ class RoundRecord:
         adapter_sha256: of the published `adapter_model.safetensors`.
         adapter_digest: of the adapter's vector (`adapter_file.digest`); the base that messages of this round name.
         adapter_bytes: its size in bytes.
-        update_bytes: size of the packed change from the previous round, None where it was not published.
+        frames: of the downlink, the newest last: those that a client may need on its way to this round.
         opened_at, deadline: seconds since the epoch by the coordinator's clock; no deadline when None.
         finished: True on the last round: no more updates are wanted.
         late: updates of earlier rounds that arrived after those were closed; each is counted once.
@@ -82,6 +119,7 @@ class RoundRecord:
         selected: the clients whose updates of this round are wanted; None for all.
         restored_from: the earlier round whose adapter this round published again, after a rollback.
         variate_sha256, variate_bytes: of the published control variate (SCAFFOLD); None and 0 without one.
+        residual_sha256: of what the published adapter lacks of the exact one, which the server keeps; None for nothing.
         attached_bytes: what clients sent beside their updates (token sensitivities), used or not; in the last round.
         unpublished: why nothing was published of it; empty where something was, or nothing was sent.
         sealed: in a sealed federation a box with the `FIGURES` of its updates (`federation.signed_records`), base64.
@@ -97,7 +135,7 @@ class RoundRecord:
     opened_at: float
     deadline: float | None
     finished: bool
-    update_bytes: int | None = None
+    frames: tuple[Frame, ...] = ()
     accepted: tuple[AcceptedUpdate, ...] = ()
     refused: tuple[RefusedUpdate, ...] = ()
     late: tuple[RefusedUpdate, ...] = ()
@@ -108,6 +146,7 @@ class RoundRecord:
     unpublished: str = ""
     variate_sha256: str | None = None
     variate_bytes: int = 0
+    residual_sha256: str | None = None
     sealed: str | None = None
     signature: str = ""
     package_version: str = __version__
@@ -128,6 +167,23 @@ class RoundRecord:
         """Whether it has updates whose `FIGURES` are sealed, and was read without the key."""
         used = (*self.accepted, *self.refinements)
         return self.sealed is not None and bool(used) and not any(update.weight for update in used)
+
+    def path_from(self, held: int | None, initial_bytes: int = 0) -> Path:
+        """The cheapest way to this round, in bytes, for who holds the adapter of round `held`, if any.
+
+        initial_bytes: what Θ_0 costs who needs it.
+        """
+        if held == self.round:
+            return Path((), 0)
+        best, total = Path(None, self.adapter_bytes), 0
+        for index in range(len(self.frames) - 1, -1, -1):
+            frame = self.frames[index]
+            total += frame.num_bytes
+            from_held = frame.kind != KEYFRAME and frame.round - 1 == held
+            if from_held or frame.kind == KEYFRAME or frame.round == 1:
+                cost = total if from_held else total + initial_bytes
+                best = Path(self.frames[index:], cost) if cost < best.num_bytes else best
+        return best
 
     def fate(self, client_id: str, sha256: str) -> AcceptedUpdate | RefusedUpdate | None:
         """What became of a client's message; None when the record does not name it (late or lost)."""
@@ -153,13 +209,17 @@ class RoundRecord:
         return in_time | others
 
     def to_json(self) -> bytes:
-        """Readable JSON with sorted keys; `FIGURES` are left out where `sealed` holds them."""
-        fields = dataclasses.asdict(self)
+        """JSON with sorted keys, without what has its default, as all clients download it.
+
+        `FIGURES` are left out where `sealed` holds them.
+        """
+        fields = _told(self) | {name: [_told(entry) for entry in getattr(self, name)] for name in _UPDATES}
         if self.sealed is not None:
             for update in (*fields["accepted"], *fields["refinements"]):
                 for name in FIGURES:
-                    del update[name]
-        return (json.dumps(fields, indent=1, sort_keys=True) + "\n").encode()
+                    update.pop(name, None)
+        told = {name: value for name, value in fields.items() if value or name not in _UPDATES}
+        return (json.dumps(told, separators=(",", ":"), sort_keys=True) + "\n").encode()
 
     @classmethod
     def from_json(cls, data: bytes) -> RoundRecord:
@@ -173,9 +233,9 @@ class RoundRecord:
             if fields.get("format") != FORMAT:
                 raise other_version("round record", fields, FORMAT)
             for name, kind in _UPDATES.items():
-                entries = fields[name] if name != "refinements" else fields.get(name, [])
-                fields[name] = tuple(kind(**_checked(kind, entry)) for entry in entries)
-            if fields["selected"] is not None:
+                fields[name] = tuple(kind(**_checked(kind, entry)) for entry in fields.get(name, []))
+            fields["frames"] = tuple(_frame(entry) for entry in fields.get("frames", []))
+            if fields.get("selected") is not None:
                 fields["selected"] = tuple(checked_name(str(client)) for client in fields["selected"])
             return cls(**_checked(cls, fields))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -188,6 +248,22 @@ _UPDATES = {
     "late": RefusedUpdate,
     "refinements": AcceptedUpdate,
 }
+
+
+def _told(entry: Any) -> dict[str, Any]:
+    """The fields of a record or an update that have not their default, and the format."""
+    fields = ((item, getattr(entry, item.name)) for item in dataclasses.fields(entry))
+    return {item.name: value for item, value in fields if item.name == "format" or value != item.default}
+
+
+def _frame(entry: Any) -> Frame:
+    frame = Frame(*entry)
+    whole = all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in (frame.round, frame.num_bytes))
+    if not whole or frame.kind not in KINDS:
+        raise ValueError(f"frames has {entry!r:.60}, expected [round, kind, bytes]")
+    return frame
+
+
 _TYPES: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "str": (str,), "bool": (bool,)}
 _SHA256 = re.compile(r"[0-9a-f]{0,64}")
 

@@ -22,9 +22,9 @@ from torch import Tensor
 
 from fedfstq_hf.codec import SparseUpdate
 from fedfstq_hf.errors import MailboxError
+from fedfstq_hf.federation.aggregation import clip_scale, longest_norm
 from fedfstq_hf.federation.mailbox.protocol import VARIATE_FILE, Mailbox
 from fedfstq_hf.federation.record import RoundRecord
-from fedfstq_hf.federation.server.aggregation import clip_scale, longest_norm
 from fedfstq_hf.federation.spec import FederationSpec
 
 CARRIED = "scaffold.variate"

@@ -19,15 +19,16 @@ from typing import Any
 
 from fedfstq_hf import __version__
 from fedfstq_hf.codec import Schema, get_codec
+from fedfstq_hf.codec.budget import parse_budget
 from fedfstq_hf.codec.schema import TrainedPart
-from fedfstq_hf.errors import ConfigError, MailboxError
+from fedfstq_hf.errors import BudgetError, ConfigError, MailboxError
 from fedfstq_hf.federation.keys import parse_public_key
 from fedfstq_hf.federation.record import other_version
-from fedfstq_hf.methods import OPTIMIZER_STATES, MethodSettings, feedback_decay
+from fedfstq_hf.methods import OPTIMIZER_STATES, DownlinkSettings, MethodSettings, default_downlink, feedback_decay
 from fedfstq_hf.ranges import LARGEST, Flag, Number, OneOf, Options, OrNone, Range, Text, Whole, is_number, shown
 from fedfstq_hf.text import parse_object, printable
 
-FORMAT = 4
+FORMAT = 5
 MAX_SPEC_BYTES = 1 << 16
 MAX_STEPS = 10**6
 MAX_CLIENTS = 10**6
@@ -201,6 +202,11 @@ class FederationSpec:
         if self.sealing_key is not None:
             parse_public_key(self.sealing_key, "x25519")
         _ = self.feedback_decay  # builds the codec with its options
+        for budget in (self.downlink.keyframe, self.downlink.step):
+            try:
+                _ = None if budget is None else parse_budget(budget, 10**12)
+            except BudgetError as error:
+                raise ConfigError(f"method.downlink: {error}") from None
 
     @property
     def optimizer_state(self) -> str:
@@ -231,6 +237,17 @@ class FederationSpec:
         codec = get_codec(self.method.codec, **self.method.codec_options)
         decay = feedback_decay(self.method.error_feedback, codec=codec.name, unbiased=codec.unbiased)
         return decay if self.method.refinement_budget is None else 0.0
+
+    @property
+    def forwards(self) -> bool:
+        """Whether clients may get each other's messages, which everybody can read in the mailbox anyway."""
+        return self.sealing_key is None
+
+    @cached_property
+    def downlink(self) -> DownlinkSettings:
+        """How the next adapter is published for download."""
+        exact = self.clients_per_round is None and self.forwards
+        return self.method.downlink or default_downlink(self.method.codec, exact=exact)
 
     @cached_property
     def id(self) -> str:

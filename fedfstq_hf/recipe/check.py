@@ -27,6 +27,7 @@ def validate(recipe: Recipe) -> list[str]:
         attempt(f"methods.{name}.codec", partial(_check_codec, method))
         attempt(f"methods.{name}.uplink_budget", partial(_check_budget, method))
         attempt(f"methods.{name}.server", partial(_check_server, method))
+        attempt(f"methods.{name}.downlink", partial(_check_downlink, method))
         attempt(f"methods.{name}.refinement_budget", partial(_check_refinement_budget, method))
         attempt(f"methods.{name}.uplink_cap", partial(_check_cap, recipe, method.time_cap))
         attempt(f"methods.{name}.refinement_cap", partial(_check_cap, recipe, method.refinement_time_cap))
@@ -66,8 +67,17 @@ def _check_refinement_budget(method: RecipeMethod) -> None:
     open_refinement_budget(method.refinement_budget, 1_000_000)
 
 
+def _check_downlink(method: RecipeMethod) -> None:
+    from fedfstq_hf.codec.budget import parse_budget
+
+    if method.downlink is not None:
+        for budget in (method.downlink.keyframe, method.downlink.step):
+            if budget is not None:
+                parse_budget(budget, 1_000_000)
+
+
 def _check_server(method: RecipeMethod) -> None:
-    from fedfstq_hf.federation.server.aggregation import check_server
+    from fedfstq_hf.federation.aggregation import check_server
 
     check_server(method.server.to_yaml())
 

@@ -91,14 +91,13 @@ PROFILES: dict[str, LinkProfile] = {
         # A body around 10 Mbit/s and a fifth of the clients at the cell edge, 0.5-2 Mbit/s.
         LinkProfile("straggler-tail", uplink_mbps=10.0, spread=0.5, tail_fraction=0.2),
         # The same population with its rates set by the ratio of an uncompressed upload to the local compute, which is
-        # the unit of time. Downloads take none, as in the paper, so that the ratio is all that there is.
+        # the unit of time.
         *(
             LinkProfile(
-                f"upload-{ratio}x",
+                f"link-{ratio}x",
                 uplink_mbps=10.0,
                 spread=0.5,
                 tail_fraction=0.2,
-                downlink_ratio=math.inf,
                 compute_seconds=1.0,
                 upload_ratio=float(ratio),
             )

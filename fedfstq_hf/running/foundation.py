@@ -20,9 +20,11 @@ from fedfstq_hf.adapters.allow_list import parse as parse_adapter_config
 from fedfstq_hf.adapters.size import make_config
 from fedfstq_hf.errors import ConfigError, MailboxError
 from fedfstq_hf.federation import adapter_file
+from fedfstq_hf.federation.frames import drawn
 from fedfstq_hf.federation.mailbox.protocol import ADAPTER_CONFIG_FILE
 from fedfstq_hf.federation.spec import CLIENT_DEFAULTS, SHARED_DATA, SHARED_TRAINING, FederationSpec
 from fedfstq_hf.generation.saliency import tokenizer_fingerprint
+from fedfstq_hf.methods import default_downlink
 from fedfstq_hf.recipe import Recipe
 from fedfstq_hf.text import printable
 
@@ -113,6 +115,9 @@ def found(recipe: Recipe, seed: int) -> Founding:
     set_seed(seed)
     model = get_peft_model(base, LoraConfig(**recipe.lora.peft_kwargs()))
     view = AdapterView(model)
+    initial = drawn(view.schema, seed)
+    if initial is not None and model.peft_config[view.name].init_lora_weights is True:
+        view.write(initial)  # PEFT's own distribution, by a generator that clients have as well
     model.peft_config[view.name].base_model_name_or_path = recipe.model
     return Founding(model, tokenizer, view, adapter_file.dump(view.state()), config_json(model, view.name))
 
@@ -145,6 +150,7 @@ def make_spec(
     num_clients: int | None = None,
     mean_examples: int | None = None,
     changes: Mapping[str, Any] | None = None,
+    everybody: bool = True,
     **rules: Any,
 ) -> FederationSpec:
     """The spec of a federation that runs `method` of a recipe.
@@ -154,6 +160,7 @@ def make_spec(
         num_clients: all clients of the federation; the recipe's number where None.
         mean_examples: of its clients, for a method whose budgets follow the number of examples.
         changes: switches of the method that are otherwise than in the recipe.
+        everybody: all clients are asked in every round, unless a rule says otherwise.
         rules: fields of the spec that no recipe sets.
     """
     settings = dataclasses.replace(recipe.methods[method].shared, **(changes or {}))
@@ -162,6 +169,8 @@ def make_spec(
             f"Method {method!r} has budget_by_examples: say how many training examples a client has on average, "
             "such as --mean-examples 200."
         )
+    if settings.downlink is None and not everybody:
+        settings = dataclasses.replace(settings, downlink=default_downlink(settings.codec, exact=False))
     training = recipe.for_method(method).training
     return FederationSpec(
         name=recipe.name,

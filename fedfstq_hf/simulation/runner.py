@@ -149,7 +149,13 @@ class Simulation:
                 folder = self._run_folder(method, seed)
                 caps = _caps(recipe.methods[method], shared.links, len(datasets))
                 spec = make_spec(
-                    recipe, method, founding, seed=seed, min_clients=1, mean_examples=_mean_examples(datasets)
+                    recipe,
+                    method,
+                    founding,
+                    seed=seed,
+                    min_clients=1,
+                    mean_examples=_mean_examples(datasets),
+                    everybody=federation.clients_per_round >= federation.clients,
                 )
                 mailbox = FolderMailbox(folder / "mailbox", durable=False)
                 if not (mailbox.path / "rounds" / "000000").exists():

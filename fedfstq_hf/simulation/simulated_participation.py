@@ -16,12 +16,12 @@ from torch import Tensor
 
 from fedfstq_hf.errors import FedFSTQError
 from fedfstq_hf.federation import storage
-from fedfstq_hf.federation.client.downlink import cheapest_download
 from fedfstq_hf.federation.client.participation import Assignment, LocalResult, local_seed, store_message
 from fedfstq_hf.federation.client.session import Caps, ClientSession, says_nothing_yet
+from fedfstq_hf.federation.frames import drawn
 from fedfstq_hf.federation.mailbox.folder import FolderMailbox
-from fedfstq_hf.federation.mailbox.protocol import RECORD_FILE
-from fedfstq_hf.federation.record import RoundRecord, expected_messages
+from fedfstq_hf.federation.mailbox.protocol import ADAPTER_CONFIG_FILE, RECORD_FILE, SPEC_FILE
+from fedfstq_hf.federation.record import KEYFRAME, RoundRecord, expected_messages
 from fedfstq_hf.federation.scaffold import read_variate
 from fedfstq_hf.federation.server.coordinator import Coordinator
 from fedfstq_hf.recipe.network import Delivery, LinkProfile, LinkRates, deliver, round_cost
@@ -87,6 +87,8 @@ class SimulatedParticipation:
         self._compute: dict[int, float] = {}
         self._started = 0.0
         self._records: dict[int, RoundRecord] = {}
+        initial = drawn(self.coordinator.schema, self.spec.seed)
+        self._drawn = initial is not None and self._is_initial(initial)
         left = sum(len(round_plan.survivors) for round_plan in plan[self.coordinator.record.round :])
         self.total_steps = left * self.spec.local_steps
 
@@ -194,6 +196,9 @@ class SimulatedParticipation:
             self._sessions[index] = session
         return self._sessions[index]
 
+    def _is_initial(self, adapter: Tensor) -> bool:
+        return self.coordinator.schema.digest(adapter) == self._record(0).adapter_digest
+
     def _record(self, round: int) -> RoundRecord:
         if round not in self._records:
             self._records[round] = RoundRecord.from_json(self.mailbox.read(round, RECORD_FILE))
@@ -211,6 +216,7 @@ class SimulatedParticipation:
                 "cumulative_uplink_bytes": 0,
                 "cumulative_downlink_bytes": 0,
             }
+            row["num_params"] = self.coordinator.schema.num_params
             row |= {"seconds": {profile.name: 0.0 for profile, _ in self._links}, "num_updates": 0, "num_dropped": 0}
         else:
             plan = self._plan[round - 1]
@@ -280,6 +286,26 @@ class SimulatedParticipation:
         }
 
     def _downlink(self, index: int, round: int) -> int:
-        """Bytes that client `index` downloads to begin `round`, given when it was sampled before."""
+        """Bytes that client `index` downloads to begin `round`, given when it was sampled before.
+
+        The adapter's, records of this round and of the one that settled its last message, and at first what the
+        federation was founded with. Who is not asked sleeps.
+        """
         before = [earlier for earlier in range(round) if index in self._plan[earlier].sampled]
-        return cheapest_download(before[-1] if before else None, round, self._record).num_bytes
+        held, has_initial, path_bytes = None, self._drawn, 0
+        for earlier in (*before, round):
+            record = self._record(earlier)
+            path = record.path_from(held, 0 if has_initial else self._record(0).adapter_bytes)
+            first = path.frames[0] if path.frames else None
+            begins = first is not None and (first.kind == KEYFRAME or first.round == 1)
+            has_initial = has_initial or begins or earlier == 0
+            held, path_bytes = earlier, path.num_bytes
+        if self._drawn and round == 0:
+            path_bytes = 0
+        contact = 0 if before else sum(self._size(0, name) for name in (SPEC_FILE, ADAPTER_CONFIG_FILE, RECORD_FILE))
+        settled = self._size(before[-1] + 1, RECORD_FILE) if before and before[-1] + 1 < round else 0
+        records = settled + (self._size(round, RECORD_FILE) if round else 0)
+        return contact + records + path_bytes + self._record(round).variate_bytes
+
+    def _size(self, round: int, name: str) -> int:
+        return len(self.mailbox.read(round, name))

@@ -232,7 +232,7 @@ def _attack(draw: random.Random, box: Path, secret: Path) -> str:
             case "config":
                 _change(draw, first / "adapter_config.json", secret)
             case "adapter" | "change":
-                path = newest / ("adapter_model.safetensors" if target == "adapter" else "update.safetensors")
+                path = newest / ("adapter_model.safetensors" if target == "adapter" else "frame.safetensors")
                 if path.is_file() and not path.is_symlink():
                     data = hostile.mutate_bytes(draw, path.read_bytes())
                     hostile.write(path, data, box)

@@ -154,7 +154,7 @@ MUTANTS: list[tuple[str, tuple[str, ...], Changes]] = [
         ],
     ),
     (
-        "federation/server/aggregation.py",
+        "federation/aggregation.py",
         _SERVER,
         [
             ("update.add_to(self._sum, weight * scale)", "update.add_to(self._sum, weight)"),
@@ -175,7 +175,7 @@ MUTANTS: list[tuple[str, tuple[str, ...], Changes]] = [
         ],
     ),
     (
-        "federation/server/aggregation.py",
+        "federation/aggregation.py",
         _SERVER,
         [
             ("gradient = -parameter.grad if group", "gradient = parameter.grad if group"),
@@ -321,7 +321,7 @@ MUTANTS: list[tuple[str, tuple[str, ...], Changes]] = [
         ],
     ),
     (
-        "federation/server/aggregation.py",
+        "federation/aggregation.py",
         _CLIPPING,
         [
             ("norm <= longest else longest / norm", "norm <= longest else norm / longest"),

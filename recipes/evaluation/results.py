@@ -78,7 +78,9 @@ def _reached(reached: Reached) -> dict[str, Any]:
         name: {link: _pair(getattr(times, attribute)) for link, times in reached.times.items()}
         for name, attribute in _TIMES.items()
     }
-    return {"uplink_bytes": _pair(reached.uplink), "times_fewer_bytes": _pair(reached.uplink_ratio)} | by_link
+    both_ways = {"total_bytes": _pair(reached.total), "times_fewer_total_bytes": _pair(reached.total_ratio)}
+    uplink = {"uplink_bytes": _pair(reached.uplink), "times_fewer_bytes": _pair(reached.uplink_ratio)}
+    return uplink | both_ways | by_link
 
 
 def _pair(value: Estimate) -> list[float | None]:

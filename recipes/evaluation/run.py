@@ -24,6 +24,7 @@ from fedfstq_hf.simulation.forkserver import warm_up
 
 ORDER = (
     ("main_fed_med", "main_fed_aya", "main_fed_code"),
+    ("silo_fed_med", "silo_fed_aya", "silo_fed_code"),
     ("methods_demo", "demo_ablation", "demo_alpha", "demo_clients", "demo_packet_loss", "demo_dropout"),
     ("codecs_fed_med", "objectives_fed_med", "objectives_fed_aya", "objectives_fed_code"),
 )

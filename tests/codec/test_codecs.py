@@ -13,7 +13,6 @@ from tests.codec.conftest import make_update
 CODECS = [
     ("fp32", {}),
     ("fp16", {}),
-    ("sparse32", {}),
     ("paper", {}),
     ("fstq", {}),
     ("fstq", {"bits": 1.0}),
@@ -135,21 +134,6 @@ def test_large_budgets_come_ever_closer():
         distortion(delta, fisher, get_codec("fstq").encode(delta, fisher, max_bytes=b).reconstruction) for b in budgets
     ]
     assert errors[0] > 2 * errors[1] > 4 * errors[2]
-
-
-def test_sparse32_is_lossless_and_compact(update):
-    delta, fisher = update
-    codec, schema = get_codec("sparse32"), Schema.from_state_dict(delta)
-    sparse = get_codec("topk", density=0.05).encode(delta, fisher).reconstruction
-    encoded = codec.encode(schema.unflatten(sparse.to_dense()))
-    assert torch.equal(codec.decode(encoded.payload, schema).to_dense(), sparse.to_dense())
-    assert len(encoded.payload) < 4 * sparse.nnz + schema.num_params / 8
-    dense = codec.encode(delta)
-    assert dense.reconstruction.indices is None
-    assert torch.equal(codec.decode(dense.payload, schema).values, schema.flatten(delta))
-    assert len(dense.payload) <= 4 * schema.num_params + 1
-    with pytest.raises(BudgetError, match="losslessly"):
-        codec.encode(delta, max_bytes=10)
 
 
 def test_the_number_of_threads_does_not_matter():

@@ -236,8 +236,8 @@ def test_the_digest_covers_the_header():
 def test_inspect_counts_per_matrix():
     delta = {"a": torch.tensor([[1.0, 0.0], [0.0, 0.0]]), "b": torch.tensor([2.0, -2.0])}
     schema = Schema.from_state_dict(delta)
-    header = dataclasses.replace(HEADER, codec="sparse32", schema=schema.fingerprint)
-    data = message.pack(header, get_codec("sparse32").encode(delta).payload)
+    header = dataclasses.replace(HEADER, codec="fp32", schema=schema.fingerprint)
+    data = message.pack(header, get_codec("fp32").encode(delta).payload)
     info = message.inspect(data, schema)
     assert [(m.name, m.size, m.sent, m.rms) for m in info.matrices] == [("a", 4, 1, 1.0), ("b", 2, 2, 2.0)]
     assert info.total_bytes == len(data)
@@ -249,10 +249,10 @@ def test_inspect_counts_per_matrix():
 def test_inspect_counts_the_update_of_a_pair_alone():
     schema = Schema.from_state_dict({"a": torch.zeros(4)})
     update, variate = (
-        get_codec("sparse32").encode({"a": torch.tensor(values)}).payload
+        get_codec("fp32").encode({"a": torch.tensor(values)}).payload
         for values in ([3.0, 0.0, 0.0, 0.0], [5.0, 5.0, 5.0, 0.0])
     )
-    header = dataclasses.replace(HEADER, codec="sparse32", schema=schema.fingerprint, params=dict(PAIR_PARAMS))
+    header = dataclasses.replace(HEADER, codec="fp32", schema=schema.fingerprint, params=dict(PAIR_PARAMS))
     info = message.inspect(message.pack(header, join_pair(update, variate)), schema)
     assert [(m.sent, m.rms) for m in info.matrices] == [(1, 3.0)]
 

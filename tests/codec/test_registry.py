@@ -10,8 +10,8 @@ from fedfstq_hf.errors import ConfigError
 
 def test_names_are_sorted_and_all_construct():
     assert codec_names() == sorted(codec_names())
-    assert {"fp16", "fp32", "fstq", "paper", "sparse32"} <= set(codec_names())
-    for name in ("fp16", "fp32", "fstq", "paper", "sparse32"):
+    assert {"fp16", "fp32", "fstq", "paper"} <= set(codec_names())
+    for name in ("fp16", "fp32", "fstq", "paper"):
         assert get_codec(name).name == name
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from fedfstq_hf.errors import MailboxError
 from fedfstq_hf.federation import history
 from fedfstq_hf.federation.history import HistoryRow, reason_class
-from fedfstq_hf.federation.record import AcceptedUpdate, RefusedUpdate, RoundRecord
+from fedfstq_hf.federation.record import AcceptedUpdate, Frame, RefusedUpdate, RoundRecord
 
 COUNT = st.integers(0, 2**53)
 ROW = st.builds(
@@ -55,7 +55,7 @@ def test_the_first_round_costs_its_adapter():
 def test_a_round_counts_all_that_arrived():
     reasons = ("It has 5000 bytes; this federation takes at most 4096.",) * 2 + ("It names client eve; expected bob.",)
     made = history.row(
-        record(3, accepted=2, reasons=reasons, update_bytes=400, adapter_bytes=1010),
+        record(3, accepted=2, reasons=reasons, frames=(Frame(3, "messages", 400),), adapter_bytes=1010),
         record(2, adapter_bytes=1000),
     )
     assert (made.accepted, made.refused, made.late) == (2, 3, 0)
@@ -116,7 +116,9 @@ def test_dump_and_load_are_inverse(rows):
 
 
 def test_a_row_is_short():
-    made = history.row(record(999, accepted=100, update_bytes=12345, adapter_bytes=170_000_000), record(998))
+    made = history.row(
+        record(999, accepted=100, frames=(Frame(999, "messages", 12345),), adapter_bytes=170_000_000), record(998)
+    )
     assert len(history.dump([made])) < 250
 
 
@@ -182,7 +184,7 @@ def test_an_empty_history_has_no_rows():
         ("message has format version 7; this package reads version 1", "from another package version"),
         ("message digest does not match header and payload; the file is damaged or was altered", "damaged"),
         ("dense payload holds NaN or infinity; expected finite values", "not finite"),
-        ("sparse32 payload of 12 bytes announces a support of 99 bytes", "malformed"),
+        ("topk payload of 12 bytes announces a support of 99 bytes", "malformed"),
         ("It says that it was trained on 0 examples; expected at least 1.", "implausible number of examples"),
         ("Client c7 is not enrolled in this federation.", "not enrolled"),
         ("Client c7 was not selected for this round.", "not selected for the round"),

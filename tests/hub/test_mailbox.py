@@ -71,7 +71,7 @@ def test_control_variates_are_those_of_the_folder_mailbox(hub_here: LoopbackHub,
 def test_only_the_allowed_files_are_uploaded(hub_here: LoopbackHub, layout: str) -> None:
     federation = HubFederation(hub_here, layout)
     run_rounds(federation.coordinator(), [federation.client(name) for name in CLIENTS])
-    per_round = {f"fedfstq/rounds/{r:06d}/{name}" for r in range(4) for name in ("round.json", "update.safetensors")}
+    per_round = {f"fedfstq/rounds/{r:06d}/{name}" for r in range(4) for name in ("round.json", "frame.safetensors")}
     assert set(hub_here.files("org/run")) - per_round == {
         "adapter_config.json",
         ADAPTER,

@@ -227,8 +227,8 @@ def test_a_trainer_sends_both_messages_within_its_budgets(tmp_path, own, size):
 def refinement():
     delta = {"x": torch.tensor([[1.0, 0.0], [0.0, -2.0]])}
     schema = Schema.from_state_dict(delta)
-    header = message.Header(3, "a", 7, "ab" * 32, schema.fingerprint, "sparse32", message.REFINEMENT_PARAMS)
-    return message.pack(header, get_codec("sparse32").encode(delta).payload), schema
+    header = message.Header(3, "a", 7, "ab" * 32, schema.fingerprint, "fp32", message.REFINEMENT_PARAMS)
+    return message.pack(header, get_codec("fp32").encode(delta).payload), schema
 
 
 def test_inspect_reads_a_refinement_matrix_by_matrix():
@@ -244,4 +244,4 @@ def test_the_command_reads_one_too(tmp_path):
     path.write_bytes(refinement()[0])
     shown = CliRunner().invoke(app, ["inspect", str(path)])
     assert shown.exit_code == 0
-    assert "round 3 from a (7 examples), codec sparse32" in shown.output
+    assert "round 3 from a (7 examples), codec fp32" in shown.output

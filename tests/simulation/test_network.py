@@ -77,7 +77,7 @@ def test_rates_depend_on_the_seed_alone():
 def test_unknown_link_names_the_nearest():
     with pytest.raises(ConfigError, match="did you mean 'straggler-tail'"):
         get_link("stragler-tail")
-    assert set(PROFILES) == {"lte-20mbps", "straggler-tail", "upload-1x", "upload-10x", "upload-100x"}
+    assert set(PROFILES) == {"lte-20mbps", "straggler-tail", "link-1x", "link-10x", "link-100x"}
 
 
 @pytest.mark.parametrize(
@@ -115,7 +115,7 @@ def test_an_upload_ratio_sets_the_rates():
 
 
 def test_ratio_profiles_cost_the_same_at_any_size_of_adapter():
-    for name, ratio in (("upload-1x", 1), ("upload-10x", 10), ("upload-100x", 100)):
+    for name, ratio in (("link-1x", 1), ("link-10x", 10), ("link-100x", 100)):
         for size in (1000, 50_000):
             profile = get_link(name).for_adapter(size)
             rates = draw_rates(profile, 10_001, seed=0)

@@ -302,7 +302,7 @@ def test_methods_with_adapters_and_learning_rates_of_their_own(finished, tiny_re
 
 
 def test_links_do_not_depend_on_a_methods_own_adapter(tiny_recipe, tmp_path):
-    changed = {"links": "[upload-10x]", "methods.fedavg.lora.r": 1, "federation.rounds": 1, "methods": "fedavg"}
+    changed = {"links": "[link-10x]", "methods.fedavg.lora.r": 1, "federation.rounds": 1, "methods": "fedavg"}
     whole = {key: value for key, value in changed.items() if "lora" not in key}
     for name, settings in (("small", changed), ("whole", whole)):
         Simulation(load_recipe(tiny_recipe, settings), tmp_path / name, progress=False).run()
@@ -313,7 +313,7 @@ def test_links_do_not_depend_on_a_methods_own_adapter(tiny_recipe, tmp_path):
 
     small, whole = first_round("small"), first_round("whole")
     # one unit of compute, and an upload that is as much shorter as it has fewer bytes
-    seconds = [row["seconds"]["upload-10x"] - 1.0 for row in (small, whole)]
+    seconds = [row["seconds"]["link-10x"] - 1.0 for row in (small, whole)]
     sizes = [row["uplink_bytes"] for row in (small, whole)]
     assert seconds[0] / seconds[1] == pytest.approx(sizes[0] / sizes[1], rel=0.01)
 

@@ -106,15 +106,15 @@ class ClientSession:
         self._sign = sign
         self._caps = caps or Caps()
         self._durable = durable
-        self._folder = Path(folder) if folder is not None else None
+        self.folder = Path(folder) if folder is not None else None
         self._lock: IO[bytes] | None = None
-        if self._folder is not None:
-            storage.make_folder(self._folder, durable=durable)
-            self._lock = _lock(self._folder)
-            storage.remove_leftovers(self._folder)
+        if self.folder is not None:
+            storage.make_folder(self.folder, durable=durable)
+            self._lock = _lock(self.folder)
+            storage.remove_leftovers(self.folder)
             try:
-                if (self._folder / STATE_FILE).exists():
-                    self._take(SessionState.read(self._folder / STATE_FILE, self._identity, feedback))
+                if (self.folder / STATE_FILE).exists():
+                    self._take(SessionState.read(self.folder / STATE_FILE, self._identity, feedback))
             except MailboxError:
                 self.close()
                 raise
@@ -350,8 +350,8 @@ class ClientSession:
         """Make the changes (attribute -> value), on disk first."""
         now = SessionState(self.outbox, self.last_round, self.settled_round, self.carried)
         state = dataclasses.replace(now, **changes)
-        if self._folder is not None:
-            storage.replace_file(self._folder / STATE_FILE, state.to_bytes(self._identity), durable=self._durable)
+        if self.folder is not None:
+            storage.replace_file(self.folder / STATE_FILE, state.to_bytes(self._identity), durable=self._durable)
         self._take(state)
 
     def _take(self, state: SessionState) -> None:

@@ -2,7 +2,7 @@
 
 ```
 rounds/000000/  round.json adapter_model.safetensors adapter_config.json spec.json   immutable once renamed into place
-rounds/000001/  round.json adapter_model.safetensors adapter_config.json update.safetensors server_optimizer.safetensors
+rounds/000001/  round.json adapter_model.safetensors adapter_config.json frame.safetensors server_optimizer.safetensors
 updates/000000/CLIENT.safetensors                                                    one per client, never overwritten
 refinements/000000/CLIENT.safetensors                                                their second messages, likewise
 metrics/000001/SOURCE.json

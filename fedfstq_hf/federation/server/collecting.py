@@ -19,11 +19,12 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from fedfstq_hf.errors import ConfigError, MailboxError, MailboxUnavailableError, MessageError
+from fedfstq_hf.federation.aggregation import UsualNorm, WeightedMean, clip_scale, longest_norm
 from fedfstq_hf.federation.control import Control
+from fedfstq_hf.federation.frames import Share
 from fedfstq_hf.federation.mailbox.protocol import Mailbox, UpdateRef
 from fedfstq_hf.federation.record import MAX_REASON, AcceptedUpdate, RefusedUpdate
 from fedfstq_hf.federation.scaffold import VariateChanges
-from fedfstq_hf.federation.server.aggregation import UsualNorm, WeightedMean, clip_scale, longest_norm
 from fedfstq_hf.federation.server.screening import OpenedUpdate, Screening
 from fedfstq_hf.text import printable, printable_traceback
 
@@ -41,6 +42,7 @@ class Collected:
     """The updates of a round that were accepted, with their mean, and those that were refused or late.
 
     `variates` is the sum of the changes of control variates, (num_params,) float64, where the federation has them.
+    `shares` are what `mean` was made of, in order; empty where they weigh more than the plain adapter.
     """
 
     mean: WeightedMean
@@ -48,6 +50,7 @@ class Collected:
     refused: tuple[RefusedUpdate, ...]
     late: tuple[RefusedUpdate, ...] = ()
     variates: Tensor | None = None
+    shares: tuple[Share, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -141,6 +144,8 @@ class Collector:
         lengths = [opened.variate for opened in found.values() if opened.variate is not None]
         variates = VariateChanges(self.num_params, lengths, screening.spec.method.clip) if lengths else None
         changed: dict[UpdateRef, str] = {}
+        shares: list[Share] = []
+        room = 4 * self.num_params  # what is no shorter than the plain adapter is of no use to anybody
         for ref, entry in zip(found, accepted, strict=True):
             try:
                 opened = self.reopen(ref, entry.sha256, screening)
@@ -151,6 +156,9 @@ class Collector:
                 changed[ref] = "It changed while it was being read."
             elif not changed:
                 mean.add(opened.update, entry.weight, entry.scale)
+                room -= len(opened.payload)
+                if room > 0:
+                    shares.append(Share(ref.round, entry.weight, entry.scale, opened.payload))
                 if variates is not None and opened.variate is not None:
                     variates.add(opened.variate)
         total = mean.total_weight or 1.0
@@ -160,6 +168,7 @@ class Collector:
                 tuple(dataclasses.replace(entry, weight=entry.weight / total) for entry in accepted),
                 (),
                 variates=None if variates is None else variates.sum,
+                shares=tuple(shares) if room > 0 else (),
             ),
             changed,
         )

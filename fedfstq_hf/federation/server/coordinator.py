@@ -26,27 +26,29 @@ from fedfstq_hf.errors import (
     no_federation,
 )
 from fedfstq_hf.federation import adapter_file, history, scaffold
+from fedfstq_hf.federation.aggregation import keeps_state, server_step
 from fedfstq_hf.federation.control import read_control
 from fedfstq_hf.federation.envelope import Records
+from fedfstq_hf.federation.frames import Share, initial_adapter
 from fedfstq_hf.federation.keys import Sign, Unseal
 from fedfstq_hf.federation.mailbox.posted_metrics import read_metrics
 from fedfstq_hf.federation.mailbox.protocol import (
     ADAPTER_CONFIG_FILE,
     ADAPTER_FILE,
     RECORD_FILE,
+    RESIDUAL_FILE,
     SERVER_STATE_FILE,
     SPEC_FILE,
-    UPDATE_FILE,
     Mailbox,
     Polling,
     RootFiles,
 )
-from fedfstq_hf.federation.record import RoundRecord
-from fedfstq_hf.federation.server.aggregation import server_step
+from fedfstq_hf.federation.record import RoundRecord, listed
 from fedfstq_hf.federation.server.attachments import Joined, SaliencyMaker, join_attachments, sent_bytes
 from fedfstq_hf.federation.server.collecting import Collected
+from fedfstq_hf.federation.server.framing import Framing, read_residual, residual_fields, residual_file
 from fedfstq_hf.federation.server.open_round import OpenRound
-from fedfstq_hf.federation.server.publication import CardMaker, make_record, pack_change, root_files
+from fedfstq_hf.federation.server.publication import CardMaker, make_record, root_files
 from fedfstq_hf.federation.server.refining import Refined
 from fedfstq_hf.federation.spec import FederationSpec
 from fedfstq_hf.text import printable, printable_traceback
@@ -88,6 +90,7 @@ class Coordinator:
         self._saliency = saliency
         self._sign = sign
         self._round: OpenRound
+        self._initial: Tensor
         self._history: list[history.HistoryRow] = []
         head = mailbox.head()
         if head is None:
@@ -96,6 +99,9 @@ class Coordinator:
         self._record = Records(mailbox, self.spec, unseal)
         self._adapter_config = mailbox.read(0, ADAPTER_CONFIG_FILE)
         self._load_head(head)
+        self._initial = self.adapter
+        if head and self.spec.downlink.keyframe is not None:
+            self._initial, _ = initial_adapter(mailbox, self._record(0), self.spec, self.schema)
         self._history = history.complete(self.mailbox.read_root, self.record.round, self._record)
         self.refresh()
 
@@ -156,14 +162,18 @@ class Coordinator:
         while True:
             finished = self.record.round + 1 >= self.spec.rounds
             refused, late = self._round.refuse_all(f"Rolled back to round {round}.", finished=finished)
-            state = self._server_state(round)
-            files = {} if state is None else {SERVER_STATE_FILE: state}  # control variates begin anew, with zeros
+            kept = {
+                SERVER_STATE_FILE: self._server_state(round),
+                RESIDUAL_FILE: residual_file(self.mailbox, self._record(round)),
+            }
+            files = {name: data for name, data in kept.items() if data is not None}  # variates begin anew, with zeros
             record = self._next_record(
                 adapter,
                 finished=finished,
                 refused=refused,
                 late=late,
                 restored_from=round,
+                **residual_fields(files),
             )
             if self._publish(record, adapter, files) is record:
                 return record
@@ -264,16 +274,16 @@ class Coordinator:
         else:  # an end without any update
             change = torch.zeros_like(self.adapter)
             server_state = self._server_state(self.record.round)
-        adapter = self.adapter + change
-        if not bool(adapter.isfinite().all()):
+        if not bool((self.adapter + change).isfinite().all()):
             raise NonFiniteError(
                 f"The server optimizer {self.spec.method.server.to_yaml()} made round {self.record.round + 1} infinite "
                 "or NaN; nothing was published. Start a federation with a smaller server learning rate."
             )
-        data = adapter_file.dump(self.schema.unflatten(adapter))
-        shown = () if self.spec.sealing_key is not None else collected.accepted
-        packed = pack_change(change, self.record, self.schema, sum(entry.num_examples for entry in shown))
-        files = self._files(server_state, packed if len(packed) < len(data) else None, collected.variates)
+        framing = Framing(self.spec, self.schema, self.record, self._initial, self.adapter)
+        residual = read_residual(self.mailbox, self.record, self.schema.num_params)
+        framed = framing.framed(change, residual, self._forwarded(collected, refined, server_state))
+        data = adapter_file.dump(self.schema.unflatten(framed.adapter))
+        files = self._files(server_state, collected.variates) | framed.files()
         attached = Joined({})
         if finished and self.spec.share_saliency and self._saliency is not None:
             attached = join_attachments(
@@ -287,7 +297,8 @@ class Coordinator:
             refinements=refined.used if refined is not None else (),
             refused=(*collected.refused, *(refined.refused if refined is not None else ()), *stopped),
             late=collected.late,
-            update_bytes=len(packed) if UPDATE_FILE in files else None,
+            frames=listed(self.record.frames, framed.frame, len(data)),
+            **residual_fields(files),
             **(scaffold.record_fields(files) if self.spec.method.scaffold else {}),
         )
         return self._publish(record, data, files, attached.files)
@@ -299,10 +310,15 @@ class Coordinator:
             mean = self.spec.method.preview_step * mean
         return mean if refined is None else mean + refined.change
 
-    def _files(self, server_state: bytes | None, packed: bytes | None, variates: Tensor | None) -> dict[str, bytes]:
-        """What is published beside adapter and record."""
-        files = {SERVER_STATE_FILE: server_state, UPDATE_FILE: packed}
-        made = {name: data for name, data in files.items() if data is not None}
+    def _forwarded(self, collected: Collected, refined: Refined | None, server_state: bytes | None) -> Sequence[Share]:
+        """The messages from which who holds the adapter can make the server's step; empty where that cannot be."""
+        method = self.spec.method
+        alone = refined is None and method.refinement_budget is None and not method.scaffold
+        return collected.shares if self.spec.forwards and alone and not keeps_state(server_state) else ()
+
+    def _files(self, server_state: bytes | None, variates: Tensor | None) -> dict[str, bytes]:
+        """What is published beside adapter, record and frame."""
+        made = {} if server_state is None else {SERVER_STATE_FILE: server_state}
         if self.spec.method.scaffold:
             made |= scaffold.next_variate(self.mailbox, self.record, self.spec, self.schema.num_params, variates)
         return made

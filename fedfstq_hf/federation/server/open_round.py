@@ -14,12 +14,12 @@ from torch import Tensor
 
 from fedfstq_hf.codec.schema import TrainedPart
 from fedfstq_hf.errors import MailboxError, MailboxUnavailableError, MessageError
+from fedfstq_hf.federation.aggregation import UsualNorm
 from fedfstq_hf.federation.control import Control, read_control
 from fedfstq_hf.federation.envelope import Records
 from fedfstq_hf.federation.keys import Unseal
 from fedfstq_hf.federation.mailbox.protocol import Mailbox, UpdateRef
 from fedfstq_hf.federation.record import RefusedUpdate, RoundRecord
-from fedfstq_hf.federation.server.aggregation import UsualNorm
 from fedfstq_hf.federation.server.collecting import Collected, Collector
 from fedfstq_hf.federation.server.refining import Refined, refine
 from fedfstq_hf.federation.server.screening import Screening

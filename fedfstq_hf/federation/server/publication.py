@@ -1,4 +1,4 @@
-"""What a coordinator publishes: the round record, the packed global change, and the files at the mailbox's root."""
+"""What a coordinator publishes: the round record, and the files at the mailbox's root."""
 
 from __future__ import annotations
 
@@ -9,9 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
-
-from fedfstq_hf.codec import Schema, get_codec, message
+from fedfstq_hf.codec import Schema
 from fedfstq_hf.errors import MailboxError, MailboxUnavailableError
 from fedfstq_hf.federation import adapter_file, history
 from fedfstq_hf.federation.envelope import seal_figures, sign_record
@@ -24,7 +22,6 @@ from fedfstq_hf.text import printable, printable_traceback
 logger = logging.getLogger(__name__)
 
 MAX_CARD_BYTES = 10**6
-_MAX_EXAMPLES = 2**53 - 1  # of a message; what clients say of themselves may add up to more
 
 
 @dataclass(frozen=True)
@@ -113,21 +110,3 @@ def make_record(
     if spec.sealing_key is not None and (record.accepted or record.refinements):
         record = seal_figures(record, spec.sealing_key)
     return sign_record(record, spec, sign)
-
-
-def pack_change(change: Tensor, base: RoundRecord, schema: Schema, num_examples: int) -> bytes:
-    """The global change of a round, (num_params,), as a lossless message based on the adapter before it.
-
-    num_examples: behind it, 0 where that is not published.
-    """
-    encoded = get_codec("sparse32").encode(schema.unflatten(change))
-    header = message.Header(
-        round=base.round + 1,
-        client_id="coordinator",
-        num_examples=min(num_examples, _MAX_EXAMPLES),
-        base=base.adapter_digest,
-        schema=schema.fingerprint,
-        codec="sparse32",
-        params=encoded.params,
-    )
-    return message.pack(header, encoded.payload)

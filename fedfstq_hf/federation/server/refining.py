@@ -31,9 +31,9 @@ import torch
 from torch import Tensor
 
 from fedfstq_hf.errors import MessageError
+from fedfstq_hf.federation.aggregation import WeightedMean
 from fedfstq_hf.federation.mailbox.protocol import UpdateRef
 from fedfstq_hf.federation.record import AcceptedUpdate, RefusedUpdate, RoundRecord
-from fedfstq_hf.federation.server.aggregation import WeightedMean
 from fedfstq_hf.federation.server.collecting import Collector
 from fedfstq_hf.federation.server.screening import OpenedUpdate, Screening
 

@@ -22,7 +22,8 @@ from fedfstq_hf.federation.spec import FederationSpec
 class OpenedUpdate:
     """A message that passed: its header, what it decodes to and its L2 norm, and whether its signature was verified.
 
-    `variate` is the change of the client's control variate, where the federation has them.
+    `variate` is the change of the client's control variate, where the federation has them; `payload` what the update
+    was decoded from.
     """
 
     header: message.Header
@@ -30,6 +31,7 @@ class OpenedUpdate:
     norm: float
     signed: bool
     variate: SparseUpdate | None = None
+    payload: bytes = b""
 
 
 class Screening:
@@ -103,7 +105,7 @@ class Screening:
         norm = update.norm()
         if not math.isfinite(norm) or (variate is not None and not math.isfinite(variate.norm())):
             raise MessageError("It decodes to values that are not finite.")
-        return OpenedUpdate(header, update, norm, opened.signed, variate)
+        return OpenedUpdate(header, update, norm, opened.signed, variate, payload)
 
     def open_attachment(
         self, client_id: str, name: str, data: bytes, *, round: int, base: str, max_bytes: int

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from statistics import fmean
 
 from fedfstq_hf.recipe.sections import Recipe
-from fedfstq_hf.reporting.comparison.round_time import seconds_without_uplink
+from fedfstq_hf.reporting.comparison.round_time import seconds_without_traffic
 from fedfstq_hf.reporting.comparison.summary import (
     REFERENCE,
     Row,
@@ -19,6 +19,7 @@ from fedfstq_hf.reporting.comparison.summary import (
     reached_at,
     spread_of,
     target_value,
+    total_bytes,
     totals,
 )
 from fedfstq_hf.reporting.comparison.workloads import FREE, Method, Workload, flatten
@@ -56,11 +57,11 @@ class Times:
 
     Attributes:
         ratio: the reference's seconds over the method's.
-        floor: the seconds with messages of zero bytes.
+        floor: the seconds had nothing weighed a byte, in either direction.
         ceiling: the reference's seconds over the floor: what no compression could exceed in as many rounds.
         share: of the ceiling that was reached: the floor over the method's own seconds.
-        reference_share: the reference's floor over the method's seconds: what is reached of what messages of zero
-            bytes give in as many rounds as the reference needs. Above 1 for a method that needs fewer.
+        reference_share: the reference's floor over the method's seconds: what is reached of what zero bytes give in
+            as many rounds as the reference needs. Above 1 for a method that needs fewer.
     """
 
     seconds: Estimate
@@ -73,10 +74,15 @@ class Times:
 
 @dataclass(frozen=True)
 class Reached:
-    """What a method needed to one target: bytes of all clients, the reference's over the method's, times by link."""
+    """What a method needed to one target: bytes of all clients, the reference's over the method's, times by link.
+
+    `total` counts both directions.
+    """
 
     uplink: Estimate
     uplink_ratio: Estimate
+    total: Estimate
+    total_ratio: Estimate
     times: dict[str, Times]
 
 
@@ -87,8 +93,7 @@ def reach(series: Series, reference: Series, targets: Mapping[int, float], rule:
     for link in recipe.links:
         own, base = ([way[-1]["seconds"][link.name] if way else None for way in ways] for ways in (ours, theirs))
         floor, base_floor = (
-            [seconds_without_uplink(way, link, recipe.federation.clients) if way else None for way in ways]
-            for ways in (ours, theirs)
+            [seconds_without_traffic(way, link) if way else None for way in ways] for ways in (ours, theirs)
         )
         times[link.name] = Times(
             seconds=estimate(own),
@@ -99,7 +104,8 @@ def reach(series: Series, reference: Series, targets: Mapping[int, float], rule:
             reference_share=_ratio(base_floor, own),
         )
     own, base = ([way[-1]["cumulative_uplink_bytes"] if way else None for way in ways] for ways in (ours, theirs))
-    return Reached(estimate(own), _ratio(base, own), times)
+    both, base_both = ([total_bytes(way[-1]) if way else None for way in ways] for ways in (ours, theirs))
+    return Reached(estimate(own), _ratio(base, own), estimate(both), _ratio(base_both, both), times)
 
 
 def _ratio(above: Sequence[float | None], below: Sequence[float | None]) -> Estimate:

@@ -56,7 +56,11 @@ def findings(comparison: Comparison) -> list[str]:
     if reached is not None and (ratio := reached.uplink_ratio).mean is not None:
         part = f"{100 * TIGHT:g} % of {reference.label}'s improvement"
         figure = format_ratio(ratio.mean, ratio.spread)
-        lines.append(f"{ours.label} reaches {part} with {figure} fewer uplink bytes than {reference.label}.")
+        total = format_ratio(reached.total_ratio.mean, reached.total_ratio.spread)
+        lines.append(
+            f"{ours.label} reaches {part} with {figure} fewer uplink bytes than {reference.label}, and {total} fewer "
+            "in both directions together."
+        )
         times = {link: time.ratio for link, time in reached.times.items() if time.ratio.mean is not None}
         sooner = [f"{format_ratio(time.mean, time.spread)} on {link}" for link, time in times.items()]
         lines += [f"It reaches it sooner by a factor of {_list(sooner)} (simulated time)."] if sooner else []

@@ -7,7 +7,7 @@ from statistics import fmean, stdev
 
 from fedfstq_hf.reporting.chart import Axis, Chart, Level, Line, Point
 from fedfstq_hf.reporting.comparison.figures import FRACTIONS, Comparison, Estimate, MethodFigures, Reached, Sweep
-from fedfstq_hf.reporting.comparison.summary import COMPARED, REFERENCE, Row, metric_of
+from fedfstq_hf.reporting.comparison.summary import COMPARED, REFERENCE, Row, metric_of, total_bytes
 from fedfstq_hf.reporting.units import format_bytes, format_ratio, format_seconds, tick_bytes
 
 _TIME_UNITS = ((3600, "h"), (60, "min"), (1, "s"))
@@ -26,12 +26,15 @@ def styles(comparisons: Iterable[Comparison]) -> dict[str, int]:
 
 def workload_charts(comparison: Comparison, style_of: Mapping[str, int]) -> list[Chart]:
     """All charts of a workload, those without a point left out."""
-    charts = [_quality_vs_uplink(comparison, style_of)]
+    charts = [_quality_vs_bytes(comparison, style_of, both_ways) for both_ways in (False, True)]
     charts += [_quality_vs_time(comparison, style_of, link) for link in comparison.links]
     charts += [_bytes_per_round(comparison, style_of, direction) for direction in ("uplink", "downlink")]
     if comparison.targets:
-        title = f"uplink to a target: times fewer bytes than {comparison.reference}"
-        charts.append(_ratios(comparison, style_of, "uplink_ratio", title, lambda reached: reached.uplink_ratio))
+        less = f"to a target: times fewer bytes than {comparison.reference}"
+        charts += [
+            _ratios(comparison, style_of, "uplink_ratio", f"uplink {less}", lambda reached: reached.uplink_ratio),
+            _ratios(comparison, style_of, "total_ratio", f"both ways {less}", lambda reached: reached.total_ratio),
+        ]
         for link in comparison.links:
             title = f"time to a target on {link}: times sooner than {comparison.reference}"
             charts.append(_ratios(comparison, style_of, f"time_ratio_{file_name(link)}", title, _on_link(link)))
@@ -62,10 +65,15 @@ def _on_link(link: str) -> Callable[[Reached], Estimate]:
     return lambda reached: reached.times[link].ratio
 
 
-def _quality_vs_uplink(comparison: Comparison, style_of: Mapping[str, int]) -> Chart:
-    lines = _curves(comparison, style_of, lambda row: float(row["cumulative_uplink_bytes"]), metric_of)
-    x = Axis("cumulative uplink of all clients", log=True, text_of=tick_bytes)
-    return _quality(comparison, "quality_vs_uplink", "cumulative uplink", x, lines, format_bytes)
+def _quality_vs_bytes(comparison: Comparison, style_of: Mapping[str, int], both_ways: bool) -> Chart:
+    what, name = ("traffic both ways", "total") if both_ways else ("uplink", "uplink")
+
+    def sent(row: Row) -> float:
+        return float(total_bytes(row) if both_ways else row["cumulative_uplink_bytes"])
+
+    lines = _curves(comparison, style_of, sent, metric_of)
+    x = Axis(f"cumulative {what} of all clients", log=True, text_of=tick_bytes)
+    return _quality(comparison, f"quality_vs_{name}", f"cumulative {what}", x, lines, format_bytes)
 
 
 def _quality_vs_time(comparison: Comparison, style_of: Mapping[str, int], link: str) -> Chart:

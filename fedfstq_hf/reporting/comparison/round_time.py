@@ -1,11 +1,9 @@
-"""A run's clock without uplink, where a round's time goes, and its energy at other powers; computed from the rows."""
+"""A run's clock without traffic, where a round's time goes, and its energy at other powers; computed from the rows."""
 
-import math
 from collections.abc import Sequence
-from itertools import pairwise
 from statistics import fmean
 
-from fedfstq_hf.recipe.network import LinkProfile, draw_rates, round_cost
+from fedfstq_hf.recipe.network import LinkProfile, LinkRates, draw_rates
 from fedfstq_hf.reporting.comparison.summary import Row
 
 
@@ -16,28 +14,19 @@ def waited_for(row: Row) -> list[int]:
     return [client for client, sent in zip(row["clients"], row["client_air_bytes"], strict=True) if sent]
 
 
-def seconds_without_uplink(rows: Sequence[Row], link: LinkProfile, num_clients: int) -> float | None:
-    """Seconds on `link` from the first of `rows` (round 0) to the last, had every message weighed zero bytes.
+def seconds_without_traffic(rows: Sequence[Row], link: LinkProfile) -> float:
+    """Seconds on `link` from the first of `rows` (round 0) to the last, had nothing weighed a byte in either direction.
 
-    Each round is computed as the round itself was. None where it cannot be: rates that stand for a ratio depend on the
-    adapter's size, which rows do not hold; where downloads take no time, none is used.
+    What is left is the slowest local compute of each round, and the server.
     """
-    if _lacks_rates(link):
-        return None
-    return sum(
-        round_cost(
-            link,
-            draw_rates(link, num_clients, row["seed"]),
-            uplink_bytes=dict.fromkeys(waited_for(row), 0),
-            downlink_bytes=dict(zip(row["clients"], row["client_downlink_bytes"], strict=True)),
-            compute_seconds=dict(zip(row["clients"], row["client_compute_seconds"], strict=True)),
-        ).seconds
-        for row in rows[1:]
-    )
+    return sum(link.server_seconds + max(_compute(row, link, set(waited_for(row)))) for row in rows[1:])
 
 
-def _lacks_rates(link: LinkProfile) -> bool:
-    return link.upload_ratio is not None and not math.isinf(link.downlink_ratio)
+def _compute(row: Row, link: LinkProfile, clients: set[int]) -> list[float]:
+    if link.compute_seconds is not None:
+        return [link.compute_seconds]
+    pairs = zip(row["clients"], row["client_compute_seconds"], strict=True)
+    return [seconds for client, seconds in pairs if client in clients]
 
 
 TRANSMIT_WATTS = (0.1, 0.5, 1.0, 2.0, 5.0)
@@ -48,20 +37,20 @@ Parts = tuple[float, float, float, float]
 
 
 def mean_parts(series: Sequence[Sequence[Row]], link: LinkProfile, num_clients: int) -> Parts | None:
-    """The parts of a round as its slowest client has them, mean over rounds and seeds; None where rates are unknown."""
-    parts = [_parts(before, row, link, num_clients) for rows in series for before, row in pairwise(rows)]
-    if not parts or _lacks_rates(link):
+    """The parts of a round as its slowest client has them, mean over rounds and seeds; None without any round."""
+    parts = []
+    for rows in series:
+        profile = link.for_adapter(rows[0]["num_params"]) if link.upload_ratio is not None else link
+        rates = draw_rates(profile, num_clients, rows[0]["seed"])
+        parts += [_parts(row, profile, rates) for row in rows[1:]]
+    if not parts:
         return None
     compute, uplink, downlink, server = (fmean(column) for column in zip(*parts, strict=True))
     return compute, uplink, downlink, server
 
 
-def _parts(before: Row, row: Row, link: LinkProfile, num_clients: int) -> Parts:
-    if link.upload_ratio is not None and link.compute_seconds is not None:
-        # Who is slowest only its message and rate decide, and the rates are not known here: what is left is uplink.
-        rest = row["seconds"][link.name] - before["seconds"][link.name] - link.server_seconds - link.compute_seconds
-        return link.compute_seconds, rest, 0.0, link.server_seconds
-    rates, waited = draw_rates(link, num_clients, row["seed"]), waited_for(row)
+def _parts(row: Row, link: LinkProfile, rates: LinkRates) -> Parts:
+    waited = waited_for(row)
     names = ("clients", "client_compute_seconds", "client_air_bytes", "client_downlink_bytes")
     each = [
         (

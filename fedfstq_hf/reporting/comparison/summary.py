@@ -112,6 +112,11 @@ def totals(series: Sequence[Row]) -> dict[str, Any]:
     }
 
 
+def total_bytes(row: Row) -> int:
+    """Bytes of all clients in both directions up to a row."""
+    return int(row["cumulative_uplink_bytes"] + row["cumulative_downlink_bytes"])
+
+
 def to_target(
     series: Sequence[Row], target: float | None, rule: TargetRule, *, higher_is_better: bool
 ) -> dict[str, Any]:
@@ -119,6 +124,7 @@ def to_target(
     hit = reached_at(series, target, rule, higher_is_better=higher_is_better)
     return {
         "uplink_bytes_to_target": hit["cumulative_uplink_bytes"] if hit else None,
+        "total_bytes_to_target": total_bytes(hit) if hit else None,
         "seconds_to_target": {link: hit["seconds"][link] if hit else None for link in series[-1]["seconds"]},
     }
 
@@ -172,10 +178,11 @@ def _ratios(methods: Mapping[str, Any]) -> dict[str, Any]:
     """Reference over compared. Where one of the two was not run, every ratio is null."""
     links = next(iter(methods.values()))["seconds_to_target"]
     if REFERENCE not in methods or COMPARED not in methods:
-        return {"uplink_to_target": None, "time_to_target": dict.fromkeys(links)}
+        return {"uplink_to_target": None, "total_to_target": None, "time_to_target": dict.fromkeys(links)}
     above, below = methods[REFERENCE], methods[COMPARED]
     return {
         "uplink_to_target": quotient(above["uplink_bytes_to_target"], below["uplink_bytes_to_target"]),
+        "total_to_target": quotient(above["total_bytes_to_target"], below["total_bytes_to_target"]),
         "time_to_target": {
             link: quotient(above["seconds_to_target"][link], below["seconds_to_target"][link]) for link in links
         },
@@ -214,16 +221,20 @@ def render_summary(summary: Mapping[str, Any]) -> str:
     """The figures of `summary.json` that one looks at first."""
     metric, spread = summary["metric"], summary["spread"]
     width = max(len(name) for name in summary["methods"])
-    lines = [f"{'method':<{width}}  final {metric:<18} uplink to target   uplink in total"]
+    lines = [f"{'method':<{width}}  final {metric:<18} uplink to target   both ways to target"]
     for name, figures in summary["methods"].items():
         final = format_figure(figures["final_metric"], spread["methods"][name]["final_metric"])
-        to_target = figures["uplink_bytes_to_target"]
-        reached = "not reached" if to_target is None else format_bytes(to_target)
-        lines.append(f"{name:<{width}}  {final:<24} {reached:<18} {format_bytes(figures['uplink_bytes'])}")
+        uplink, both = (
+            "not reached" if figures[key] is None else format_bytes(figures[key])
+            for key in ("uplink_bytes_to_target", "total_bytes_to_target")
+        )
+        lines.append(f"{name:<{width}}  {final:<24} {uplink:<18} {both}")
     ratios = summary["ratios"]
     if ratios["uplink_to_target"] is not None:
         figure = format_ratio(ratios["uplink_to_target"], spread["ratios"]["uplink_to_target"])
-        lines.append(f"{COMPARED} reached the target with {figure} less uplink than {REFERENCE}")
+        total = format_ratio(ratios["total_to_target"], spread["ratios"]["total_to_target"])
+        lines.append(f"{COMPARED} reached the target with {figure} less uplink than {REFERENCE},")
+        lines.append(f"  with {total} less traffic in both directions together")
         for link, ratio in ratios["time_to_target"].items():
             if ratio is not None:
                 figure = format_ratio(ratio, spread["ratios"]["time_to_target"][link])

@@ -28,7 +28,7 @@ def figure_tables(comparison: Comparison) -> list[Table]:
     """Quality and traffic, bytes and time to the targets, energy; those without any figure are left out."""
     tables = [_traffic(comparison)]
     if comparison.targets:
-        tables.append(_to_targets(comparison))
+        tables += [_to_targets(comparison, both_ways=False), _to_targets(comparison, both_ways=True)]
     if TIGHT in comparison.targets:
         tables.append(_time(comparison))
     if (breakdown := _breakdown(comparison)).rows:
@@ -118,7 +118,7 @@ def _traffic(comparison: Comparison) -> Table:
     )
 
 
-def _to_targets(comparison: Comparison) -> Table:
+def _to_targets(comparison: Comparison, *, both_ways: bool) -> Table:
     head = ["method"]
     for fraction in comparison.targets:
         head += [f"to {target_name(comparison, fraction)}", f"fewer than {comparison.reference}"]
@@ -127,13 +127,15 @@ def _to_targets(comparison: Comparison) -> Table:
         row = [figures.label]
         for fraction in comparison.targets:
             reached = figures.reached[fraction]
-            row += [reached_text(reached.uplink, format_bytes, figures), ratio_text(reached.uplink_ratio)]
+            needed = (reached.total, reached.total_ratio) if both_ways else (reached.uplink, reached.uplink_ratio)
+            row += [reached_text(needed[0], format_bytes, figures), ratio_text(needed[1])]
         rows.append(row)
+    what = "Uplink and downlink" if both_ways else "Uplink"
     note = (
-        f"Cumulative uplink of all clients until a share of {comparison.reference}'s improvement is made and held in "
+        f"{what} of all clients until a share of {comparison.reference}'s improvement is made and held in "
         f"{comparison.rule.consecutive} consecutive evaluations; in brackets the metric."
     )
-    return Table("Uplink bytes to the targets", head, rows, note)
+    return Table(f"{'All' if both_ways else 'Uplink'} bytes to the targets", head, rows, note)
 
 
 def _time(comparison: Comparison) -> Table:
@@ -153,11 +155,11 @@ def _time(comparison: Comparison) -> Table:
                 ]
             )
     reference = comparison.reference
-    head = ["link, method", "time", "sooner", "time with zero uplink", "ceiling", "share of the ceiling"]
+    head = ["link, method", "time", "sooner", "time without traffic", "ceiling", "share of the ceiling"]
     note = (
-        f"Sooner: {reference}'s time over the method's. Ceiling: {reference}'s time over the method's with messages of "
-        f"zero bytes, which is as far as saving uplink can go in as many rounds. Share in {reference}'s rounds: "
-        f"{reference}'s time with zero uplink over the method's time."
+        f"Sooner: {reference}'s time over the method's. Ceiling: {reference}'s time over the method's had nothing "
+        f"weighed a byte in either direction, which is as far as compression can go in as many rounds. Share in "
+        f"{reference}'s rounds: {reference}'s time without traffic over the method's time."
     )
     title = f"Simulated time to {target_name(comparison, TIGHT)}"
     return Table(title, [*head, f"share in {reference}'s rounds"], rows, note)
@@ -234,12 +236,12 @@ def overview(comparisons: Sequence[Comparison], sweeps: Sequence[Sweep]) -> Tabl
     metrics = {one.workload.recipe.evaluation.metric for one in shown}
     references = {one.reference for one in shown}
     reference = references.pop() if len(references) == 1 else "the reference"
-    head = ["workload, method", "seeds", "uplink", f"fewer than {reference}"]
+    head = ["workload, method", "seeds", "uplink", f"fewer than {reference}", "both ways", f"fewer than {reference}"]
     head += [f"{name}, sooner" for name in names]
     head.append(f"final {metrics.pop() if len(metrics) == 1 else 'metric'}")
     rows = [_row(one, figures, names) for one in shown for figures in one.methods]
     note = (
-        f"Sooner: {reference}'s time over the method's; in brackets the share of what messages of zero bytes would "
+        f"Sooner: {reference}'s time over the method's; in brackets the share of what zero bytes both ways would "
         f"give in as many rounds as {reference} needs."
     )
     return Table(f"To {100 * TIGHT:g} % of {reference}'s improvement", head, rows, note)
@@ -249,6 +251,7 @@ def _row(comparison: Comparison, figures: MethodFigures, links: Sequence[str]) -
     reached = figures.reached[TIGHT]
     cells = [f"{comparison.workload.name}, {figures.label}", str(len(figures.series))]
     cells += [reached_text(reached.uplink, format_bytes, figures), ratio_text(reached.uplink_ratio)]
+    cells += [reached_text(reached.total, format_bytes, figures), ratio_text(reached.total_ratio)]
     for name in links:
         times = reached.times.get(name)
         if times is None or times.ratio.mean is None:
@@ -265,18 +268,20 @@ def sweep_tables(sweep: Sweep) -> list[Table]:
     note = f"{sweep.key} at the head of each column; {better} is better. "
     note += f"{_count(min(seeds))} each." if len(seeds) == 1 else f"{min(seeds)} to {_count(max(seeds))} each."
     head = ["method", *(f"{value:g}" for value in sweep.values)]
-    final, uplink, ratios = [], [], []
+    final, uplink, ratios, totals = [], [], [], []
     for label in sweep.methods:
         found = [member.find(label) for member in sweep.comparisons]
         final.append([label, *(NONE if f is None else format_figure(f.final.mean, f.final.spread) for f in found)])
         uplink.append([label, *(NONE if f is None else with_spread(f.uplink, format_bytes) for f in found)])
         reached = [None if f is None else f.reached.get(TIGHT) for f in found]
         ratios.append([label, *(NONE if r is None else ratio_text(r.uplink_ratio) for r in reached)])
+        totals.append([label, *(NONE if r is None else ratio_text(r.total_ratio) for r in reached)])
     tables = [Table(f"Final {sweep.metric}", head, final, note), Table("Uplink in total", head, uplink)]
     if any(cell != NONE for row in ratios for cell in row[1:]):
         reference = next(member.reference for member in sweep.comparisons if member.targets)
-        title = f"Uplink to {100 * TIGHT:g} % of {reference}'s improvement: times fewer bytes"
-        tables.append(Table(title, head, ratios, f"{NONE}: not reached in every seed."))
+        for what, table in (("Uplink", ratios), ("Traffic both ways", totals)):
+            title = f"{what} to {100 * TIGHT:g} % of {reference}'s improvement: times fewer bytes"
+            tables.append(Table(title, head, table, f"{NONE}: not reached in every seed."))
     return tables
 
 

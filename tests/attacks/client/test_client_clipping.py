@@ -9,11 +9,11 @@ from light_updates import SIZE, found_enrolled, make_message, ones, post
 
 from fedfstq_hf.codec import SparseUpdate
 from fedfstq_hf.federation import adapter_file, scaffold
+from fedfstq_hf.federation.aggregation import UsualNorm, clip_scale, longest_norm
 from fedfstq_hf.federation.client.participation import LocalResult
 from fedfstq_hf.federation.control import Control
 from fedfstq_hf.federation.founding import found_federation
 from fedfstq_hf.federation.scaffold import VariateChanges
-from fedfstq_hf.federation.server.aggregation import UsualNorm, clip_scale, longest_norm
 from fedfstq_hf.federation.server.coordinator import Coordinator
 
 ADAPTER = math.sqrt(sum(float(tensor.square().sum()) for tensor in initial_state().values()))  # about 13

@@ -6,7 +6,6 @@ from light import SCHEMA, LightClient, NothingToDo, fake_training, found, run_ro
 
 from fedfstq_hf.codec.budget import MessageBudget, open_budget
 from fedfstq_hf.errors import BudgetError, MailboxError, UpdateConflictError
-from fedfstq_hf.federation.client.downlink import cheapest_download
 from fedfstq_hf.federation.client.participation import MailboxParticipation, local_seed
 from fedfstq_hf.federation.mailbox.folder import FolderMailbox
 from fedfstq_hf.federation.record import RoundRecord
@@ -188,71 +187,7 @@ def test_polls_are_spread_and_grow_rarer_while_nothing_happens(tmp_path):
     assert len(set(slept)) > 10
 
 
-# What is downloaded
-
-
-def make_record(round, update_bytes):
-    return RoundRecord(
-        round=round,
-        adapter_sha256="",
-        adapter_digest="",
-        adapter_bytes=100,
-        schema="",
-        opened_at=0.0,
-        deadline=None,
-        finished=False,
-        update_bytes=update_bytes,
-    )
-
-
-@pytest.mark.parametrize(
-    ("held", "wanted", "sizes", "expected"),
-    [
-        (None, 2, [None, 1, 1], (None, 100)),
-        (0, 2, [None, 10, 20], ((1, 2), 30)),
-        (1, 2, [None, 10, 20], ((2,), 20)),
-        (2, 2, [None, 10, 20], ((), 0)),
-        (0, 2, [None, 60, 60], (None, 100)),
-        (0, 2, [None, 10, None], (None, 100)),
-        (0, 1, [None, 100], (None, 100)),
-    ],
-)
-def test_the_cheapest_way_to_an_adapter(held, wanted, sizes, expected):
-    download = cheapest_download(held, wanted, lambda round: make_record(round, sizes[round]))
-    assert (download.changes, download.num_bytes) == expected
-
-
-def test_changes_are_fetched_instead_of_adapters_and_give_the_same(tmp_path):
-    mailbox = found(tmp_path, rounds=4, codec="topk")
-    coordinator = Coordinator(mailbox)
-    clients = [LightClient(mailbox, name, tmp_path / name, max_bytes=300) for name in "ab"]
-    run_rounds(coordinator, clients)
-    records = [RoundRecord.from_json(mailbox.read(round, "round.json")) for round in range(5)]
-    assert all(record.update_bytes < record.adapter_bytes for record in records[1:])
-    for client in clients:
-        adapter = client.participation.final_adapter()
-        assert torch.equal(adapter, coordinator.adapter)
-        expected = records[0].adapter_bytes + sum(record.update_bytes for record in records[1:])
-        assert client.participation.downlink.num_bytes == expected
-
-
-@pytest.mark.parametrize("damage", ["flipped", "missing", "of another round"])
-def test_a_damaged_change_only_costs_the_whole_adapter(tmp_path, damage):
-    mailbox = found(tmp_path, rounds=4, codec="topk")
-    coordinator = Coordinator(mailbox)
-    clients = [LightClient(mailbox, name, tmp_path / name, max_bytes=300) for name in "ab"]
-    run_rounds(coordinator, clients, 1)
-    run_rounds(coordinator, [*clients[1:], LightClient(mailbox, "c", tmp_path / "c", max_bytes=300)], 1)
-    path = tmp_path / "rounds/000002/update.safetensors"
-    if damage == "missing":
-        path.unlink()
-    elif damage == "flipped":
-        path.write_bytes(path.read_bytes()[:-1] + b"\x55")
-    else:
-        path.write_bytes((tmp_path / "rounds/000001/update.safetensors").read_bytes())
-    assignment = clients[0].participation.next()
-    assert assignment.round == 2
-    assert torch.equal(assignment.adapter, coordinator.adapter)
+# What is downloaded: see also test_downlink.py
 
 
 def test_a_damaged_adapter_is_refused(tmp_path):

@@ -6,7 +6,7 @@ import torch
 
 from fedfstq_hf.codec import SparseUpdate
 from fedfstq_hf.errors import ConfigError, MailboxError
-from fedfstq_hf.federation.server.aggregation import WeightedMean, check_server, server_step
+from fedfstq_hf.federation.aggregation import WeightedMean, check_server, server_step
 
 
 def sparse(size, entries):

@@ -187,11 +187,11 @@ def test_each_message_is_read_twice_and_one_update_is_in_memory(tmp_path, monkey
 
 def test_work_is_proportional_to_what_was_sent(tmp_path, monkeypatch):
     """A sparse update is added at its coordinates; nothing of it is made dense."""
-    mailbox = found(tmp_path, codec="sparse32", min_clients=2)
+    mailbox = found(tmp_path, codec="topk", min_clients=2)
     sparse = torch.zeros(SIZE)
     sparse[5] = 1.0
     for name in "ab":
-        post(mailbox, name, sparse, encoded_by="sparse32")
+        post(mailbox, name, sparse, encoded_by="topk")
     monkeypatch.setattr(SparseUpdate, "to_dense", lambda self: pytest.fail("a client's update was made dense"))
     record, change = close(mailbox)
     assert change[5] == 1.0

@@ -49,20 +49,6 @@ def test_the_order_of_arrival_does_not_matter(tmp_path):
     assert len(digests) == 1
 
 
-def test_the_packed_change_leads_from_round_to_round(tmp_path):
-    mailbox = found(tmp_path)
-    post(mailbox, "a", delta(1))
-    post(mailbox, "b", delta(2))
-    coordinator = Coordinator(mailbox)
-    start = coordinator.adapter.clone()
-    record = coordinator.close_round()
-    data = mailbox.read(1, "update.safetensors")
-    assert record.update_bytes == len(data) < record.adapter_bytes
-    header, payload = message.unpack(data)
-    assert header.codec == "sparse32"
-    assert torch.equal(start + get_codec("sparse32").decode(payload, SCHEMA).to_dense(), coordinator.adapter)
-
-
 WRONG = {
     "base": ({"base": "0" * 64}, "It names base adapter 0{64}; expected [0-9a-f]{64}"),
     "schema": ({"schema": "0" * 64}, "It names schema 0{64}; expected"),

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from fedfstq_hf.errors import ConfigError
-from fedfstq_hf.federation.server.aggregation import check_server, server_step
+from fedfstq_hf.federation.aggregation import check_server, server_step
 
 MEANS = [torch.tensor([0.3, -0.4, 0.0]), torch.tensor([-0.1, -0.4, 0.2])]
 

@@ -14,6 +14,7 @@ from fedfstq_hf.federation import control, record
 from fedfstq_hf.federation.mailbox.protocol import (
     ADAPTER_CONFIG_FILE,
     ADAPTER_FILE,
+    FRAME_FILE,
     RECORD_FILE,
     SPEC_FILE,
     checked_repo,
@@ -33,7 +34,7 @@ METRICS_PATH = f"{FOLDER}/metrics.json"
 HEAD_PATH = f"{FOLDER}/round.json"
 
 _AT_ROOT = (ADAPTER_FILE, ADAPTER_CONFIG_FILE)
-_PER_ROUND = ("round.json", "update.safetensors")
+_PER_ROUND = ("round.json", FRAME_FILE)
 _OURS_AT_ROOT = ("history.jsonl",)
 
 _LAYOUT_FORMAT = 1
@@ -101,8 +102,8 @@ def publication(round: int, files: dict[str, bytes]) -> dict[str, bytes]:
         path = round_path(round, name)
         if path is not None:
             written[path] = data
-    # the change of one round must not be taken for that of a later one that has none
-    written.pop(head_path("update.safetensors"), None)
+    # the frame of one round must not be taken for that of a later one that has none
+    written.pop(head_path(FRAME_FILE), None)
     return written
 
 

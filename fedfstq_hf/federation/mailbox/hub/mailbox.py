@@ -3,7 +3,7 @@
 ```
 ORG/RUN               adapter_model.safetensors adapter_config.json README.md        what plain PEFT and people read
                       fedfstq/  mailbox.json spec.json control.json round.json history.jsonl metrics.json
-                                server_optimizer.safetensors rounds/000012/{round.json,update.safetensors}
+                                server_optimizer.safetensors rounds/000012/{round.json,frame.safetensors}
 ORG/RUN-CLIENT        rounds/000012.safetensors metrics.json                         layout own: one repo per client,
                       refinements/000012.safetensors                                 always private
 ORG/RUN-mailbox       rounds/000012/deltas/CLIENT.safetensors metrics/CLIENT.json    layout shared; and the repo that

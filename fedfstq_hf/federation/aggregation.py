@@ -106,6 +106,11 @@ def server_step(
     return parameter.detach() - adapter, save(tensors)
 
 
+def keeps_state(state: bytes | None) -> bool:
+    """Whether a server optimizer's next step depends on earlier ones, as its state after a step shows."""
+    return state is not None and bool(load(state))
+
+
 def _build(server: Mapping[str, Any], parameter: Tensor, progress: float) -> torch.optim.Optimizer:
     options = dict(server)
     name = options.pop("optimizer", "SGD")
