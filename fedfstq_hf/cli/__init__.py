@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from fedfstq_hf import __version__
-from fedfstq_hf.cli import coordinate, experiment, participate, report, sharing
+from fedfstq_hf.cli import coordinate, experiment, participate, sharing
 from fedfstq_hf.errors import FedFSTQError
 from fedfstq_hf.text import printable
 
@@ -21,7 +21,7 @@ app = typer.Typer(
     add_completion=False,
     help="Federated LoRA fine-tuning in Fisher-guided messages. Start with: fedfstq simulate quickstart",
 )
-for group in (experiment, report, coordinate, participate, sharing):
+for group in (experiment, coordinate, participate, sharing):
     app.add_typer(group.app)
 app.add_typer(experiment.recipes_app, name="recipes")
 app.add_typer(participate.keys_app, name="keys")

@@ -21,10 +21,11 @@ from fedfstq_hf import __version__
 from fedfstq_hf.codec import Schema, get_codec
 from fedfstq_hf.codec.budget import parse_budget
 from fedfstq_hf.codec.schema import TrainedPart
+from fedfstq_hf.downlink_settings import DownlinkSettings, default_downlink
 from fedfstq_hf.errors import BudgetError, ConfigError, MailboxError
 from fedfstq_hf.federation.keys import parse_public_key
 from fedfstq_hf.federation.record import other_version
-from fedfstq_hf.methods import OPTIMIZER_STATES, DownlinkSettings, MethodSettings, default_downlink, feedback_decay
+from fedfstq_hf.methods import OPTIMIZER_STATES, MethodSettings, feedback_decay
 from fedfstq_hf.ranges import LARGEST, Flag, Number, OneOf, Options, OrNone, Range, Text, Whole, is_number, shown
 from fedfstq_hf.text import parse_object, printable
 

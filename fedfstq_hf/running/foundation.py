@@ -18,13 +18,13 @@ from transformers.utils import find_adapter_config_file
 from fedfstq_hf.adapter import AdapterView, base_fingerprint, config_json
 from fedfstq_hf.adapters.allow_list import parse as parse_adapter_config
 from fedfstq_hf.adapters.size import make_config
+from fedfstq_hf.downlink_settings import default_downlink
 from fedfstq_hf.errors import ConfigError, MailboxError
 from fedfstq_hf.federation import adapter_file
 from fedfstq_hf.federation.frames import drawn
 from fedfstq_hf.federation.mailbox.protocol import ADAPTER_CONFIG_FILE
 from fedfstq_hf.federation.spec import CLIENT_DEFAULTS, SHARED_DATA, SHARED_TRAINING, FederationSpec
 from fedfstq_hf.generation.saliency import tokenizer_fingerprint
-from fedfstq_hf.methods import default_downlink
 from fedfstq_hf.recipe import Recipe
 from fedfstq_hf.text import printable
 

@@ -37,7 +37,7 @@ from fedfstq_hf.reporting.run_report import write_run_report
 from fedfstq_hf.running.evaluate import Evaluator
 from fedfstq_hf.running.foundation import Founding, found, make_spec, training_arguments
 from fedfstq_hf.simulation.population import make_plan, make_shards
-from fedfstq_hf.simulation.simulated_participation import Row, SimulatedParticipation, TrainElsewhere
+from fedfstq_hf.simulation.simulated_participation import FOUNDED, Row, SimulatedParticipation, TrainElsewhere
 from fedfstq_hf.simulation.workers import Job, WorkerPool
 from fedfstq_hf.trainer.trainer import FedFSTQTrainer
 from fedfstq_hf.workloads import Collator, load_workload
@@ -58,6 +58,7 @@ class _Shared:
     evaluator: Evaluator
     plan: Any
     links: list[tuple[LinkProfile, LinkRates]]
+    link_params: int
 
 
 class Simulation:
@@ -126,7 +127,7 @@ class Simulation:
         plan = make_plan(federation.clients, federation.clients_per_round, federation.rounds, federation.dropout, seed)
         profiles = [profile.for_adapter(founding.view.schema.num_params) for profile in recipe.links]
         links = [(profile, draw_rates(profile, federation.clients, seed)) for profile in profiles]
-        shared = _Shared(seed, datasets, collator, evaluator, plan, links)
+        shared = _Shared(seed, datasets, collator, evaluator, plan, links, founding.view.schema.num_params)
         own = {method: recipe.for_method(method) for method in methods}
         while methods:
             # one model and one pool of workers for all methods with the same adapter
@@ -159,7 +160,7 @@ class Simulation:
                 )
                 mailbox = FolderMailbox(folder / "mailbox", durable=False)
                 if not (mailbox.path / "rounds" / "000000").exists():
-                    found_federation(mailbox, spec, founding.adapter, founding.adapter_config)
+                    found_federation(mailbox, spec, founding.adapter, founding.adapter_config, now=FOUNDED)
                 participation = SimulatedParticipation(
                     folder,
                     label={"method": method, "seed": seed},
@@ -173,6 +174,7 @@ class Simulation:
                     # an operator knows about how many of those who are asked answer, and says it as min_clients
                     expected=max(1, round(federation.clients_per_round * (1 - federation.dropout))),
                     caps=caps,
+                    link_params=shared.link_params,
                     train=None if self._workers == 1 else self._train_with(recipe, pool, mailbox, folder, seed, caps),
                 )
                 try:

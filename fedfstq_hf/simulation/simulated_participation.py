@@ -28,6 +28,9 @@ from fedfstq_hf.recipe.network import Delivery, LinkProfile, LinkRates, deliver,
 from fedfstq_hf.simulation.population import RoundPlan
 from fedfstq_hf.simulation.workers import client_name, open_budgets, open_session
 
+FOUNDED = 1_700_000_000.125
+"""The hour of all that a simulation publishes, so that the same runs have the same bytes; as long as a real one."""
+
 Row = dict[str, Any]
 TrainElsewhere = Callable[[int, Sequence[int], Tensor, str, int], Mapping[int, float]]
 
@@ -49,6 +52,7 @@ class SimulatedParticipation:
         caps: of each client's messages.
         loss: of a packet, `retransmissions` and seed of the uplink, as `packets.deliver` takes them.
         expected: messages of the first round, for budgets that are a round's.
+        link_params: numbers of the adapter that the links' rates were set by.
     """
 
     def __init__(
@@ -66,6 +70,7 @@ class SimulatedParticipation:
         caps: Sequence[Caps] | None = None,
         loss: tuple[float, int, int] = (0.0, 0, 0),
         expected: int = 1,
+        link_params: int | None = None,
     ) -> None:
         self._folder = folder
         self._label = dict(label)
@@ -76,11 +81,11 @@ class SimulatedParticipation:
         self._emit = emit
         self._train = train
         self._caps = caps if caps is not None else [Caps()] * len(datasets)
-        self._loss, self._expected = loss, expected
+        self._loss, self._expected, self._link_params = loss, expected, link_params
         self._last_row: Row | None = rows[-1] if rows else None
         storage.make_folder(folder / "sent", durable=False)
         self.mailbox = FolderMailbox(folder / "mailbox", durable=False)
-        self.coordinator = Coordinator(self.mailbox)
+        self.coordinator = Coordinator(self.mailbox, clock=lambda: FOUNDED)
         self.spec = self.coordinator.spec
         self._budgets = open_budgets(self.spec, self.coordinator.schema)
         self._sessions: dict[int, ClientSession] = {}
@@ -216,7 +221,7 @@ class SimulatedParticipation:
                 "cumulative_uplink_bytes": 0,
                 "cumulative_downlink_bytes": 0,
             }
-            row["num_params"] = self.coordinator.schema.num_params
+            row["num_params"] = self._link_params
             row |= {"seconds": {profile.name: 0.0 for profile, _ in self._links}, "num_updates": 0, "num_dropped": 0}
         else:
             plan = self._plan[round - 1]

@@ -49,9 +49,9 @@ def test_a_spec_of_another_format_says_which_version_to_install():
         (None, "Install the fedfstq_hf version that the federation's coordinator runs"),
     ):
         data = json.dumps(fields | {"package_version": version}).encode()
-        with pytest.raises(MailboxError, match=rf"spec has format 99; fedfstq_hf .* reads format 4\. {remedy}"):
+        with pytest.raises(MailboxError, match=rf"spec has format 99; fedfstq_hf .* reads format 5\. {remedy}"):
             FederationSpec.from_json(data)
-        with pytest.raises(MailboxError, match=rf"round record has format 99; .* reads format 3\. {remedy}"):
+        with pytest.raises(MailboxError, match=rf"round record has format 99; .* reads format 4\. {remedy}"):
             RoundRecord.from_json(data)
 
 

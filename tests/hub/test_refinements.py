@@ -99,7 +99,9 @@ def test_a_federation_gives_the_adapter_of_the_folder_mailbox(
     run_rounds(Coordinator(folder, clock=lambda: 0.0), [refining(LightClient(folder, name, None)) for name in CLIENTS])
     assert hub_here.read("org/run", ADAPTER) == folder.read_root(ADAPTER)
     records = federation.records()
-    assert [[len(record[key]) for key in ("accepted", "refinements", "refused", "late")] for record in records] == [
+    assert [
+        [len(record.get(key, ())) for key in ("accepted", "refinements", "refused", "late")] for record in records
+    ] == [
         [3, 0, 0, 0],
         [3, 3, 0, 0],
         [3, 3, 0, 0],
@@ -113,7 +115,7 @@ def test_a_coordinator_that_is_started_anew_finds_both_messages_of_the_last_roun
         for member in members:
             member.step()
         assert federation.coordinator().close_round() is not None
-    assert [len(record["refinements"]) for record in federation.records()] == [0, 3, 3]
+    assert [len(record.get("refinements", ())) for record in federation.records()] == [0, 3, 3]
 
 
 def test_old_refinements_of_a_shared_repo_are_removed_with_their_messages(hub_here: LoopbackHub) -> None:
@@ -121,7 +123,7 @@ def test_old_refinements_of_a_shared_repo_are_removed_with_their_messages(hub_he
     run_rounds(federation.coordinator(), [refining(federation.client("a"))])
     kept = {path.split("/")[1] for path in hub_here.files("org/run-mailbox") if path.startswith("rounds/")}
     assert kept == {f"{round:06d}" for round in range(7, 12)}  # what was still wanted in round 10
-    assert [len(record["refinements"]) for record in federation.records()] == [0, *[1] * 11]
+    assert [len(record.get("refinements", ())) for record in federation.records()] == [0, *[1] * 11]
 
 
 def test_a_refinement_that_opens_the_pull_request_is_no_preview(hub_here: LoopbackHub) -> None:

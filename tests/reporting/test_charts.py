@@ -22,8 +22,9 @@ def test_lines_are_the_rows_and_bands_the_spread_over_seeds(tmp_path):
     rows += make_rows("fedavg", [value + 0.02 for value in FEDAVG], seed=1, bytes_per_round=10_000)
     drawn = charts(tmp_path, rows)
     assert list(drawn) == [
-        "quality_vs_uplink", "quality_vs_time_lte-20mbps", "quality_vs_time_straggler-tail", "uplink_per_round",
-        "downlink_per_round", "uplink_ratio", "time_ratio_lte-20mbps", "time_ratio_straggler-tail",
+        "quality_vs_uplink", "quality_vs_total", "quality_vs_time_lte-20mbps", "quality_vs_time_straggler-tail",
+        "uplink_per_round", "downlink_per_round", "uplink_ratio", "total_ratio", "time_ratio_lte-20mbps",
+        "time_ratio_straggler-tail",
     ]  # fmt: skip
     fedavg, fstq = drawn["quality_vs_uplink"].lines
     assert [x for x, _, _ in fedavg.points] == [10_000, 20_000, 30_000, 40_000]

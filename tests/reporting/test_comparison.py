@@ -13,7 +13,7 @@ from fedfstq_hf.errors import ConfigError, DataError
 from fedfstq_hf.recipe.network import LinkProfile, draw_rates, round_cost
 from fedfstq_hf.reporting.comparison.figures import compare
 from fedfstq_hf.reporting.comparison.findings import notes
-from fedfstq_hf.reporting.comparison.round_time import mean_energy, mean_parts, seconds_without_uplink
+from fedfstq_hf.reporting.comparison.round_time import mean_energy, mean_parts, seconds_without_traffic
 from fedfstq_hf.reporting.comparison.runs import read_runs
 from fedfstq_hf.reporting.comparison.summary import summarize
 from fedfstq_hf.reporting.comparison.tables import figure_tables
@@ -171,23 +171,16 @@ def test_without_fedavg_and_with_an_unfinished_one(tmp_path):
     assert "fstq has rounds whose metric is not a finite number, in seeds 0." in notes(still)
 
 
-def test_seconds_without_uplink_are_those_of_the_link_model_run_with_messages_of_zero_bytes():
+def test_seconds_without_traffic_are_those_of_the_link_model_run_with_zero_bytes():
     link = LinkProfile("link", uplink_mbps=4.0, spread=0.6, tail_fraction=0.2, server_seconds=0.5)
-    rates = draw_rates(link, 10, seed=1)
     compute = {1: 2.0, 4: 5.0, 7: 3.0}
-    down = {1: 800_000, 4: 10_000, 7: 400_000}
-    zero = round_cost(
-        link, rates, uplink_bytes=dict.fromkeys(compute, 0), downlink_bytes=down, compute_seconds=compute
-    ).seconds
-    row = {
-        "seed": 1,
-        "clients": list(compute),
-        "client_compute_seconds": list(compute.values()),
-        "client_downlink_bytes": list(down.values()),
-    }
-    assert seconds_without_uplink([{}, row, row], link, num_clients=10) == pytest.approx(2 * zero)
-    unknown = LinkProfile("link", compute_seconds=1.0, upload_ratio=10.0)  # rates that depend on the adapter's size
-    assert seconds_without_uplink([{}, row, row], unknown, num_clients=10) is None
+    nothing = dict.fromkeys(compute, 0)
+    rates = draw_rates(link, 10, seed=1)
+    zero = round_cost(link, rates, uplink_bytes=nothing, downlink_bytes=nothing, compute_seconds=compute).seconds
+    row = {"seed": 1, "clients": list(compute), "client_compute_seconds": list(compute.values())}
+    assert seconds_without_traffic([{}, row, row], link) == pytest.approx(2 * zero) == 11.0
+    ratio = LinkProfile("link", compute_seconds=1.0, upload_ratio=10.0)
+    assert seconds_without_traffic([{}, row, row], ratio) == 2.0
 
 
 def test_who_could_send_no_preview_is_waited_for_neither_in_the_ceiling_nor_in_the_breakdown():
@@ -196,8 +189,8 @@ def test_who_could_send_no_preview_is_waited_for_neither_in_the_ceiling_nor_in_t
     row = breakdown_row(1, seconds=2.5) | {"client_air_bytes": [1_000_000, 0]}
     start = {"seconds": {"link": 0.0}, "seed": 0, "round": 0}
     refined = row | {"client_refinement_bytes": [2_000_000, 2_000_000]}
-    assert seconds_without_uplink([start, row], link, 2) == pytest.approx(3 + 1)
-    assert seconds_without_uplink([start, refined], link, 2) == pytest.approx(1 + 0.5)
+    assert seconds_without_traffic([start, row], link) == 3
+    assert seconds_without_traffic([start, refined], link) == 1
     assert mean_parts([[start, row]], link, 2) == pytest.approx((3.0, 0.0, 1.0, 0.0))
     assert mean_parts([[start, refined]], link, 2) == pytest.approx((1.0, 1.0, 0.5, 0.0))
 
@@ -221,10 +214,11 @@ def test_where_a_round_goes_by_hand():
     link = LinkProfile("link", uplink_mbps=8.0, downlink_ratio=2.0, server_seconds=0.25)
     rows = [breakdown_row(0, 0.0), breakdown_row(1, 4.25)]
     assert mean_parts([rows], link, 2) == pytest.approx((3.0, 0.5, 0.5, 0.25))
-    assert mean_parts([[]], link, 2) is None
-    # With rates that stand for a ratio, what compute and server leave of the round is the uplink.
-    ratio = LinkProfile("link", downlink_ratio=math.inf, compute_seconds=1.5, upload_ratio=10.0, server_seconds=0.25)
-    assert mean_parts([rows], ratio, 2) == pytest.approx((1.5, 2.5, 0.0, 0.25))
+    assert mean_parts([rows[:1]], link, 2) is None
+    # Rates that stand for a ratio: an upload of 4 MB takes ten times 0.4 s, so there are 8 Mbit/s again.
+    ratio = LinkProfile("link", downlink_ratio=2.0, compute_seconds=0.4, upload_ratio=10.0, server_seconds=0.25)
+    rows[0]["num_params"] = 1_000_000
+    assert mean_parts([rows], ratio, 2) == pytest.approx((0.4, 1.0, 0.25, 0.25))
 
 
 def test_energy_at_another_transmit_power_by_hand():
@@ -235,7 +229,7 @@ def test_energy_at_another_transmit_power_by_hand():
 
 
 def test_ceiling_in_the_table_by_hand(tmp_path):
-    # Target in round 3 of 2 s each. Without uplink a round is 1 s of compute (the downlink of 250 B takes none to see).
+    # Target in round 3 of 2 s each. Without traffic a round is 1 s of compute.
     rows = make_rows("fedavg", FEDAVG, bytes_per_round=2_000_000)
     (comparison,) = comparisons(write_run(tmp_path / "a", rows))
     cells = line(comparison, "Simulated time", "lte-20mbps, fedavg")

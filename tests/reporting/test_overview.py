@@ -32,12 +32,23 @@ def test_a_line_for_each_workload_and_method(tmp_path):
     table = made(*two_workloads(tmp_path))
     links = ("lte-20mbps, sooner", "straggler-tail, sooner")
     assert table.title == "To 90 % of fedavg's improvement"
-    assert table.head == ["workload, method", "seeds", "uplink", "fewer than fedavg", *links, "final eval_loss"]
+    assert table.head == [
+        "workload, method",
+        "seeds",
+        "uplink",
+        "fewer than fedavg",
+        "both ways",
+        "fewer than fedavg",
+        *links,
+        "final eval_loss",
+    ]
     lines = {row[0]: list(row[1:]) for row in table.rows}
-    # Without uplink a round of fedavg, which takes 2 s on one link and 6 s on the other, is 1 s of compute.
-    assert lines["one, fedavg"][:5] == ["1", "6.00 MB", "1.00×", "1.00× (50 %)", "1.00× (17 %)"]
-    assert lines["one, fstq"][:5] == ["1", "300 B", "20000×", "1.05× (53 %)", "1.05× (18 %)"]
-    assert lines["two, fstq"] == ["1", "not reached", "–", "–", "–", "3.6000"]
+    # Without traffic a round of fedavg, which takes 2 s on one link and 6 s on the other, is 1 s of compute.
+    assert lines["one, fedavg"][:5] == ["1", "6.00 MB", "1.00×", "6.00 MB", "1.00×"]
+    assert lines["one, fedavg"][5:7] == ["1.00× (50 %)", "1.00× (17 %)"]
+    assert lines["one, fstq"][:5] == ["1", "300 B", "20000×", "3.30 kB", "1819×"]
+    assert lines["one, fstq"][5:7] == ["1.05× (53 %)", "1.05× (18 %)"]
+    assert lines["two, fstq"] == ["1", "not reached", "–", "not reached", "–", "–", "–", "3.6000"]
 
 
 def test_links_whose_compute_was_measured_are_left_out_beside_those_where_it_is_set(tmp_path):

@@ -102,7 +102,7 @@ def test_the_page_can_be_navigated(page):
             assert attributes["href"][1:] in ids
         assert attributes.get("clip-path", "")[5:-1] in [*ids, ""]
     charts = [attributes for attributes in reader.find("svg") if attributes.get("class") == "chart"]
-    assert len(charts) == 8 + 5  # without a target there are no ratios
+    assert len(charts) == 10 + 6  # without a target there are no ratios
     assert all(attributes["role"] == "img" for attributes in charts)
 
 

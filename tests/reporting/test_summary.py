@@ -87,11 +87,13 @@ def test_summary_of_two_seeds_by_hand():
         "uplink_bytes": 80,
         "downlink_bytes": 4000,
         "uplink_bytes_to_target": 50,
+        "total_bytes_to_target": 2550,
         "seconds_to_target": {"lte-20mbps": 5.0, "straggler-tail": 15.0},
     }
     assert summary["per_seed"]["1"]["methods"]["fstq"]["uplink_bytes_to_target"] == 60
     assert summary["per_seed"]["0"]["ratios"] == {
         "uplink_to_target": 75.0,
+        "total_to_target": 6000 / 2040,
         "time_to_target": {"lte-20mbps": 1.5, "straggler-tail": 1.5},
     }
     # Mean of the seeds' ratios 75 and 50; sample standard deviation of (75, 50) and of (40, 60).
@@ -114,6 +116,7 @@ def test_a_seed_that_misses_makes_the_mean_null():
     assert summary["methods"]["fstq"]["seconds_to_target"] == {"lte-20mbps": None, "straggler-tail": None}
     assert summary["ratios"] == {
         "uplink_to_target": None,
+        "total_to_target": None,
         "time_to_target": {"lte-20mbps": None, "straggler-tail": None},
     }
     assert summary["per_seed"]["0"]["ratios"]["uplink_to_target"] == 1.0

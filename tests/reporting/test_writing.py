@@ -70,7 +70,7 @@ def test_a_run_s_own_report_says_what_was_found(tmp_path):
     command = "fedfstq simulate fed_med --seeds 2"
     text = write_run_report(run, command=command).read_text()
     assert f"```\n{command}\n```" in text
-    assert "fstq reaches 90 % of fedavg's improvement with 100× ± 0 fewer uplink bytes than fedavg." in text
+    assert "fstq reaches 90 % of fedavg's improvement with 100× ± 0 fewer uplink bytes than fedavg, and " in text
     assert "a factor of 2.00× ± 0.00 on lte-20mbps, 2.00× ± 0.00 on straggler-tail (simulated time)" in text
     assert "After the last round fstq is no worse than fedavg (eval_loss 3.0050 against 3.0050)." in text
     assert "| fedavg | codec fp32 | 0, 1 | 4 | 3.0050 ± 0.0071 | 40.0 kB | 4.00 kB |" in text

@@ -14,7 +14,7 @@ from fedfstq_hf.errors import FedFSTQError
 from fedfstq_hf.federation.server.coordinator import Coordinator
 from fedfstq_hf.recipe.network import draw_rates, get_link
 from fedfstq_hf.simulation.population import RoundPlan, make_plan
-from fedfstq_hf.simulation.simulated_participation import SimulatedParticipation
+from fedfstq_hf.simulation.simulated_participation import FOUNDED, SimulatedParticipation
 from fedfstq_hf.simulation.workers import client_name
 
 CLIENTS = 4
@@ -36,7 +36,7 @@ class Run:
         self.folder, self.plan, self.rows, self.evaluated, self.trained = folder, plan, [], [], []
         if not (folder / "mailbox").exists():
             settings = {"rounds": len(plan), "min_clients": 1, "codec": "topk", "uplink_budget": 400}
-            found(folder / "mailbox", **(settings | spec))
+            found(folder / "mailbox", now=FOUNDED, **(settings | spec))
         self.restart()
 
     def restart(self):
@@ -100,18 +100,37 @@ def test_it_knows_how_many_steps_are_left(tmp_path):
     assert run.participation.total_steps == 5
 
 
+def files_beside(mailbox, plan, round):
+    """Bytes of records, and at a client's first contact of the rest of round 0, that a round's clients download."""
+
+    def size(round, name):
+        return len(mailbox.read(round, name))
+
+    total = 0
+    for index in plan[round].sampled:
+        before = [earlier for earlier in range(round) if index in plan[earlier].sampled]
+        if not before:
+            total += sum(size(0, name) for name in ("spec.json", "adapter_config.json", "round.json"))
+        elif before[-1] + 1 < round:
+            total += size(before[-1] + 1, "round.json")
+        total += size(round, "round.json") if round else 0
+    return total
+
+
 def test_it_is_the_federation_of_real_clients(tmp_path):
     """The same adapter and residuals as MailboxParticipation and Coordinator give, and the bytes that they count."""
     plan = make_plan(CLIENTS, 3, 4, 0.0, 0)
     run = Run(tmp_path / "simulated", plan, server={"optimizer": "SGD", "lr": 0.9, "momentum": 0.5}).finish()
     mailbox = found(
         tmp_path / "real",
+        now=FOUNDED,
+        uplink_budget=400,
         rounds=4,
         min_clients=3,
         codec="topk",
         server={"optimizer": "SGD", "lr": 0.9, "momentum": 0.5},
     )
-    coordinator = Coordinator(mailbox)
+    coordinator = Coordinator(mailbox, clock=lambda: FOUNDED)
     clients = [LightClient(mailbox, client_name(i), tmp_path / str(i), max_bytes=400) for i in range(CLIENTS)]
     downloaded = []
     for entry in plan:
@@ -119,6 +138,7 @@ def test_it_is_the_federation_of_real_clients(tmp_path):
         for index in entry.sampled:
             assert clients[index].step()
         downloaded.append(sum(client.participation.downlink.num_bytes for client in clients) - before)
+        downloaded[-1] += files_beside(mailbox, plan, len(downloaded) - 1)
         assert coordinator.close_round() is not None
     assert torch.equal(coordinator.adapter, run.participation.final_adapter())
     assert [row["downlink_bytes"] for row in run.rows[1:]] == downloaded

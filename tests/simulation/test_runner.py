@@ -80,15 +80,21 @@ def test_rows_count_the_bytes_that_lie_in_the_mailbox(finished):
     assert summary["methods"]["fedavg"]["uplink_bytes"] > 5 * summary["methods"]["fstq"]["uplink_bytes"]
 
 
-def test_the_downlink_is_the_adapter_at_first_and_then_the_change(finished):
+def test_the_downlink_is_what_the_federation_was_founded_with_and_then_the_messages(finished):
+    """Θ_0 is drawn from the seed; all three clients are asked in every round."""
     folder, _ = finished
-    mailbox = folder / "runs/fstq/seed-3/mailbox"
+    rounds = folder / "runs/fstq/seed-3/mailbox/rounds"
+
+    def size(round, name):
+        return (rounds / f"{round:06d}" / name).stat().st_size
+
     first, *later = [row for row in rows(folder) if row["method"] == "fstq" and row["round"] > 0]
-    assert first["downlink_bytes"] == 3 * (mailbox / "rounds/000000/adapter_model.safetensors").stat().st_size
+    assert first["downlink_bytes"] == 3 * sum(
+        size(0, name) for name in ("spec.json", "adapter_config.json", "round.json")
+    )
     for row in later:
-        assert (
-            row["downlink_bytes"] == 3 * (mailbox / f"rounds/{row['round'] - 1:06d}/update.safetensors").stat().st_size
-        )
+        begun = row["round"] - 1
+        assert row["downlink_bytes"] == 3 * (size(begun, "frame.safetensors") + size(begun, "round.json"))
 
 
 def test_a_second_run_gives_the_same_rows_and_adapters(finished, tiny_recipe, tmp_path):
@@ -314,7 +320,7 @@ def test_links_do_not_depend_on_a_methods_own_adapter(tiny_recipe, tmp_path):
     small, whole = first_round("small"), first_round("whole")
     # one unit of compute, and an upload that is as much shorter as it has fewer bytes
     seconds = [row["seconds"]["link-10x"] - 1.0 for row in (small, whole)]
-    sizes = [row["uplink_bytes"] for row in (small, whole)]
+    sizes = [row["uplink_bytes"] + row["downlink_bytes"] / 5 for row in (small, whole)]
     assert seconds[0] / seconds[1] == pytest.approx(sizes[0] / sizes[1], rel=0.01)
 
 

@@ -74,7 +74,7 @@ def test_no_file_tells_examples_weights_norms_or_scales(tmp_path):
     assert [len(record.refinements) for record in records] == [0, 0, 3, 3]
     for record in records[1:]:
         entries = json.loads(record.to_json())
-        for entry in (*entries["accepted"], *entries["refinements"]):
+        for entry in (*entries["accepted"], *entries.get("refinements", ())):
             assert set(entry) == {"client_id", "sha256", "num_bytes"}
         opened = open_figures(record, partial(keys.unseal, BOSS))
         assert {entry.client_id: entry.num_examples for entry in opened.accepted} == EXAMPLES

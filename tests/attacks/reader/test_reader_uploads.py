@@ -14,6 +14,7 @@ from transformers import AutoTokenizer
 from fedfstq_hf import FedFSTQConfig, FedFSTQTrainer
 from fedfstq_hf.demo import model_path
 from fedfstq_hf.errors import ConfigError
+from fedfstq_hf.federation.client.downlink import HELD_FILE
 from tests.loopback_hub.fixtures import hub, hub_here  # noqa: F401
 from tests.loopback_hub.loopback import LoopbackHub
 from tests.trainer.tiny_federation import found, serve
@@ -74,7 +75,8 @@ def arrived(hub: LoopbackHub) -> dict[str, list[bytes]]:  # noqa: F811
 
 def secrets(tmp_path: Path, token: str) -> list[bytes]:
     """The token, and each tensor of the private state that says something."""
-    states = [load_file(path) for path in (tmp_path / "out.fedfstq").rglob("*.safetensors")]
+    files = [path for path in (tmp_path / "out.fedfstq").rglob("*.safetensors") if path.name != HELD_FILE]
+    states = [load_file(path) for path in files]  # but for the adapter that everybody can download
     assert len(states) > 1  # the session's and those of checkpoints
     tensors = [tensor for state in states for tensor in state.values() if tensor.numel() > 8 and tensor.any()]
     return [token.encode(), *(tensor.numpy().tobytes() for tensor in tensors)]
