@@ -126,7 +126,7 @@ _KEPT = 64
 class Records:
     """`records(round)` is the round's record, signed as the spec demands.
 
-    unseal: opens what a sealed federation's records hide, for the coordinator.
+    unseal: opens what a sealed federation's records hide, for the coordinator. `num_bytes` is what was downloaded.
     """
 
     def __init__(self, mailbox: Mailbox, spec: FederationSpec, unseal: Unseal | None = None) -> None:
@@ -134,11 +134,14 @@ class Records:
         self._spec = spec
         self._unseal = unseal
         self._kept: dict[int, RoundRecord] = {}
+        self.num_bytes = 0
 
     def __call__(self, round: int) -> RoundRecord:
         """Raises `MailboxError` if there is no such round, or its record cannot be read or is forged."""
         if round not in self._kept:
-            record = RoundRecord.from_json(self._mailbox.read(round, RECORD_FILE))
+            data = self._mailbox.read(round, RECORD_FILE)
+            self.num_bytes += len(data)
+            record = RoundRecord.from_json(data)
             if record.round != round:
                 raise MailboxError(
                     f"{self._mailbox.address} holds the record of round {record.round} where that of round {round} "

@@ -35,8 +35,8 @@ ALLOWED = {
     "trainer": "errors text methods codec sensitivity workloads federation adapters adapter generation config",
     "recipe": "errors text ranges methods codec workloads federation",
     "reporting": "errors text codec sensitivity federation recipe",
-    "running": "errors text downlink_settings demo workloads adapters federation adapter generation config trainer recipe "
-    "reporting",
+    "running": "errors text downlink_settings demo workloads adapters federation adapter generation config trainer "
+    "recipe reporting",
     "sharing": "errors text codec sensitivity workloads adapters federation adapter reporting running",
     "simulation": "errors text codec workloads federation adapter trainer recipe reporting running",
     "cli": "errors text codec workloads federation recipe reporting running sharing simulation",

@@ -136,6 +136,7 @@ class MailboxParticipation:
         self.uplink = Uplink(mailbox, session, self._record, saliency)
         self.downlink = Downlink(mailbox, session, self._record)
         self._smallest = math.inf  # bytes of the smallest message that was checked
+        self._downloaded = 0  # bytes that were logged
         self._check_share(session.spec.min_clients)
 
     def next(self) -> Assignment | None:
@@ -189,11 +190,13 @@ class MailboxParticipation:
         owed = self.session.residual_norm()
         pending = store_message(self.session, self._budgets, assignment, result, posted)
         self.uplink.send(self._record(assignment.round))
+        before, self._downloaded = self._downloaded, self.downlink.num_bytes + self._record.num_bytes
         return {
             "fed_round": assignment.round,
             "fed_uplink_bytes": self.uplink.attached_bytes
             + (0 if says_nothing_yet(pending) else len(pending.message))
             + len(pending.refinement or b""),
+            "fed_downlink_bytes": self._downloaded - before,  # since the last round that this client took part in
             "fed_residual_norm": owed,  # of what earlier messages left out and this one carried on
         }
 

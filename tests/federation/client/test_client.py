@@ -36,7 +36,9 @@ def test_what_is_logged(tmp_path):
     assignment = client.participation.next()
     logged = client.participation.complete(assignment, fake_training(assignment.adapter, assignment.seed, {}))
     size = mailbox.list_updates(0)[0].num_bytes
-    assert logged == {"fed_round": 0, "fed_uplink_bytes": size, "fed_residual_norm": 0.0}
+    down = sum(len(mailbox.read(0, name)) for name in ("adapter_model.safetensors", "round.json"))
+    expected = {"fed_round": 0, "fed_uplink_bytes": size, "fed_downlink_bytes": down, "fed_residual_norm": 0.0}
+    assert logged == expected
 
 
 def test_a_client_waits_between_rounds_and_ends_with_the_federation(tmp_path):
