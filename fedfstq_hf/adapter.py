@@ -283,7 +283,7 @@ def base_fingerprint(model: PeftModel) -> dict[str, Any]:
     the layers of a quantised one have no such sums, and are not compared.
     """
     config = model.get_base_model().config
-    weight = model.get_input_embeddings().weight
+    weight = _base_embeddings(model)
     rows = torch.linspace(0, weight.shape[0] - 1, _PROBES).long()
     columns = torch.linspace(0, weight.shape[1] - 1, _PROBES).long()
     probe = weight[rows.to(weight.device), columns.to(weight.device)].float().cpu()
@@ -297,12 +297,19 @@ def base_fingerprint(model: PeftModel) -> dict[str, Any]:
     }
 
 
+def _base_embeddings(model: PeftModel) -> Tensor:
+    module: Any = model.get_input_embeddings()  # which may be a copy of them that is trained, or a LoRA on them
+    while isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+        module = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module.original_module
+    return module.weight  # type: ignore[no-any-return]
+
+
 def _tensor_sums(model: PeftModel) -> dict[str, list[float | None]]:
     """Sums over groups of the base's tensors: of embeddings and norms first, then of the layers' matrices and biases.
 
     None for those of the layers where a quantisation holds them in another form.
     """
-    config, embedding = model.get_base_model().config, model.get_input_embeddings().weight
+    config, embedding = model.get_base_model().config, _base_embeddings(model)
     trained = _adapter_parameters(model)
     sizes, probes = [0.0] * _GROUPS, [0.0] * _GROUPS
     whole = getattr(config, "quantization_config", None) is None
@@ -318,7 +325,10 @@ def _tensor_sums(model: PeftModel) -> dict[str, list[float | None]]:
         places = torch.arange(values.numel())
         signs = ((places * 2654435761 >> 13) & 1) * 2 - 1
         # by the name, as a quantised base may lack the parameters of its layers
-        number, plain = zlib.crc32(name.replace(".base_layer", "").encode()), tensor is embedding
+        number, plain = (
+            zlib.crc32(name.replace(".base_layer", "").replace(".original_module", "").encode()),
+            tensor is embedding,
+        )
         plain |= tensor.ndim < 2 and not name.endswith("bias")
         group = number % _PLAIN if plain else _PLAIN + number % (_GROUPS - _PLAIN)
         sizes[group] += math.log2(max(size, 2.0**-40))

@@ -21,7 +21,7 @@ class DownlinkSettings:
 
     keyframe: int | str | None = "2bpp"
     """Budget of a lossy keyframe; None publishes none, which is `exact`."""
-    longest: float = 1.5
+    longest: float = 1.0
     """Most that a newcomer downloads, as a multiple of a keyframe: where deltas since the last one make it more, the
     round has a keyframe."""
     step: int | str | None = None

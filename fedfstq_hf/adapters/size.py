@@ -68,8 +68,9 @@ def count_numbers(base: nn.Module, config: PeftConfig) -> int:
     for name, module in base.named_modules():
         if name.endswith(whole):  # as PEFT matches them; nested ones are copied each
             total += sum(parameter.numel() for parameter in module.parameters())
-    tokens = getattr(config, "trainable_token_indices", None) or ()
-    return total + len(tokens) * max((shape[1] for shape in shapes.values()), default=0)
+    tokens: Any = getattr(config, "trainable_token_indices", None) or ()
+    count = sum(map(len, tokens.values())) if isinstance(tokens, dict) else len(tokens)
+    return total + count * max((shape[1] for shape in shapes.values()), default=0)
 
 
 def _shapes(base: nn.Module) -> Iterator[tuple[str, Shape]]:

@@ -1,4 +1,4 @@
-"""`fedfstq compress`."""
+"""`fedfstq compress | expand`."""
 
 from __future__ import annotations
 
@@ -25,6 +25,9 @@ def compress(
     ] = ("2bpp"),
     base_model: Annotated[
         str | None, typer.Option(help="Base model, a folder or a Hub id; the adapter's own when not given.")
+    ] = None,
+    base_model_name: Annotated[
+        str | None, typer.Option(help="The base model's id on the Hub, for others, where it lies in a folder here.")
     ] = None,
     data: Annotated[
         str | None, typer.Option(help="Examples of its task: a .jsonl file, a Hub data set, or demo.")
@@ -64,20 +67,35 @@ def compress(
     if dtype not in ("float32", "bfloat16"):
         raise ConfigError(f"--dtype is {dtype!r}; expected float32 or bfloat16.")
     quieten()
+    from fedfstq_hf.reporting.card.markup import hub_id
     from fedfstq_hf.sharing.compress import compress_adapter
     from fedfstq_hf.sharing.hub import open_repo, publish
-    from fedfstq_hf.sharing.trained import read_config
+    from fedfstq_hf.sharing.trained import load_task_base, read_config
 
     repo = None if push is None else open_repo(push)
-    name = base_model or read_config(adapter).get("base_model_name_or_path")
+    fields = read_config(adapter)
+    name = base_model or fields.get("base_model_name_or_path")
     if not name:
         raise ConfigError(f"The adapter in {adapter} names no base model; type --base-model NAME.")
-    from fedfstq_hf.running.foundation import load_base
-
-    base, tokenizer = load_base(str(name), dtype)
+    if base_model_name is None and name != "demo" and hub_id(name) is None:
+        typer.echo(
+            f"The base model's name {name!r} is no id of the Hub, and stands in what others get: type "
+            "--base-model-name ORG/NAME.",
+            err=True,
+        )
     examples: dict[str, Any] = {}
-    if data is not None:
+    if data is None:
+        base: Any = load_task_base(str(name), adapter, dtype)
+    elif fields.get("task_type") not in (None, "CAUSAL_LM"):
+        raise ConfigError(
+            f"--data is for adapters that predict text (CAUSAL_LM), this one's task_type is {fields['task_type']}: "
+            "leave it out, or call compress_adapter with an evaluation function of your own."
+        )
+    else:
+        from fedfstq_hf.running.foundation import load_base
         from fedfstq_hf.workloads import DataConfig, load_workload
+
+        base, tokenizer = load_base(str(name), dtype)
 
         kind = "demo" if data == "demo" else format
         workload = load_workload(
@@ -104,6 +122,7 @@ def compress(
         include_plain=include_plain,
         batch_size=batch_size,
         about=about,
+        base_model_name=base_model_name,
         **examples,
     )
     if out is not None:
@@ -113,3 +132,22 @@ def compress(
     typer.echo(str(made))
     where = push or str(out)
     typer.echo(f"Load it with: load_compressed_adapter(base, {where!r})")
+
+
+@app.command()
+def expand(
+    adapter: Annotated[str, typer.Argument(help="A compressed adapter: a folder, or ORG/NAME on the Hub.")],
+    out: Annotated[Path, typer.Option(help="New folder for the plain adapter.")],
+    base_model: Annotated[
+        str | None, typer.Option(help="Its base model, a folder or a Hub id; what the adapter names when not given.")
+    ] = None,
+) -> None:
+    """Write a compressed adapter as the plain one that PeftModel.from_pretrained loads. No weights of the base needed.
+
+    Example: fedfstq expand my-adapter-small --out my-adapter-plain
+    """
+    quieten()
+    from fedfstq_hf.sharing.hub import expand_adapter
+
+    expand_adapter(adapter, out, base_model=base_model)
+    typer.echo(f"Load it with: PeftModel.from_pretrained(base, {str(out)!r})")

@@ -28,7 +28,14 @@ def most_bytes(schema: Schema) -> int:
 
 def dump(state: Mapping[str, Tensor]) -> bytes:
     """A PEFT adapter file of a state dict; plain PEFT reads it."""
-    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in sorted(state.items())}
+    contiguous: dict[str, Tensor] = {}
+    held: set[int] = set()
+    for name, tensor in sorted(state.items()):
+        tensor = tensor.detach().cpu().contiguous()
+        if tensor.data_ptr() in held:  # of tied weights, each name has its own numbers in a file
+            tensor = tensor.clone()
+        held.add(tensor.data_ptr())
+        contiguous[name] = tensor
     return _save(contiguous, metadata={"format": "pt"})
 
 

@@ -59,7 +59,7 @@ def render_card(
                 {"name": code(name), "before": f"{made.before[name]:.4f}", "after": f"{made.after[name]:.4f}"}
                 for name in made.after
             ],
-            error=f"{100 * made.error:.2g} %",
+            effect=None if made.effect is None else f"{100 * made.effect:.2g} %",
             files=[{"name": name, "bytes": f"{len(content):,}"} for name, content in made.files.items()],
             total=f"{made.num_bytes:,}",
             plain=f"{made.plain_bytes:,}",

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fedfstq_hf import __version__
 from fedfstq_hf.adapter import base_fingerprint
 from fedfstq_hf.codec import parse_budget
-from fedfstq_hf.errors import BudgetError, ConfigError
+from fedfstq_hf.errors import AdapterMismatchError, BudgetError, ConfigError
 from fedfstq_hf.federation import adapter_file
 from fedfstq_hf.running.evaluate import Evaluator
 from fedfstq_hf.sharing.adapter_card import render_card
@@ -28,6 +28,7 @@ from fedfstq_hf.sharing.trained import (
     compact_config,
     evaluating,
     even_weights,
+    load_task_base,
     load_trained,
     read_config,
     trained_adapter,
@@ -38,6 +39,8 @@ Examples = Sequence[Mapping[str, Any]]
 """Rows with `input_ids` and `labels` (-100 where no loss is wanted), as lists or one-dimensional tensors."""
 
 _MAGNITUDE = ".lora_magnitude_vector"
+_TEXTS, _LENGTH = 8, 32  # by which the effect is measured
+_DESTROYED = 1.05  # an adapter that is left out is off by 1
 _JUDGED = 64  # calibration examples by which one message is preferred to another
 _HALF = (2.0**-14, 65504.0)  # float16's normal range: within it, rounding is at most 2^-11 of a value
 
@@ -56,6 +59,7 @@ def compress_adapter(
     include_plain: bool = False,
     batch_size: int = 8,
     about: Mapping[str, Any] | None = None,
+    base_model_name: str | None = None,
 ) -> CompressedAdapter:
     """A trained LoRA adapter in few bits per parameter.
 
@@ -77,6 +81,7 @@ def compress_adapter(
         include_plain: add `adapter_model.safetensors` with the compressed adapter's values, for plain PEFT.
         batch_size: of calibration and evaluation.
         about: for the card: `name`, `license`, `datasets`, `tags`.
+        base_model_name: of the base as others load it, where the adapter's configuration names a path of this machine.
 
     Raises:
         AdapterMismatchError: not a LoRA adapter, not one for this base, or one that cannot be shared like this.
@@ -93,7 +98,8 @@ def compress_adapter(
     references = [initial_state(shapes, adapter.pairs, adapter.config, None)]
     if init_seed is not None:
         references.append(initial_state(shapes, adapter.pairs, adapter.config, init_seed))
-    config = compact_config(adapter.config)
+    named = {} if base_model_name is None else {"base_model_name_or_path": base_model_name}
+    config = compact_config(adapter.config | named, packed=not include_plain)
     exact = _exact(adapter)
     exact_bytes = adapter_file.dump(exact) if exact else b""
     known = base_fingerprint(adapter.model).items()
@@ -135,7 +141,15 @@ def compress_adapter(
                 coded = refined
             divergences["refined"] = imitation.divergences([coded.state], _JUDGED)[0]
     result = {**coded.state, **{name: tensor.to(state[name].dtype) for name, tensor in exact.items()}}
+    result |= {name: result[first] for name, first in adapter.beside().items()}
     before, after = _measure(adapter, result, evaluation, batch_size)
+    effect = effect_error(adapter, result, calibration)
+    if effect is not None and effect > _DESTROYED:
+        raise AdapterMismatchError(
+            f"With the compressed adapter the model's outputs are off by {100 * effect:.0f} % of what the adapter "
+            "changes: worse than without it, so nothing was made. Give a larger budget; if this one is generous, this "
+            "kind of adapter is coded wrongly here, and an issue with its adapter_config.json would help."
+        )
     files = {
         MESSAGE_FILE: coded.message,
         FACTS_FILE: facts(coded.message, init_seed if coded.form.seeded else None),
@@ -148,6 +162,7 @@ def compress_adapter(
         num_params=adapter.num_params,
         plain_bytes=plain_bytes,
         error=coded.error,
+        effect=effect,
         seeded=coded.form.seeded,
         refine_steps=refine_steps,
         divergences=divergences,
@@ -156,8 +171,51 @@ def compress_adapter(
         before=before,
         after=after,
     )
-    card = render_card(made, adapter.config, about or {}, codec=codec, num_examples=num_examples)
+    card = render_card(made, adapter.config | named, about or {}, codec=codec, num_examples=num_examples)
     return replace(made, card=card)
+
+
+@torch.no_grad()
+def effect_error(adapter: TrainedAdapter, state: Mapping[str, Tensor], examples: Examples | None) -> float | None:
+    """How far the model's outputs are off with other values in its adapter, as a share of what the adapter changes.
+
+    |f(x; state) - f(x; adapter)| / |f(x; adapter) - f(x; none)| over the outputs of a few texts: of the examples, or of
+    token ids drawn at random. It goes through the model, so that nothing that a codec takes for granted enters it.
+
+    Returns:
+        None where the model takes no token ids, or the adapter changes nothing.
+    """
+    model = adapter.model
+    config = model.get_base_model().config.get_text_config()
+    generator = torch.Generator().manual_seed(0)
+    if examples:
+        batches = [{"input_ids": torch.as_tensor(row["input_ids"])[None]} for row in examples[:_TEXTS]]
+    elif getattr(config, "vocab_size", None):
+        drawn = torch.randint(config.vocab_size, (_TEXTS, _LENGTH), generator=generator)
+        batches = [{"input_ids": row[None]} for row in drawn]
+    else:
+        return None
+    device = next(model.parameters()).device
+
+    def outputs() -> list[Tensor]:
+        made = []
+        for batch in batches:
+            found = model(**{name: tensor.to(device) for name, tensor in batch.items()})
+            made.append((found.logits if "logits" in found else found[0]).double().cpu())
+        return made
+
+    with evaluating(model):
+        try:
+            trained = outputs()
+        except (TypeError, ValueError, KeyError):  # a model of images or sound
+            return None
+        with adapter.replaced(state):
+            coded = outputs()
+        with model.disable_adapter():
+            without = outputs()
+    change = sum(float((a - b).square().sum()) for a, b in zip(trained, without, strict=True))
+    off = sum(float((a - b).square().sum()) for a, b in zip(trained, coded, strict=True))
+    return math.sqrt(off / change) if change else None
 
 
 def _check_refinement(steps: int, calibration: Examples | None, codec: str, adapter: TrainedAdapter) -> None:
@@ -188,21 +246,20 @@ def _open(model_or_path: nn.Module | str | Path, base_model: nn.Module | None) -
         return trained_adapter(model_or_path)
     folder = Path(model_or_path)
     if base_model is None:
-        from fedfstq_hf.running.foundation import load_base
-
         name = read_config(folder).get("base_model_name_or_path")
         if not name:
             raise ConfigError(f"{folder / CONFIG_FILE} names no base model; give base_model (--base-model NAME).")
-        base_model, _ = load_base(str(name), "float32")
+        base_model = load_task_base(str(name), folder)
     return trained_adapter(load_trained(base_model, folder))
 
 
 def _exact(adapter: TrainedAdapter) -> dict[str, Tensor]:
     """What is no LoRA matrix, unchanged; DoRA's magnitudes in half precision where they lie within its range."""
     exact = {}
-    for name, tensor in adapter.state().items():
-        if name in adapter.paired():
-            continue
+    for name, first in adapter.beside().items():
+        if name != first:
+            continue  # a reader fills it from the first
+        tensor = adapter.state()[name]
         size = tensor.abs()
         if name.endswith(_MAGNITUDE) and bool(((size >= _HALF[0]) & (size <= _HALF[1])).all()):
             tensor = tensor.half()

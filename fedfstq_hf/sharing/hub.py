@@ -18,9 +18,10 @@ from fedfstq_hf.adapters import allow_list
 from fedfstq_hf.adapters.size import make_config
 from fedfstq_hf.codec import Schema, get_codec, message
 from fedfstq_hf.errors import AdapterMismatchError, ConfigError, MailboxError, MessageError
-from fedfstq_hf.federation.adapter_file import load_tensors
+from fedfstq_hf.federation.adapter_file import dump, load_tensors
 from fedfstq_hf.federation.mailbox.hub.http import Outcome, Patience, diagnose
 from fedfstq_hf.federation.mailbox.hub.repo import HubRepo, additions
+from fedfstq_hf.federation.storage import create_folder
 from fedfstq_hf.reporting.card.merge import decode, merge_card
 from fedfstq_hf.sharing.coding import initial_state, state_sha256
 from fedfstq_hf.sharing.compress import compress_adapter
@@ -36,12 +37,15 @@ from fedfstq_hf.sharing.packed import (
     check_digest,
     read_file,
 )
-from fedfstq_hf.sharing.trained import CONFIG_FILE, TrainedAdapter, trained_adapter
+from fedfstq_hf.sharing.trained import CONFIG_FILE, WEIGHTS_FILE, TrainedAdapter, as_lora, skeleton, trained_adapter
 from fedfstq_hf.text import printable
 
 _SCHEME = "hf://"
 _PATIENCE = 300.0
 _MAX_CARD_BYTES = 1 << 20
+_MESSAGE_ROOM = 4096  # beyond 4 bytes per parameter: the message's header
+Read = Callable[[str, int], bytes]
+"""Reads one of the files, of at most so many bytes."""
 
 
 def push_compressed_adapter(
@@ -108,10 +112,49 @@ def load_compressed_adapter(
         MessageError: a file is missing, damaged or too large.
         MailboxError: the Hub does not answer, or refuses.
     """
+    return expand(base_model, *_opened(repo_id_or_folder, revision, token, patience))
+
+
+def expand_adapter(
+    repo_id_or_folder: str | Path,
+    folder: str | Path,
+    *,
+    base_model: str | None = None,
+    revision: str | None = None,
+    token: str | None = None,
+    patience: float = _PATIENCE,
+) -> None:
+    """A compressed adapter as the plain one that PEFT loads, in a new folder. Needs the base's configuration alone.
+
+    Args:
+        repo_id_or_folder: the compressed adapter.
+        folder: where the plain one goes.
+        base_model: Hub id or folder of the base; what the adapter names when None.
+
+    Raises:
+        ConfigError: the folder is there already, or the base's configuration cannot be read.
+        FedFSTQError: as `load_compressed_adapter`, but that weights of the base are not looked at.
+    """
+    facts, read = _opened(repo_id_or_folder, revision, token, patience)
+    config_bytes = as_lora(read(CONFIG_FILE, allow_list.MAX_BYTES))
+    fields = allow_list.parse(config_bytes, CONFIG_FILE, MessageError, ("LORA",))
+    name = base_model or fields.get("base_model_name_or_path")
+    if not name:
+        raise ConfigError("The adapter names no base model; type --base-model NAME.")
+    state = {key: tensor.float() for key, tensor in _decode(skeleton(str(name), fields), facts, read).items()}
+    files = {CONFIG_FILE: config_bytes, WEIGHTS_FILE: dump(state)}
+    if not create_folder(Path(folder), files):
+        raise ConfigError(f"{folder} exists already and was left alone. Give another folder, or remove it first.")
+
+
+def _opened(
+    repo_id_or_folder: str | Path, revision: str | None, token: str | None, patience: float
+) -> tuple[Facts, Read]:
+    """A compressed adapter's facts, and what reads its other files, all of one commit."""
     if Path(repo_id_or_folder).is_dir():
         folder = Path(repo_id_or_folder)
         facts = Facts.from_json(read_file(folder, FACTS_FILE, MAX_JSON_BYTES))
-        return expand(base_model, facts, lambda name, max_bytes: read_file(folder, name, max_bytes))
+        return facts, lambda name, max_bytes: read_file(folder, name, max_bytes)
     repo = open_repo(str(repo_id_or_folder), token, patience)
     first = repo.read(FACTS_FILE, revision=revision or "main", max_bytes=MAX_JSON_BYTES)
     if first is None:
@@ -127,7 +170,7 @@ def load_compressed_adapter(
             raise MessageError(f"{repo.repo_id} has no {name}, which its {FACTS_FILE} names; publish it again.")
         return file.data
 
-    return expand(base_model, Facts.from_json(first.data), read)
+    return Facts.from_json(first.data), read
 
 
 def publish(made: CompressedAdapter, repo: HubRepo, *, private: bool | None = None) -> str:
@@ -175,11 +218,6 @@ def open_repo(repo_id: str, token: str | None = None, patience: float = _PATIENC
     return HubRepo(name, HfApi(token=token, library_name="fedfstq_hf"), Patience(patience))
 
 
-_MESSAGE_ROOM = 4096  # beyond 4 bytes per parameter: the message's header
-Read = Callable[[str, int], bytes]
-"""Reads one of the files, of at most so many bytes."""
-
-
 def expand(base_model: nn.Module, facts: Facts, read: Read) -> PeftModel:
     """The base with the adapter, for inference. It is wrapped in place, as PEFT does; on errors left as it was.
 
@@ -191,7 +229,7 @@ def expand(base_model: nn.Module, facts: Facts, read: Read) -> PeftModel:
         raise AdapterMismatchError("The base model already has an adapter; give the plain base (model.unload()).")
     config_bytes = read(CONFIG_FILE, allow_list.MAX_BYTES)
     check_digest(CONFIG_FILE, config_bytes, facts.sha256[CONFIG_FILE])
-    fields = allow_list.parse(config_bytes, CONFIG_FILE, MessageError, ("LORA",))
+    fields = allow_list.parse(as_lora(config_bytes), CONFIG_FILE, MessageError, ("LORA",))
     remedy = f"Load {_base_name(fields)}."
     training = base_model.training
     try:
@@ -251,7 +289,8 @@ def _decode(adapter: TrainedAdapter, facts: Facts, read: Read) -> dict[str, Tens
 
 
 def _exact(adapter: TrainedAdapter, facts: Facts, read: Read) -> dict[str, Tensor]:
-    expected = {name: adapter.parameters[name] for name in sorted(set(adapter.parameters) - adapter.paired())}
+    beside = adapter.beside()
+    expected = {name: adapter.parameters[name] for name, first in beside.items() if name == first}
     if not expected and EXACT_FILE not in facts.sha256:
         return {}
     if EXACT_FILE not in facts.sha256:
@@ -264,7 +303,7 @@ def _exact(adapter: TrainedAdapter, facts: Facts, read: Read) -> dict[str, Tenso
     shapes: Mapping[str, Any] = {name: tuple(tensor.shape) for name, tensor in state.items()}
     if shapes != {name: tuple(p.shape) for name, p in expected.items()}:
         raise MessageError(f"{EXACT_FILE} holds other tensors than the adapter has besides its LoRA matrices")
-    return {name: tensor.to(expected[name].dtype) for name, tensor in state.items()}
+    return {name: state[first].to(expected[first].dtype) for name, first in beside.items()}
 
 
 def _check_base(mine: Mapping[str, Any], theirs: Mapping[str, Any], remedy: str) -> None:

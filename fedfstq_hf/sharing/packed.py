@@ -89,7 +89,8 @@ class CompressedAdapter:
 
     files: name -> content, what loading needs. plain: `adapter_model.safetensors` for plain PEFT, where asked for.
     before, after: metric -> value of the adapter as trained and as compressed, where measured. plain_bytes: size of
-    the adapter as PEFT saves it. error: weighted squared error of the products B A, as a share of themselves.
+    the adapter as PEFT saves it. error: weighted squared error of the products B A, as a share of themselves. effect:
+    how far the model's outputs are off, as a share of what the adapter changes; None where that was not measured.
     divergences: from the trained adapter's predictions on the calibration examples, nats per target token: `coded`, and
     `refined` after so many steps of refinement (the same where that brought nothing).
     errors: likewise of divergence plus loss, which refinement lowers; empty without refinement.
@@ -101,6 +102,7 @@ class CompressedAdapter:
     plain_bytes: int
     error: float
     seeded: bool
+    effect: float | None = None
     refine_steps: int = 0
     divergences: dict[str, float] = field(default_factory=dict)
     errors: dict[str, float] = field(default_factory=dict)
@@ -142,7 +144,8 @@ class CompressedAdapter:
         lines = [
             f"{self.num_params:,} parameters in {self.num_bytes:,} bytes ({self.bits_per_param:.3f} bits per "
             f"parameter, {self.plain_bytes / self.num_bytes:.1f}x below {self.plain_bytes:,}): {', '.join(parts)}",
-            f"relative error of the products {self.error:.4f}",
+            "outputs of the model "
+            + ("were not compared" if self.effect is None else f"off by {self.effect:.4f} of what the adapter changes"),
             "coded as a change from a seeded start" if self.seeded else "coded whole",
         ]
         if "refined" in self.divergences:

@@ -15,18 +15,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from fedfstq_hf.adapter import check_config
 from fedfstq_hf.adapters.allow_list import MAX_BYTES, check_own, parse
 from fedfstq_hf.adapters.size import make_config
-from fedfstq_hf.errors import AdapterMismatchError, NonFiniteError
+from fedfstq_hf.errors import AdapterMismatchError, ConfigError, NonFiniteError
 from fedfstq_hf.federation.adapter_file import MAX_HEADER, check_header
+from fedfstq_hf.reporting.card.markup import TASKS
 from fedfstq_hf.text import file_in, read_in
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
+PACKED_KIND = "LORA, packed: use load_compressed_adapter of pip install fedfstq_hf"
+PICKLED_FILE = "adapter_model.bin"
+_HEADS = (".score.weight", ".classifier.weight", ".classifier.out_proj.weight", ".qa_outputs.weight")
 _EXPECTED = "the folder of a PEFT adapter, as model.save_pretrained(FOLDER) writes it"
 # Written even where they have their default: they decide what the adapter does, and a default may change.
 _ALWAYS = ("base_model_name_or_path", "lora_alpha", "peft_type", "r", "target_modules", "task_type")
@@ -56,6 +61,12 @@ class TrainedAdapter:
     def num_params(self) -> int:
         """All numbers of the adapter, also those that are not in LoRA matrices."""
         return sum(p.numel() for p in self.parameters.values())
+
+    def beside(self) -> dict[str, str]:
+        """Tensors that are no LoRA matrices, each with the name of the first that has its memory: of tied weights."""
+        first: dict[int, str] = {}
+        names = sorted(set(self.parameters) - self.paired())
+        return {name: first.setdefault(id(self.parameters[name]), name) for name in names}
 
     def state(self) -> dict[str, Tensor]:
         """The tensors, by name; they share the model's memory."""
@@ -133,6 +144,11 @@ def trained_adapter(model: nn.Module) -> TrainedAdapter:
         if not bool(torch.isfinite(state[key]).all()):
             raise NonFiniteError(f"Adapter tensor {key} holds NaN or infinity; nothing was compressed.")
         parameters[key] = by_storage[state[key].data_ptr()]
+    return TrainedAdapter(model, name, parameters, _pairs(model, name, state))
+
+
+def _pairs(model: PeftModel, name: str, state: Mapping[str, Tensor]) -> list[Pair]:
+    """In the order of the model's modules. Raises AdapterMismatchError where there is none."""
     scaling = {
         path: float(module.scaling[name])
         for path, module in model.named_modules()
@@ -142,7 +158,78 @@ def trained_adapter(model: nn.Module) -> TrainedAdapter:
     pairs = sorted(find_pairs(state, scaling), key=lambda pair: order.get(pair.module, len(order)))
     if not pairs:
         raise AdapterMismatchError("The adapter has no pair of LoRA matrices A and B; there is nothing to compress.")
-    return TrainedAdapter(model, name, parameters, pairs)
+    return pairs
+
+
+def skeleton(base_model: str, fields: Mapping[str, Any]) -> TrainedAdapter:
+    """An adapter of a configuration on a base without weights: names and shapes, for who wants no more.
+
+    Args:
+        base_model: Hub id or folder; its configuration alone is read.
+        fields: of the adapter, believed ones.
+
+    Raises:
+        ConfigError: the base's configuration cannot be read.
+        AdapterMismatchError: the adapter does not fit it.
+    """
+    import transformers
+
+    from fedfstq_hf.running.foundation import resolve_model
+
+    _, auto_class = TASKS.get(str(fields.get("task_type")), (None, "AutoModelForCausalLM"))
+    try:
+        config = transformers.AutoConfig.from_pretrained(resolve_model(base_model), trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"The configuration of {base_model!r} cannot be read: {error}") from error
+    try:
+        with torch.device("meta"):
+            base = getattr(transformers, auto_class).from_config(config, trust_remote_code=False)
+        adapter = make_config(base, dict(fields) | {"base_model_name_or_path": None}, inference_mode=True)
+        model = get_peft_model(base, adapter)
+    except Exception as error:  # PEFT raises what comes its way
+        raise AdapterMismatchError(f"The adapter does not fit {base_model!r}: {error}") from error
+    name: str = model.active_adapters[0]
+    state = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    held: dict[int, nn.Parameter] = {}  # by memory, which tied weights share
+    parameters = {
+        key: held.setdefault(tensor.untyped_storage()._cdata, nn.Parameter(tensor, requires_grad=False))
+        for key, tensor in sorted(state.items())
+    }
+    return TrainedAdapter(model, name, parameters, _pairs(model, name, state))
+
+
+def load_task_base(name: str, folder: Path, dtype: str = "float32") -> nn.Module:
+    """The base model of the plain adapter in a folder, with the head that its task needs; no tokenizer.
+
+    Raises:
+        ConfigError: it cannot be loaded.
+        AdapterMismatchError: the folder holds no LoRA adapter.
+    """
+    import transformers
+
+    from fedfstq_hf.running.foundation import resolve_model
+
+    _, auto_class = TASKS.get(str(read_config(folder).get("task_type")), (None, "AutoModelForCausalLM"))
+    labels = _num_labels(folder)
+    try:
+        model: nn.Module = getattr(transformers, auto_class).from_pretrained(
+            resolve_model(name), dtype=getattr(torch, dtype), trust_remote_code=False, **labels
+        )
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"The base model {name!r} cannot be loaded: {error}\nGive a folder or a Hub id with --base-model."
+        ) from error
+    return model
+
+
+def _num_labels(folder: Path) -> dict[str, int]:
+    """How many classes the head has that an adapter brings along; nothing where it brings none."""
+    weights = file_in(folder, WEIGHTS_FILE, AdapterMismatchError)
+    if weights is None:
+        return {}
+    with safe_open(weights, "pt") as file:
+        heads = [name for name in file.keys() if name.endswith(_HEADS)]  # noqa: SIM118
+        return {"num_labels": int(file.get_slice(heads[0]).get_shape()[0])} if heads else {}
 
 
 def load_trained(base: nn.Module, folder: Path) -> PeftModel:
@@ -153,10 +240,11 @@ def load_trained(base: nn.Module, folder: Path) -> PeftModel:
     """
     fields = read_config(folder)
     weights = file_in(folder, WEIGHTS_FILE, AdapterMismatchError)
-    if weights is None:
+    if weights is not None:
+        with weights.open("rb") as file:
+            check_header(file.read(8), str(folder / WEIGHTS_FILE), MAX_HEADER, AdapterMismatchError)
+    elif file_in(folder, PICKLED_FILE, AdapterMismatchError) is None:  # PEFT unpickles numbers alone
         raise AdapterMismatchError(f"There is no {WEIGHTS_FILE} in {folder}; expected {_EXPECTED}.")
-    with weights.open("rb") as file:
-        check_header(file.read(8), str(folder / WEIGHTS_FILE), MAX_HEADER, AdapterMismatchError)
     config = make_config(base, fields, inference_mode=True)
     try:
         model = PeftModel.from_pretrained(base, str(folder), config=config)
@@ -188,8 +276,11 @@ def check_lora(config: Mapping[str, Any]) -> None:
     check_config(config)
 
 
-def compact_config(config: Mapping[str, Any]) -> bytes:
+def compact_config(config: Mapping[str, Any], *, packed: bool = False) -> bytes:
     """`adapter_config.json` with what differs from PEFT's defaults, in few bytes; PEFT reads it.
+
+    packed: there is no file beside it that PEFT could load. The kind is then none that PEFT knows, so that its error
+    names this package.
 
     Raises:
         AdapterMismatchError: a setting cannot be written as JSON, or nobody would believe it.
@@ -206,7 +297,12 @@ def compact_config(config: Mapping[str, Any]) -> bytes:
     except TypeError as error:
         raise AdapterMismatchError(f"The adapter's configuration cannot be written as JSON: {error}") from error
     check_own(data)
-    return data
+    return data.replace(b'"peft_type":"LORA"', f'"peft_type":"{PACKED_KIND}"'.encode()) if packed else data
+
+
+def as_lora(data: bytes) -> bytes:
+    """The configuration that was packed, as PEFT knows it."""
+    return data.replace(f'"peft_type":"{PACKED_KIND}"'.encode(), b'"peft_type":"LORA"')
 
 
 _SUFFIXES = {".lora_A.weight": ".lora_B.weight", ".lora_embedding_A": ".lora_embedding_B"}

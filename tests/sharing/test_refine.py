@@ -79,8 +79,8 @@ def test_what_brings_nothing_is_discarded(monkeypatch):
     from fedfstq_hf.sharing import coding
 
     monkeypatch.setattr(coding, "_LEARNING_RATE", 50.0)
-    made = compress_adapter(trained(size=0.3), 3000, calibration=DATA, refine_steps=5)
-    plain = compress_adapter(trained(size=0.3), 3000, calibration=DATA)
+    made = compress_adapter(trained(size=0.3), 3060, calibration=DATA, refine_steps=5)
+    plain = compress_adapter(trained(size=0.3), 3060, calibration=DATA)
     assert made.files == plain.files
     assert made.divergences["refined"] == made.divergences["coded"]
     assert "brought nothing and were discarded" in made.card

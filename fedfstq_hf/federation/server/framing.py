@@ -73,7 +73,7 @@ class Framing:
     initial: Tensor
     adapter: Tensor
 
-    def framed(self, change: Tensor, residual: Tensor | None, shares: Sequence[Share]) -> Framed:
+    def framed(self, change: Tensor, residual: Tensor | None, shares: Sequence[Share], *, last: bool = False) -> Framed:
         """The next round's frame.
 
         Args:
@@ -81,6 +81,7 @@ class Framing:
             residual: what earlier frames left out, likewise.
             shares: the messages that the step was made of, in their order; empty where nobody else may see them, or
                 where the step does not follow from them alone.
+            last: no round follows that could make up for what the frame leaves out: a keyframe is twice as large.
         """
         settings, round = self.spec.downlink, self.record.round + 1
         here: dict[str, Any] = {"round": round, "base": self.record.adapter_digest, "schema": self.schema}
@@ -102,7 +103,7 @@ class Framing:
             if joining + step <= most:
                 return self._coded(STEP, target, self.adapter, step, here)
         base = self.schema.digest(self.initial)
-        return self._coded(KEYFRAME, target, self.initial, size, here | {"base": base})
+        return self._coded(KEYFRAME, target, self.initial, size * (1 + last), here | {"base": base})
 
     def _coded(self, kind: str, target: Tensor, start: Tensor, max_bytes: int, here: Mapping[str, Any]) -> Framed:
         """The frame that says how `target` differs from `start`, and what it leaves out."""

@@ -9,7 +9,20 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 _EMPTY = {"", "none", "null", "nan", "[]", "{}"}
-_LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]{1,40}")
+_LICENSES = {
+    "afl-3.0", "agpl-3.0", "apache-2.0", "apple-amlr", "apple-ascl", "artistic-2.0", "bigcode-openrail-m",
+    "bigscience-bloom-rail-1.0", "bigscience-openrail-m", "bsd", "bsd-2-clause", "bsd-3-clause", "bsd-3-clause-clear",
+    "bsl-1.0", "c-uda", "cc", "cc-by-2.0", "cc-by-2.5", "cc-by-3.0", "cc-by-4.0", "cc-by-nc-2.0", "cc-by-nc-3.0",
+    "cc-by-nc-4.0", "cc-by-nc-nd-3.0", "cc-by-nc-nd-4.0", "cc-by-nc-sa-2.0", "cc-by-nc-sa-3.0", "cc-by-nc-sa-4.0",
+    "cc-by-nd-4.0", "cc-by-sa-3.0", "cc-by-sa-4.0", "cc0-1.0", "cdla-permissive-1.0", "cdla-permissive-2.0",
+    "cdla-sharing-1.0", "creativeml-openrail-m", "deepfloyd-if-license", "ecl-2.0", "epl-1.0", "epl-2.0",
+    "etalab-2.0", "eupl-1.1", "eupl-1.2", "fair-noncommercial-research-license", "gemma", "gfdl", "gpl", "gpl-2.0",
+    "gpl-3.0", "h-research", "intel-research", "isc", "lgpl", "lgpl-2.1", "lgpl-3.0", "lgpl-lr", "llama2", "llama3",
+    "llama3.1", "llama3.2", "llama3.3", "llama4", "lppl-1.3c", "mit", "mpl-2.0", "ms-pl", "ncsa", "odbl", "odc-by",
+    "ofl-1.1", "openmdw-1.0", "openrail", "openrail++", "osl-3.0", "other", "pddl", "postgresql", "unknown",
+    "unlicense", "wtfpl", "zlib",
+}  # fmt: skip
+"""Ids that the Hub takes as `license` (its documentation of repository licences)."""
 # PEFT's task type -> the Hub's task, transformers' class; an adapter without a task type is one for causal models here.
 TASKS = {
     "CAUSAL_LM": ("text-generation", "AutoModelForCausalLM"),
@@ -75,4 +88,4 @@ def license_id(value: object) -> tuple[str | None, str | None]:
     if not given:
         return None, None
     name = given[0].lower()
-    return (name, None) if _LICENSE.fullmatch(name) else ("other", re.sub(r"[^a-z0-9.]+", "-", name).strip("-") or None)
+    return (name, None) if name in _LICENSES else ("other", re.sub(r"[^a-z0-9.]+", "-", name).strip("-") or None)
