@@ -4,11 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fedfstq_hf.cli.options import INTERRUPTED, OVERRIDABLE, MailboxAddress, parse_overrides, quieten
+from fedfstq_hf.cli.options import (
+    INTERRUPTED,
+    ONE_SHOT,
+    OVERRIDABLE,
+    MailboxAddress,
+    Patience,
+    parse_overrides,
+    quieten,
+)
 from fedfstq_hf.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -30,6 +38,9 @@ def init(
     mailbox: Annotated[str, typer.Argument(help="Address of the new federation: hf://ORG/REPO or a folder.")],
     recipe: Annotated[str, typer.Option(help="Recipe that says model, adapter, training and rounds.")],
     method: Annotated[str, typer.Option(help="Which of the recipe's methods to run.")] = "fstq",
+    adapter: Annotated[
+        str | None, typer.Option(help="Start from this trained adapter, a folder or ORG/NAME, and its configuration.")
+    ] = None,
     clients: Annotated[
         str | None, typer.Option(metavar="A,B,C", help="Clients that may take part; anybody who can write if left out.")
     ] = None,
@@ -74,6 +85,7 @@ def init(
         str | None, typer.Option(help="On the Hub, where clients write: own (repos), shared (repo) or pull-request.")
     ] = None,
     public: Annotated[bool, typer.Option("--public", help="On the Hub: repos that everybody can read.")] = False,
+    patience: Patience = ONE_SHOT,
 ) -> None:
     """Found a federation: publish round 0 (adapter and spec) into a mailbox.
 
@@ -87,18 +99,19 @@ def init(
             f"The recipe has no method {method!r}; it has {', '.join(loaded.methods)}. Type --method NAME."
         )
     names = None if clients is None else _names(clients)
-    box = _new_mailbox(mailbox, layout, public)
+    box = _new_mailbox(mailbox, layout, public, patience)
     quieten()
     from fedfstq_hf.federation.control import Control, Enrolment
     from fedfstq_hf.federation.founding import found_federation
     from fedfstq_hf.federation.keys import signer
     from fedfstq_hf.reporting.card.federation_card import card_maker
-    from fedfstq_hf.running.foundation import found, make_spec
+    from fedfstq_hf.running.foundation import check_client_repos, found, make_spec
 
+    check_client_repos(mailbox, () if layout == "shared" else names or ())
     loaded = loaded.for_method(method)
     sealing_key = None if seal_to is None else _public_key(seal_to)
     pair = None if key is None else _founder(key, sealing_key)
-    founding = found(loaded, loaded.seeds[0])
+    founding = found(loaded, loaded.seeds[0], adapter)
     usual = loaded.federation.clients_per_round if clients_per_round is None else clients_per_round
     count = min(usual, len(names) if names else usual) if min_clients is None else min_clients
     spec = make_spec(
@@ -146,12 +159,12 @@ def _names(clients: str) -> list[str]:
     return names
 
 
-def _new_mailbox(address: str, layout: str | None, public: bool) -> Mailbox:
+def _new_mailbox(address: str, layout: str | None, public: bool, patience: float) -> Mailbox:
     from fedfstq_hf.federation.mailbox.open import open_mailbox
 
     if public and not address.startswith("hf://"):
         raise ConfigError("--public is for the Hub; who can read a folder is up to its permissions. Leave it out.")
-    return open_mailbox(address, create=True, layout=layout, private=not public)
+    return open_mailbox(address, create=True, layout=layout, private=not public, patience=patience)
 
 
 def _public_key(key: str) -> str:
@@ -194,6 +207,7 @@ def serve(
         float, typer.Option(help="Seconds between two looks at the mailbox; they grow rarer while nothing happens.")
     ] = 2.0,
     key: _Key = None,
+    patience: Patience = ONE_SHOT,
 ) -> None:
     """Coordinate a federation until it ends. Needs neither GPU nor base model; stop and restart it at any time."""
     quieten()
@@ -201,13 +215,13 @@ def serve(
     from fedfstq_hf.running.serve import make_coordinator
     from fedfstq_hf.text import printable
 
-    coordinator = make_coordinator(mailbox, key_file=key)
-    typer.echo(describe_round(coordinator.record, coordinator.spec))
+    coordinator = make_coordinator(mailbox, key_file=key, patience=patience, stays=not once)
+    typer.echo(describe_round(coordinator.record, coordinator.spec, coordinator.rules.rounds))
     try:
         last = coordinator.serve(
             poll_seconds=poll_seconds,
             once=once,
-            on_round=lambda record: typer.echo(describe_round(record, coordinator.spec)),
+            on_round=lambda record: typer.echo(describe_round(record, coordinator.spec, coordinator.rules.rounds)),
         )
     except KeyboardInterrupt:
         typer.echo(f"\nStopped. Go on with: fedfstq serve {mailbox}{f' --key {key}' if key else ''}", err=True)
@@ -258,7 +272,7 @@ def pause(
     """Close no more rounds until `fedfstq resume`. Clients may still send what they are training."""
     from fedfstq_hf.federation import control
 
-    changed = _change(mailbox, control.pause(reason))
+    changed = _change(mailbox, lambda present, spec: control.pause(reason)(present))
     typer.echo(f"Paused {mailbox}: {changed.paused}. Go on with: fedfstq resume {mailbox}")
 
 
@@ -267,7 +281,7 @@ def resume(mailbox: MailboxAddress) -> None:
     """Let rounds be closed again."""
     from fedfstq_hf.federation import control
 
-    _change(mailbox, control.resume)
+    _change(mailbox, lambda present, spec: control.resume(present))
     typer.echo(f"{mailbox} goes on.")
 
 
@@ -282,36 +296,90 @@ def enrol(
     ] = None,
     max_examples: Annotated[int | None, typer.Option(help="Count the client as at most that many examples.")] = None,
     remove: Annotated[bool, typer.Option("--remove", help="Take the clients off the list.")] = False,
+    close: Annotated[
+        bool, typer.Option("--close", help="In an open federation: from now on only clients of the list take part.")
+    ] = False,
 ) -> None:
-    """Let clients take part, change what is known of them, or take them off the list."""
+    """Let clients take part, change what is known of them, or take them off the list.
+
+    An open federation, to which anybody may send, stays open unless you say --close; `fedfstq reopen` undoes that.
+    """
     from fedfstq_hf.federation import control
 
+    if close and remove:
+        raise ConfigError("--close puts clients on a list, and --remove takes them off: leave one of them out.")
     own = {"repo": repo, "account": account, "verify_key": verify_key}
     fields = {name: value for name, value in {**own, "max_examples": max_examples}.items() if value is not None}
     if remove and fields:
         raise ConfigError(f"--remove takes clients off the list: leave --{next(iter(fields)).replace('_', '-')} out.")
     if given := [name.replace("_", "-") for name, value in own.items() if value is not None and len(clients) > 1]:
         raise ConfigError(f"--{given[0]} is one client's own; enrol {', '.join(clients)} one by one.")
-    changed = _change(mailbox, _removal(clients) if remove else control.enrol(clients, **fields))
-    enrolled = changed.clients or {}
+
+    def change(present: Control, spec: FederationSpec) -> Control:
+        if remove:
+            return control.dismiss(clients, control.rules(spec, present).min_clients)(present)
+        if present.clients is None and not close and not spec.signatures:
+            raise ConfigError(
+                f"{mailbox} is open: anybody may send who can write there. Type --close to let only "
+                f"{', '.join(clients)} and those whom you enrol later take part; all others are refused from then on."
+            )
+        return control.enrol(clients, **fields)(present)
+
+    enrolled = _change(mailbox, change).clients or {}
     typer.echo(f"Enrolled are now {len(enrolled)}: {', '.join(sorted(enrolled)) or 'none'}. All others are refused.")
 
 
-def _removal(clients: list[str]) -> Callable[[Control], Control]:
-    from fedfstq_hf.federation.control import dismiss
+@app.command()
+def reopen(mailbox: MailboxAddress) -> None:
+    """Let anybody take part again who can write to the mailbox; what was enrolled is forgotten."""
+    from fedfstq_hf.federation import control
 
-    def change(control: Control) -> Control:
-        for client in clients:
-            control = dismiss(client)(control)
-        return control
+    def change(present: Control, spec: FederationSpec) -> Control:
+        if spec.signatures or spec.clients_per_round is not None:
+            need = "their keys" if spec.signatures else "names to draw from"
+            raise ConfigError(f"This federation needs a list of clients, with {need}; it cannot be open.")
+        return control.reopen(present)
 
-    return change
+    _change(mailbox, change)
+    typer.echo(f"{mailbox} is open: anybody may send who can write there.")
 
 
-def _change(address: str, change: Callable[[Any], Any]) -> Control:
-    """Change the control file of a federation that is there and goes on."""
+@app.command()
+def extend(
+    mailbox: MailboxAddress,
+    rounds: Annotated[int | None, typer.Option(help="Rounds until the federation ends, all together.")] = None,
+    min_clients: Annotated[int | None, typer.Option(help="Updates that close a round.")] = None,
+    round_seconds: Annotated[
+        float | None, typer.Option(help="Close a round after this time even with fewer updates; 0: no deadline.")
+    ] = None,
+) -> None:
+    """Change the number of rounds, and when a round closes, of a federation that goes on.
+
+    Example: fedfstq extend hf://my-org/med-lora --rounds 20
+    """
+    from fedfstq_hf.federation import control
+
+    given = {"rounds": rounds, "min_clients": min_clients, "round_seconds": round_seconds}
+    fields = {name: value for name, value in given.items() if value is not None}
+    if not fields:
+        raise ConfigError("Say what to change: --rounds 20, --min-clients 3, --round-seconds 600.")
+    changed = _change(mailbox, lambda present, spec: control.extend(spec, **fields)(present), head=True)
+    typer.echo(f"{mailbox}: {control.describe_rules(changed)}.")
+    if rounds is not None:
+        typer.echo("Clients that run already stop where they would have stopped: start them again to go on.")
+
+
+def _change(address: str, change: Callable[[Control, FederationSpec], Control], *, head: bool = False) -> Control:
+    """Change the control file of a federation that is there; head: refuse one that is finished."""
     from fedfstq_hf.federation.control import change_control
+    from fedfstq_hf.federation.envelope import Records
     from fedfstq_hf.running.serve import open_federation
 
-    mailbox, _ = open_federation(address)
-    return change_control(mailbox, change)
+    mailbox, spec = open_federation(address)
+    newest = mailbox.head() or 0
+    if head and Records(mailbox, spec)(newest).finished:
+        raise ConfigError(
+            f"{address} is finished after round {newest}, and its clients have gone. Found another one from its "
+            "adapter."
+        )
+    return change_control(mailbox, lambda present: change(present, spec))

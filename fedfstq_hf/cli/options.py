@@ -14,6 +14,10 @@ from fedfstq_hf.text import printable
 OVERRIDABLE = {"allow_extra_args": True, "ignore_unknown_options": True}
 INTERRUPTED = 130
 
+Patience = Annotated[
+    float, typer.Option(help="Seconds to go on asking a mailbox that does not answer, at the first look.")
+]
+ONE_SHOT = 30.0
 MailboxAddress = Annotated[str, typer.Argument(help="Address of a federation: hf://ORG/REPO or a folder.")]
 
 

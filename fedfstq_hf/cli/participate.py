@@ -10,7 +10,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fedfstq_hf.cli.options import INTERRUPTED, OVERRIDABLE, MailboxAddress, parse_overrides, quieten
+from fedfstq_hf.cli.options import (
+    INTERRUPTED,
+    ONE_SHOT,
+    OVERRIDABLE,
+    MailboxAddress,
+    Patience,
+    parse_overrides,
+    quieten,
+)
 from fedfstq_hf.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -27,6 +35,7 @@ def train(
     context: typer.Context,
     client_file: Annotated[Path, typer.Argument(help="YAML file with mailbox, client_id and data.path.")],
     yes: Annotated[bool, typer.Option("--yes", help="Take part without being asked, as scripts do.")] = False,
+    patience: Patience = ONE_SHOT,
 ) -> None:
     """Take part in a federation as one client. Stop and restart it at any time.
 
@@ -41,7 +50,7 @@ def train(
     from fedfstq_hf.running.train import run_client
 
     try:
-        run_client(settings, consent=lambda lines: _ask(lines, yes))
+        run_client(settings, consent=lambda lines: _ask(lines, yes), patience=patience)
     except KeyboardInterrupt:
         typer.echo(f"\nStopped. Go on with: fedfstq train {client_file}", err=True)
         raise typer.Exit(INTERRUPTED) from None
@@ -60,13 +69,13 @@ def _ask(lines: Sequence[str], yes: bool) -> None:
 
 
 @app.command()
-def status(mailbox: MailboxAddress) -> None:
+def status(mailbox: MailboxAddress, patience: Patience = ONE_SHOT) -> None:
     """Rounds so far: who sent what, how many bytes, which quality."""
     quieten()
     from fedfstq_hf.federation.mailbox.open import open_mailbox
     from fedfstq_hf.reporting.status import render_status
 
-    typer.echo(render_status(open_mailbox(mailbox)))
+    typer.echo(render_status(open_mailbox(mailbox, patience=patience)))
 
 
 @app.command(context_settings=OVERRIDABLE)

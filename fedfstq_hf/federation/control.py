@@ -15,13 +15,22 @@ from typing import Any
 from fedfstq_hf.errors import ConfigError, MailboxError
 from fedfstq_hf.federation.keys import parse_public_key
 from fedfstq_hf.federation.mailbox.protocol import Mailbox, checked_repo
+from fedfstq_hf.federation.spec import FederationSpec
 from fedfstq_hf.federation.storage import checked_name
+from fedfstq_hf.ranges import Number, Range, Whole
 from fedfstq_hf.text import parse_object, printable
 
 FORMAT = 1
 MAX_BYTES = 4 * 10**6
 """Some 30,000 clients, each with a key."""
 _TRIES = 50
+_ENDLESS = ("constant", "constant_with_warmup", "inverse_sqrt")
+"""Schedules that go on after the last step."""
+_RULES: dict[str, Range] = {
+    "rounds": Whole(1, 10**6),
+    "min_clients": Whole(1, 10**6),
+    "round_seconds": Number(),
+}
 
 
 @dataclass(frozen=True)
@@ -59,10 +68,15 @@ class Control:
     Attributes:
         clients: enrolled clients by id; None lets anybody join who can write to the mailbox.
         paused: why no round is closed at present; None while the federation runs.
+        rounds, min_clients, round_seconds: take the place of the spec's, where they were changed since the founding;
+            a `round_seconds` of 0 is none.
     """
 
     clients: Mapping[str, Enrolment] | None = None
     paused: str | None = None
+    rounds: int | None = None
+    min_clients: int | None = None
+    round_seconds: float | None = None
     format: int = field(default=FORMAT)
 
     def enrolled(self, client_id: str) -> bool:
@@ -85,6 +99,8 @@ class Control:
     def to_json(self) -> bytes:
         """Readable JSON with sorted keys."""
         fields: dict[str, Any] = {"format": self.format, "paused": self.paused, "clients": None}
+        changed = {name: getattr(self, name) for name in _RULES}
+        fields |= {name: value for name, value in changed.items() if value is not None}
         if self.clients is not None:
             fields["clients"] = {
                 client: {key: value for key, value in dataclasses.asdict(enrolment).items() if value is not None}
@@ -116,7 +132,10 @@ class Control:
                 clients = {checked_name(name): Enrolment(**entry) for name, entry in clients.items()}
             if not isinstance(paused, str | None):
                 raise TypeError(f"paused is {paused!r:.40}, expected a reason or null")
-            return cls(clients=clients, paused=paused)
+            rules = {name: fields[name] for name in _RULES if fields.get(name) is not None}
+            for name, value in rules.items():
+                _RULES[name].check(name, value)
+            return cls(clients=clients, paused=paused, **rules)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise _unreadable(error) from error
 
@@ -159,18 +178,90 @@ def enrol(clients: Sequence[str], **fields: Any) -> Callable[[Control], Control]
     return change
 
 
-def dismiss(client: str) -> Callable[[Control], Control]:
-    """A change that takes a client off the list; its further updates are refused."""
+def dismiss(clients: Sequence[str], min_clients: int = 0) -> Callable[[Control], Control]:
+    """A change that takes clients off the list; their further updates are refused.
+
+    min_clients: updates that close a round; with fewer on the list none could ever close.
+    """
 
     def change(control: Control) -> Control:
-        if control.clients is None or client not in control.clients:
-            names = ", ".join(sorted(control.clients or {})) or "none by name"
-            raise ConfigError(f"{client!r} is not enrolled; enrolled are {names}.")
-        return dataclasses.replace(
-            control, clients={name: entry for name, entry in control.clients.items() if name != client}
-        )
+        for client in clients:
+            if control.clients is None or client not in control.clients:
+                names = ", ".join(sorted(control.clients or {})) or "none by name"
+                raise ConfigError(f"{client!r} is not enrolled; enrolled are {names}.")
+        left = {name: entry for name, entry in (control.clients or {}).items() if name not in clients}
+        if len(left) < min_clients:
+            raise ConfigError(
+                f"{len(left)} clients would be left, but {min_clients} updates close a round: it could never close. "
+                f"Enrol others first, or type: fedfstq extend MAILBOX --min-clients {max(1, len(left))}"
+            )
+        return dataclasses.replace(control, clients=left)
 
     return change
+
+
+def reopen(control: Control) -> Control:
+    """The change that lets anybody take part again."""
+    return dataclasses.replace(control, clients=None)
+
+
+@dataclass(frozen=True)
+class Rules:
+    """When rounds close and the federation ends: the spec's, or what `extend` made of them."""
+
+    rounds: int
+    min_clients: int
+    round_seconds: float | None
+
+
+def rules(spec: FederationSpec, control: Control) -> Rules:
+    """What holds now."""
+    seconds = spec.round_seconds if control.round_seconds is None else control.round_seconds or None
+    return Rules(control.rounds or spec.rounds, control.min_clients or spec.min_clients, seconds)
+
+
+def extend(spec: FederationSpec, **changes: Any) -> Callable[[Control], Control]:
+    """A change of `rounds`, `min_clients` or `round_seconds`.
+
+    Raises:
+        ConfigError: a value is out of range; fewer clients are enrolled than are to close a round; or the learning rate
+            has a schedule that ends with the spec's rounds.
+    """
+    for name, value in changes.items():
+        _RULES[name].check(name, value)
+    schedule = spec.training.get("lr_scheduler_type", "constant")
+    if changes.get("rounds", 0) > spec.rounds and schedule not in _ENDLESS:
+        raise ConfigError(
+            f"The learning rate follows schedule {schedule!r}, which ends with round {spec.rounds}: further rounds "
+            "would change nothing. Found another federation from this one's adapter."
+        )
+
+    def change(control: Control) -> Control:
+        changed = dataclasses.replace(control, **changes)
+        least = rules(spec, changed).min_clients
+        asked = (
+            spec.clients_per_round
+            if changed.clients is None
+            else min(len(changed.clients), spec.clients_per_round or len(changed.clients))
+        )
+        if asked is not None and asked < least:
+            raise ConfigError(
+                f"min_clients is {least}, but {asked} clients are asked in a round: it could never close."
+            )
+        return changed
+
+    return change
+
+
+def describe_rules(control: Control) -> str:
+    """What was changed, in words."""
+    words = {
+        "rounds": "{} rounds in all",
+        "min_clients": "{} updates close a round",
+        "round_seconds": "a round closes after {:g} s",
+    }
+    told = [words[name].format(value) for name in _RULES if (value := getattr(control, name)) is not None]
+    return ", ".join(told).replace("a round closes after 0 s", "rounds have no deadline")
 
 
 def pause(reason: str) -> Callable[[Control], Control]:

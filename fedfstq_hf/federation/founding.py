@@ -66,6 +66,7 @@ def found_federation(
         adapter,
         0,
         time.time() if now is None else now,
+        seconds=spec.round_seconds,
         selected=control.select(0, spec.seed, spec.clients_per_round),
         sign=sign,
     )

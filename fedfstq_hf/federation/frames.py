@@ -103,7 +103,7 @@ def apply(data: bytes, frame: Frame, adapter: Tensor, spec: FederationSpec, sche
     if frame.kind == MESSAGES:
         part = spec.trained_part(schema)
         mean = _mean(payload, spec, part.schema)
-        progress = (frame.round - 1) / max(1, spec.rounds - 1)
+        progress = min(1.0, (frame.round - 1) / max(1, spec.rounds - 1))
         change, _ = server_step(part.take(adapter), mean, spec.method.server.to_yaml(), None, progress)
         return adapter + part.put(change)
     part = spec.trained_part(schema)

@@ -24,6 +24,7 @@ from fedfstq_hf.codec.schema import TrainedPart
 from fedfstq_hf.downlink_settings import DownlinkSettings, default_downlink
 from fedfstq_hf.errors import BudgetError, ConfigError, MailboxError
 from fedfstq_hf.federation.keys import parse_public_key
+from fedfstq_hf.federation.mailbox.protocol import UNATTENDED_SECONDS
 from fedfstq_hf.federation.record import other_version
 from fedfstq_hf.methods import OPTIMIZER_STATES, MethodSettings, feedback_decay
 from fedfstq_hf.ranges import LARGEST, Flag, Number, OneOf, Options, OrNone, Range, Text, Whole, is_number, shown
@@ -238,6 +239,11 @@ class FederationSpec:
         codec = get_codec(self.method.codec, **self.method.codec_options)
         decay = feedback_decay(self.method.error_feedback, codec=codec.name, unbiased=codec.unbiased)
         return decay if self.method.refinement_budget is None else 0.0
+
+    @property
+    def patience(self) -> float:
+        """Seconds for which a mailbox that does not answer is asked again: for ever where no deadline closes rounds."""
+        return math.inf if self.round_seconds is None else UNATTENDED_SECONDS
 
     @property
     def forwards(self) -> bool:

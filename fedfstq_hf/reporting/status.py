@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fedfstq_hf.errors import no_federation
-from fedfstq_hf.federation.control import read_control
+from fedfstq_hf.federation.control import read_control, rules
 from fedfstq_hf.federation.envelope import Records
 from fedfstq_hf.federation.mailbox.posted_metrics import read_metrics
 from fedfstq_hf.federation.mailbox.protocol import SPEC_FILE, Mailbox
@@ -13,14 +13,15 @@ from fedfstq_hf.reporting.units import format_bytes
 from fedfstq_hf.text import printable
 
 
-def describe_round(record: RoundRecord, spec: FederationSpec) -> str:
-    """One line about a published round, and one for each refused update."""
+def describe_round(record: RoundRecord, spec: FederationSpec, rounds: int | None = None) -> str:
+    """One line about a published round, and one for each refused update; rounds: in all, the spec's where not given."""
+    rounds = rounds or spec.rounds
     if record.round == 0:
-        line = f"round 0/{spec.rounds}: initial adapter, {format_bytes(record.adapter_bytes)}"
+        line = f"round 0/{rounds}: initial adapter, {format_bytes(record.adapter_bytes)}"
     else:
         refined = f"{len(record.refinements)} refinements of the round before, " if record.refinements else ""
         line = (
-            f"round {record.round}/{spec.rounds}: {len(record.accepted)} updates, "
+            f"round {record.round}/{rounds}: {len(record.accepted)} updates, "
             f"{refined}{format_bytes(record.uplink_bytes)} up, adapter {record.adapter_sha256[:12]}"
         )
     if record.restored_from is not None:
@@ -45,10 +46,11 @@ def render_status(mailbox: Mailbox) -> str:
     if head is None:
         raise no_federation(mailbox.address)
     spec = FederationSpec.from_json(mailbox.read(0, SPEC_FILE))
-    name, model, codec = map(printable, (spec.name, spec.model, spec.method.codec))
-    lines = [f"{name}: {model}, codec {codec}, {spec.rounds} rounds of {spec.local_steps} local steps"]
-    uplink = 0
     control = read_control(mailbox)
+    now = rules(spec, control)
+    name, model, codec = map(printable, (spec.name, spec.model, spec.method.codec))
+    lines = [f"{name}: {model}, codec {codec}, {now.rounds} rounds of {spec.local_steps} local steps"]
+    uplink = 0
     measured = read_metrics(mailbox, sorted(control.clients or ()), up_to=head)
     unsigned = "unsigned: " if spec.signatures else ""  # as all metrics are
     records = Records(mailbox, spec)
@@ -60,7 +62,9 @@ def render_status(mailbox: Mailbox) -> str:
             for source, metrics in measured.get(round, {}).items()
             for name, value in metrics.items()
         ]
-        lines.append(describe_round(record, spec) + (f"  [{unsigned}{'; '.join(posted)}]" if posted else ""))
+        lines.append(
+            describe_round(record, spec, now.rounds) + (f"  [{unsigned}{'; '.join(posted)}]" if posted else "")
+        )
     lines.append(f"uplink in total: {format_bytes(uplink)}")
     if record.finished:
         lines.append("finished")
@@ -73,5 +77,5 @@ def render_status(mailbox: Mailbox) -> str:
             lines.append(f"asked for round {head}: {', '.join(map(printable, record.selected))}")
         if control.paused is not None:
             lines.append(f"paused: {printable(control.paused)}")
-        lines.append(f"waiting for {spec.min_clients} updates of round {head}; here are {len(waiting)}: {names}")
+        lines.append(f"waiting for {now.min_clients} updates of round {head}; here are {len(waiting)}: {names}")
     return "\n".join(lines)

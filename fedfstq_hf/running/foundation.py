@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from fedfstq_hf.downlink_settings import default_downlink
 from fedfstq_hf.errors import ConfigError, MailboxError
 from fedfstq_hf.federation import adapter_file
 from fedfstq_hf.federation.frames import drawn
-from fedfstq_hf.federation.mailbox.protocol import ADAPTER_CONFIG_FILE
+from fedfstq_hf.federation.mailbox.protocol import ADAPTER_CONFIG_FILE, checked_repo
 from fedfstq_hf.federation.spec import CLIENT_DEFAULTS, SHARED_DATA, SHARED_TRAINING, FederationSpec
 from fedfstq_hf.generation.saliency import tokenizer_fingerprint
 from fedfstq_hf.recipe import Recipe
@@ -109,14 +109,43 @@ def _load(name: str, dtype: str, **options: Any) -> tuple[Any, Any]:
     return model, tokenizer
 
 
-def found(recipe: Recipe, seed: int) -> Founding:
-    """Load the recipe's base and give it a new adapter, which is a function of the seed."""
+def check_client_repos(mailbox: str, names: Sequence[str]) -> None:
+    """Raise `ConfigError` where the Hub takes no repo of the name that a client's would have."""
+    for name in names if mailbox.startswith("hf://") else ():
+        repo = f"{mailbox.removeprefix('hf://')}-{name}"
+        try:
+            checked_repo(repo)
+        except ConfigError:
+            raise ConfigError(
+                f"Client {name!r} would have the Hub repo {repo}, and the Hub takes no such name: use letters, digits, "
+                "and single - . or _ between them."
+            ) from None
+
+
+def found(recipe: Recipe, seed: int, adapter: str | None = None) -> Founding:
+    """Load the recipe's base and give it an adapter: a new one, which is a function of the seed, or a trained one.
+
+    Args:
+        adapter: folder or Hub id of a trained one; its configuration takes the place of the recipe's.
+
+    Raises:
+        ConfigError: there is no such adapter, or it is not one for this base.
+    """
     base, tokenizer = load_base(recipe.model, recipe.dtype)
     set_seed(seed)
-    model = get_peft_model(base, LoraConfig(**recipe.lora.peft_kwargs()))
+    if adapter is None:
+        model = get_peft_model(base, LoraConfig(**recipe.lora.peft_kwargs()))
+    else:
+        try:
+            model = PeftModel.from_pretrained(base, adapter, is_trainable=True)
+        except Exception as error:  # PEFT raises what comes its way
+            raise ConfigError(
+                f"{adapter} cannot be taken as the adapter to start from: {printable(error, 500)} Give the folder, or "
+                f"ORG/NAME, of a PEFT adapter for {recipe.model}."
+            ) from error
     view = AdapterView(model)
     initial = drawn(view.schema, seed)
-    if initial is not None and model.peft_config[view.name].init_lora_weights is True:
+    if adapter is None and initial is not None and model.peft_config[view.name].init_lora_weights is True:
         view.write(initial)  # PEFT's own distribution, by a generator that clients have as well
     model.peft_config[view.name].base_model_name_or_path = recipe.model
     return Founding(model, tokenizer, view, adapter_file.dump(view.state()), config_json(model, view.name))

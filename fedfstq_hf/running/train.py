@@ -12,6 +12,7 @@ from fedfstq_hf.config import FedFSTQConfig
 from fedfstq_hf.errors import DataError
 from fedfstq_hf.federation.client.agreement import Terms, agree, is_agreed, read_terms, summary
 from fedfstq_hf.federation.mailbox.open import open_mailbox
+from fedfstq_hf.federation.mailbox.protocol import ONE_SHOT_SECONDS
 from fedfstq_hf.federation.spec import FederationSpec
 from fedfstq_hf.running.client_file import ClientFile, own_data
 from fedfstq_hf.running.foundation import load_base, load_shared_base, quiet_arguments, wrap_base
@@ -23,15 +24,21 @@ from fedfstq_hf.workloads import Collator, DataConfig, load_workload
 logger = logging.getLogger(__name__)
 
 
-def run_client(settings: ClientFile, *, consent: Callable[[Sequence[str]], None] | None = None) -> FedFSTQTrainer:
+def run_client(
+    settings: ClientFile,
+    *,
+    consent: Callable[[Sequence[str]], None] | None = None,
+    patience: float = ONE_SHOT_SECONDS,
+) -> FedFSTQTrainer:
     """Join the federation and take part until it ends; returns the trainer, which holds the final adapter.
 
     Args:
         settings: the client's own.
         consent: called with what the client is asked to do, a line for each thing, before anything is loaded, and only
             where this client has not agreed to it before; raises to decline. Without it, calling is agreeing.
+        patience: seconds for which a mailbox that does not answer is asked again at the first look.
     """
-    mailbox = open_mailbox(settings.mailbox)
+    mailbox = open_mailbox(settings.mailbox, patience=patience)
     terms = read_terms(mailbox, settings.mailbox)
     data = own_data(terms.spec.data, settings.data, f"data of client {settings.client_id}")
     federation = _federation(settings)

@@ -54,6 +54,7 @@ def join(
     mailbox = open_mailbox(address, client_repo=config.repo)
     terms = read_terms(mailbox, address)
     spec, folder = terms.spec, state_folder(config.state_dir, output_dir)
+    mailbox.set_patience(spec.patience)
     if not is_agreed(folder, terms):
         for line in summary(spec, address):
             logger.info("%s", line)

@@ -160,7 +160,7 @@ class FedFSTQMixin(_TrainerLike):  # type: ignore[misc]
                 reached_end = self.state.global_step >= self.args.max_steps
                 rounds.check_end(self._steps.done, asked=self.control.should_training_stop and not reached_end)
                 if reached_end and not rounds.ended and self._next_round(rounds):
-                    raise MailboxError("The federation handed out a round after its last step.")
+                    raise MailboxError("The federation was extended, and goes on: start this client again.")
         finally:
             self._rounds = None
         return output

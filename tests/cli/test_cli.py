@@ -57,7 +57,9 @@ def test_nothing_heavy_is_imported(code):
 def test_version_and_help(launcher):
     assert launcher.run("--version").stdout.strip() == __version__
     shown = launcher.run("--help").stdout
-    commands = "simulate init serve stop rollback train status evaluate pause resume enrol inspect recipes keys"
+    commands = (
+        "simulate init serve stop rollback train status evaluate pause resume enrol reopen extend inspect recipes keys"
+    )
     for command in commands.split():
         assert command in shown
 

@@ -124,6 +124,29 @@ def test_enrol(launcher, tiny_recipe, found, tmp_path):
         launcher, "enrol", box, "a", "b", "--repo", "o/r"
     )
     assert "cannot name a client" in fails(launcher, "enrol", box, "a/b")
+    assert "0 clients would be left, but 1 updates close a round" in fails(launcher, "enrol", box, FIRST, "--remove")
+
+
+def test_an_open_federation_stays_open_unless_that_is_said(launcher, found):
+    box, _ = found("--min-clients", "1")
+    assert "Type --close to let only a and those" in fails(launcher, "enrol", box, "a", "--max-examples", "3")
+    assert "Enrolled are now 1: a." in launcher.run("enrol", box, "a", "--close").stdout
+    assert launcher.run("reopen", box).stdout == f"{box} is open: anybody may send who can write there.\n"
+
+
+def test_extend(launcher, found):
+    box, _ = found("--clients", "a,b", "--min-clients", "1")
+    said = launcher.run("extend", box, "--rounds", "9", "--min-clients", "2", "--round-seconds", "60").stdout
+    assert f"{box}: 9 rounds in all, 2 updates close a round, a round closes after 60 s." in said
+    assert "start them again" in said
+    assert "9 rounds of" in launcher.run("status", box).stdout
+    assert "Say what to change: --rounds 20" in fails(launcher, "extend", box)
+    assert "rounds have no deadline" in launcher.run("extend", box, "--round-seconds", "0").stdout
+
+
+def test_names_that_the_hub_does_not_take(launcher, tiny_recipe):
+    said = fails(launcher, "init", "hf://lab/run", "--recipe", tiny_recipe, "--clients", "a--b,ok", "--patience", "0")
+    assert "Client 'a--b' would have the Hub repo lab/run-a--b" in said
 
 
 # Keys

@@ -86,11 +86,11 @@ def test_enrol_and_dismiss():
     assert {name: entry.max_examples for name, entry in second.clients.items()} == {"a": None, "b": 9, "c": 9}
     third = control.enrol(["b"], verify_key=KEY)(second)
     assert third.clients["b"] == Enrolment(verify_key=KEY, max_examples=9)  # what was known stays
-    assert set(control.dismiss("b")(third).clients) == {"a", "c"}
+    assert set(control.dismiss(["b"])(third).clients) == {"a", "c"}
     with pytest.raises(ConfigError, match="'x' is not enrolled; enrolled are a, b, c"):
-        control.dismiss("x")(third)
+        control.dismiss(["x"])(third)
     with pytest.raises(ConfigError, match="'x' is not enrolled; enrolled are none by name"):
-        control.dismiss("x")(Control())
+        control.dismiss(["x"])(Control())
 
 
 @pytest.mark.parametrize(

@@ -230,7 +230,7 @@ def test_enrolment_pause_and_selection_through_the_hub(run: HubFederation, caplo
     change_control(run.mailbox(run.owner), resume)
     coordinator.mailbox.head()
     assert coordinator.ready()
-    change_control(owner, dismiss("c"))
+    change_control(owner, dismiss(["c"]))
     coordinator.mailbox.head()
     assert coordinator.close_round() is None
     stranger = run.client("c")

@@ -18,7 +18,7 @@ from fedfstq_hf.federation.client.downlink import Downlink
 from fedfstq_hf.federation.client.outbox import Pending
 from fedfstq_hf.federation.client.session import ClientSession, Settlement, says_nothing_yet
 from fedfstq_hf.federation.client.uplink import PackSaliency, Uplink
-from fedfstq_hf.federation.control import read_control
+from fedfstq_hf.federation.control import read_control, rules
 from fedfstq_hf.federation.envelope import Records
 from fedfstq_hf.federation.mailbox.posted_metrics import posted_losses, read_metrics
 from fedfstq_hf.federation.mailbox.protocol import Mailbox, Polling
@@ -124,7 +124,7 @@ class MailboxParticipation:
     ) -> None:
         self.mailbox = mailbox
         self.session = session
-        self.total_steps = session.spec.rounds * session.spec.local_steps
+        self.total_steps = rules(session.spec, read_control(mailbox)).rounds * session.spec.local_steps
         self.settlements: list[Settlement] = []
         self._budgets = Budgets(budget, refinements or MessageBudget())
         self._poll_seconds = poll_seconds

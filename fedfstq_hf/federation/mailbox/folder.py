@@ -69,6 +69,9 @@ class FolderMailbox:
         self.durable = durable
         self._told: set[str] = set()
 
+    def set_patience(self, seconds: float) -> None:
+        """A folder answers at once, or not at all."""
+
     def head(self) -> int | None:
         """The newest published round, None before round 0 was published. What is no whole round is passed over."""
         rounds = self.path / "rounds"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fedfstq_hf.errors import ConfigError, MailboxError
-from fedfstq_hf.federation.mailbox.protocol import LAYOUTS, Mailbox
+from fedfstq_hf.federation.mailbox.protocol import LAYOUTS, UNATTENDED_SECONDS, Mailbox
 
 
 def open_mailbox(
@@ -14,6 +14,7 @@ def open_mailbox(
     private: bool = True,
     token: str | None = None,
     client_repo: str | None = None,
+    patience: float = UNATTENDED_SECONDS,
 ) -> Mailbox:
     """The mailbox at an address: `hf://org/repo`, or the path of a folder.
 
@@ -22,6 +23,7 @@ def open_mailbox(
         private: whether a new federation's Hub repos are private.
         layout: of a new Hub mailbox, one of `LAYOUTS`; an existing one knows its own.
         token: for the Hub, where it is not in `HF_TOKEN` or stored by `hf auth login`.
+        patience: seconds for which a request to the Hub is repeated; see `Mailbox.set_patience`.
         client_repo: Hub repo that the client writes its messages to, where it is not `ORG/RUN-CLIENT`.
 
     Raises:
@@ -33,7 +35,15 @@ def open_mailbox(
     if address.startswith("hf://"):
         from fedfstq_hf.federation.mailbox.hub.mailbox import HubMailbox
 
-        return HubMailbox(address, create=create, layout=layout, private=private, token=token, client_repo=client_repo)
+        return HubMailbox(
+            address,
+            create=create,
+            layout=layout,
+            private=private,
+            token=token,
+            client_repo=client_repo,
+            patience=patience,
+        )
     if "://" in address and not address.startswith("file://"):
         scheme = address.split("://", 1)[0]
         raise MailboxError(

@@ -33,6 +33,11 @@ SALIENCY_FILE = "saliency.safetensors"
 ATTACHMENTS = (SALIENCY_FILE,)
 """What a client may send beside its messages; one file of each name."""
 
+ONE_SHOT_SECONDS = 30.0
+"""Patience of a command that looks once, and of the first look of one that stays."""
+UNATTENDED_SECONDS = 900.0
+"""Patience where rounds close by a deadline."""
+
 LAYOUTS = ("own", "shared", "pull-request")
 
 RootReader = Callable[[str], bytes | None]
@@ -79,6 +84,9 @@ class Mailbox(Protocol):
     """Where a federation's state lives. Implementations survive being killed at any moment."""
 
     address: str
+
+    def set_patience(self, seconds: float) -> None:
+        """How long a request is repeated while the mailbox does not answer; infinity: as long as it takes."""
 
     def head(self) -> int | None:
         """The newest published round, None before round 0 was published."""

@@ -18,16 +18,10 @@ from torch import Tensor
 
 from fedfstq_hf.codec import Schema
 from fedfstq_hf.codec.schema import TrainedPart
-from fedfstq_hf.errors import (
-    MailboxError,
-    MailboxUnavailableError,
-    NonFiniteError,
-    RoundConflictError,
-    no_federation,
-)
+from fedfstq_hf.errors import MailboxError, MailboxUnavailableError, NonFiniteError, RoundConflictError, no_federation
 from fedfstq_hf.federation import adapter_file, history, scaffold
 from fedfstq_hf.federation.aggregation import keeps_state, server_step
-from fedfstq_hf.federation.control import read_control
+from fedfstq_hf.federation.control import Rules, read_control, rules
 from fedfstq_hf.federation.envelope import Records
 from fedfstq_hf.federation.frames import Share, initial_adapter
 from fedfstq_hf.federation.keys import Sign, Unseal
@@ -111,6 +105,11 @@ class Coordinator:
         return self.record.finished
 
     @property
+    def rules(self) -> Rules:
+        """When rounds close and the federation ends, as of the last look at the control file."""
+        return rules(self.spec, read_control(self.mailbox))
+
+    @property
     def paused(self) -> str | None:
         """Why no round is closed at present; None while the federation runs."""
         return read_control(self.mailbox).paused
@@ -129,7 +128,7 @@ class Coordinator:
             The new record. None when, after refusals, too few messages are left to close the round: call again later.
             If another coordinator published first, its record is adopted and returned.
         """
-        finished = self.record.round + 1 >= self.spec.rounds
+        finished = self.record.round + 1 >= self.rules.rounds
         collected = self._round.collect(finished=finished)
         count = len(collected.accepted)
         if not self._enough(count) and not self._enough(count + self._round.silent()):
@@ -160,7 +159,7 @@ class Coordinator:
         adapter = self.mailbox.read(round, ADAPTER_FILE)
         adapter_file.load(adapter, expected_sha256=self._record(round).adapter_sha256)
         while True:
-            finished = self.record.round + 1 >= self.spec.rounds
+            finished = self.record.round + 1 >= self.rules.rounds
             refused, late = self._round.refuse_all(f"Rolled back to round {round}.", finished=finished)
             kept = {
                 SERVER_STATE_FILE: self._server_state(round),
@@ -249,7 +248,7 @@ class Coordinator:
         self._history = history.complete(self.mailbox.read_root, self.record.round, self._record)
 
     def _enough(self, count: int) -> bool:
-        return count >= (1 if self._overdue() else self.spec.min_clients)
+        return count >= (1 if self._overdue() else self.rules.min_clients)
 
     def _overdue(self) -> bool:
         return self.record.deadline is not None and self._clock() >= self.record.deadline
@@ -268,7 +267,7 @@ class Coordinator:
                 self._mean_update(collected, refined, finished),
                 self.spec.method.server.to_yaml(),
                 self._server_state(self.record.round),
-                self.record.round / max(1, self.spec.rounds - 1),
+                min(1.0, self.record.round / max(1, self.spec.rounds - 1)),
             )
             change = self.trained.put(part)
         else:  # an end without any update
@@ -333,7 +332,7 @@ class Coordinator:
             seen = {entry.client_id for kind in ("accepted", "refused", "late") for entry in fields.get(kind, ())}
             fields["attached_bytes"] = sent_bytes(self.mailbox, seen.union(read_control(self.mailbox).clients or ()))
         fields |= {"finished": finished, "selected": selected, "sign": self._sign}
-        return make_record(self.spec, adapter, round, self._clock(), **fields)
+        return make_record(self.spec, adapter, round, self._clock(), seconds=self.rules.round_seconds, **fields)
 
     def _publish(
         self,

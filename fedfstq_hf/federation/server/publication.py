@@ -83,10 +83,13 @@ def make_record(
     now: float,
     *,
     finished: bool = False,
+    seconds: float | None = None,
     sign: Sign | None = None,
     **fields: Any,
 ) -> RoundRecord:
     """The record of an adapter to publish, sealed and signed as the spec says.
+
+    seconds: until the round that it opens closes with fewer updates; None for no deadline.
 
     Raises:
         MailboxError: the adapter has not the spec's schema.
@@ -103,7 +106,7 @@ def make_record(
         adapter_bytes=len(adapter),
         schema=schema.fingerprint,
         opened_at=now,
-        deadline=now + spec.round_seconds if spec.round_seconds is not None and not finished else None,
+        deadline=None if seconds is None or finished else now + seconds,
         finished=finished,
         **fields,
     )

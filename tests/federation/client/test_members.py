@@ -47,7 +47,7 @@ def test_a_dismissed_client_s_waiting_update_is_not_used(tmp_path):
     clients = join(mailbox, tmp_path, "abc")
     for client in clients:
         client.step()
-    change_control(mailbox, control.dismiss("b"))
+    change_control(mailbox, control.dismiss(["b"]))
     assert [u.client_id for u in coordinator.close_round().accepted] == ["a", "c"]
     with pytest.raises(MailboxError, match="'b' is not enrolled"):
         clients[1].step()

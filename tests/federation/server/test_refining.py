@@ -310,7 +310,7 @@ def test_where_no_preview_can_be_read_again_all_of_them_stay(tmp_path):
 def test_the_refinement_of_a_client_that_was_dismissed_meanwhile_is_not_used(tmp_path):
     mailbox, coordinator = second_round(tmp_path, enrolled={name: Enrolment() for name in "abc"})
     refinements(mailbox, 0, a=1, b=5)
-    control.change_control(mailbox, control.dismiss("b"))
+    control.change_control(mailbox, control.dismiss(["b"]))
     previews(mailbox, 1, c=0)
     assert close(coordinator) == 1.5 + 0.625
     assert [u.client_id for u in coordinator.record.refinements] == ["a"]
@@ -320,7 +320,7 @@ def test_the_refinement_of_a_client_that_was_dismissed_meanwhile_is_not_used(tmp
 
 
 def dismissed(mailbox, name):
-    control.change_control(mailbox, control.dismiss(name))
+    control.change_control(mailbox, control.dismiss([name]))
 
 
 def deleted(mailbox, name):

@@ -7,6 +7,7 @@ here. A repo that commits for twenty clients is busy for a minute; a message is 
 from __future__ import annotations
 
 import logging
+import math
 import os
 import random
 import re
@@ -30,13 +31,15 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import get_session, httpx, parse_ratelimit_headers
 
 from fedfstq_hf.errors import FedFSTQError, MailboxError, MailboxUnavailableError
+from fedfstq_hf.federation.mailbox.protocol import UNATTENDED_SECONDS
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-DEFAULT_PATIENCE = 900.0
+DEFAULT_PATIENCE = UNATTENDED_SECONDS
 TIDYING_SECONDS = 30.0
+_QUIET, _AGAIN = 5.0, 60.0  # seconds of waiting before the first word, and between further ones
 DEFAULT_TIMEOUT = 60.0
 _CONNECT = 10.0
 _installed: float | None = None
@@ -94,7 +97,7 @@ class Patience:
     """Repeats requests until they succeed, fail for good, or a time has passed.
 
     Args:
-        seconds: how long one request is repeated.
+        seconds: how long one request is repeated; infinity: as long as it takes.
         clock, sleep: a test passes its own.
     """
 
@@ -122,7 +125,8 @@ class Patience:
             FedFSTQError: raised by `request` itself, passed on at once.
         """
         patience = self.seconds if seconds is None else seconds
-        give_up = self._clock() + patience
+        begun = self._clock()
+        give_up, speak_at = begun + patience, begun + _QUIET
         attempt = 0
         while True:
             try:
@@ -138,13 +142,19 @@ class Patience:
                     if _is_foreign(error):
                         raise  # with its own type and traceback
                     raise MailboxError(f"Could not {what}: {explain(error)}") from None
-                wait = self._wait(attempt, diagnosis.wait)
-                if self._clock() + wait > give_up:
+                now, wait = self._clock(), self._wait(attempt, diagnosis.wait)
+                if now >= give_up or (diagnosis.wait is None and now + wait > give_up):
                     raise MailboxUnavailableError(
                         f"Could not {what} for {patience:.0f} s; the last answer was: {explain(error)} "
                         "Nothing is lost: start again later."
                     ) from None
-                logger.debug("Could not %s (%s); trying again in %.1f s.", what, explain(error), wait)
+                wait = min(wait, give_up - now)  # who asks for an hour is asked once more at the end
+                if now + wait >= speak_at:
+                    speak_at = now + wait + _AGAIN
+                    until = "until that works" if give_up == math.inf else f"for up to {give_up - now:.0f} s more"
+                    logger.warning("Could not %s: %s Waiting %s.", what, explain(error), until)
+                else:
+                    logger.debug("Could not %s (%s); trying again in %.1f s.", what, explain(error), wait)
                 self.sleep(wait)
                 attempt += 1
 

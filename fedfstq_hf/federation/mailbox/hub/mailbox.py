@@ -64,7 +64,8 @@ class HubMailbox:
     ) -> None:
         self.address = address
         self._private = private
-        place, waiting = parse_address(address), Patience(patience)
+        place, self._waiting = parse_address(address), Patience(patience)
+        waiting = self._waiting
         api = HfApi(token=token, library_name="fedfstq_hf")
         self._global = GlobalRepo(HubRepo(place.repo_id, api, waiting), address, waiting, create=create)
         named = None if client_repo is None else checked_repo(client_repo)
@@ -77,6 +78,10 @@ class HubMailbox:
 
         self._posts = ClientPosts(self._global, present_layout, place)
         self._writer = ClientWriter(self._global, present_layout, place, named)
+
+    def set_patience(self, seconds: float) -> None:
+        """How long requests are repeated from now on, in all of the federation's repos."""
+        self._waiting.seconds = seconds
 
     # -- the coordinator's side -------------------------------------------------------------------------------------
 
