@@ -369,6 +369,17 @@ def extend(
         typer.echo("Clients that run already stop where they would have stopped: start them again to go on.")
 
 
+@app.command()
+def prune(mailbox: MailboxAddress, keep: Annotated[int, typer.Option(min=1, help="Newest rounds.")] = 10) -> None:
+    """Remove the adapters of old rounds from a folder: clients need them no more, only `rollback` does."""
+    from fedfstq_hf.running.serve import open_federation
+
+    box, _ = open_federation(mailbox)
+    if (remove := getattr(box, "prune", None)) is None:
+        raise ConfigError("A repo of the Hub holds the newest adapter alone; earlier ones are in its history.")
+    typer.echo(f"Removed {remove(keep):,} bytes. There is no way back to a round before the newest {keep}.")
+
+
 def _change(address: str, change: Callable[[Control, FederationSpec], Control], *, head: bool = False) -> Control:
     """Change the control file of a federation that is there; head: refuse one that is finished."""
     from fedfstq_hf.federation.control import change_control

@@ -117,3 +117,22 @@ def test_an_extended_federation_goes_on_for_who_starts_again(tmp_path):
     first.session.close()
     again = LightClient(mailbox, "a", tmp_path / "a")
     assert (again.participation.total_steps, again.participation.next().round) == (2, 1)
+
+
+def test_pruned_rounds_keep_what_clients_need(tmp_path):
+    mailbox = found(tmp_path / "box", rounds=6, codec="topk", downlink="exact")
+    coordinator = Coordinator(mailbox)
+    clients = [LightClient(mailbox, name, tmp_path / name, max_bytes=300) for name in "ab"]
+    run_rounds(coordinator, clients, 1)
+    away = LightClient(mailbox, "c", tmp_path / "c", max_bytes=300)
+    run_rounds(coordinator, clients, 4)
+    size = (tmp_path / "box/rounds/000001/adapter_model.safetensors").stat().st_size
+    assert mailbox.prune(2) >= 3 * size
+    assert mailbox.prune(2) == 0
+    kept = {path.parent.name for path in (tmp_path / "box/rounds").glob("*/adapter_model.safetensors")}
+    assert kept == {"000000", "000004", "000005"}
+    assert torch.equal(away.participation.next().adapter, coordinator.adapter)
+    with pytest.raises(MailboxError, match=r"Round 2 of .* it was pruned"):
+        Coordinator(mailbox).rollback(2)
+    run_rounds(Coordinator(mailbox), clients, 1)
+    assert "round 6/6" in render_status(mailbox)

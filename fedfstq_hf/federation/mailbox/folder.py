@@ -37,11 +37,23 @@ from fedfstq_hf.errors import (
 )
 from fedfstq_hf.federation import storage
 from fedfstq_hf.federation.mailbox.posted_metrics import MAX_FILE_BYTES, MAX_SOURCES, Metrics
-from fedfstq_hf.federation.mailbox.protocol import ADAPTER_CONFIG_FILE, ADAPTER_FILE, RECORD_FILE, RootFiles, UpdateRef
+from fedfstq_hf.federation.mailbox.protocol import (
+    ADAPTER_CONFIG_FILE,
+    ADAPTER_FILE,
+    RECORD_FILE,
+    RESIDUAL_FILE,
+    SERVER_STATE_FILE,
+    VARIATE_FILE,
+    RootFiles,
+    UpdateRef,
+)
 from fedfstq_hf.federation.storage import checked_name, is_name
 from fedfstq_hf.text import parse_object, printable
 
 logger = logging.getLogger(__name__)
+
+PRUNED = (ADAPTER_FILE, SERVER_STATE_FILE, VARIATE_FILE, RESIDUAL_FILE)
+"""Files of a round that are as large as the adapter, and that nobody needs but who goes back to it."""
 
 _ROUND = re.compile(r"[0-9]{6,9}")
 _CONTROL_FILE = "control.json"
@@ -93,6 +105,10 @@ class FolderMailbox:
         try:
             return self._read(self._round(round) / name, max_bytes)
         except FileNotFoundError:
+            if name in PRUNED and (self._round(round) / RECORD_FILE).exists():
+                raise MailboxError(
+                    f"Round {round} of {self.address} has no {name}: it was pruned, or had none. Name a newer one."
+                ) from None
             raise MailboxError(
                 f"{self.address} has no file {name} in round {round}. Expected a federation's folder made by "
                 f"`fedfstq init {self.address} ...`."
@@ -269,6 +285,20 @@ class FolderMailbox:
 
     def housekeep(self, round: int, *, clients: int, keep_rounds: int, tag: bool, finished: bool = False) -> None:
         """Nothing: a folder keeps every message, and its rounds need no tags."""
+
+    def prune(self, keep: int) -> int:
+        """Remove the large files of all rounds but the newest `keep` and the first; returns the bytes that are freed.
+
+        Records and frames stay, so clients go on. There is no way back to a pruned round.
+        """
+        freed = 0
+        for round in range(1, (self.head() or 0) - max(keep, 1) + 1):
+            for path in (self._round(round) / name for name in PRUNED):
+                with contextlib.suppress(FileNotFoundError):
+                    size = path.stat(follow_symlinks=False).st_size
+                    path.unlink()
+                    freed += size
+        return freed
 
     def _read(self, path: Path, max_bytes: int | None = None) -> bytes:
         """A file that the coordinator wrote. Raises `OSError`."""

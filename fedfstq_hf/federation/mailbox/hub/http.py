@@ -161,7 +161,7 @@ class Patience:
     def _wait(self, attempt: int, asked: float | None) -> float:
         if asked is not None:
             return min(asked, _LONGEST_ASKED) + random.uniform(0.0, 1.0)
-        most = min(_FIRST_WAIT * 2.0**attempt, _MOST_WAIT)
+        most = min(_FIRST_WAIT * 2.0 ** min(attempt, 10), _MOST_WAIT)
         return random.uniform(_FIRST_WAIT / 2, max(most, _FIRST_WAIT))  # full jitter: equals must not stay in step
 
 
