@@ -16,6 +16,7 @@ _SERVER = ("tests/federation/server/test_server_optimizers.py", "tests/federatio
 _UPDATE = ("tests/codec/test_update.py",)
 _MESSAGE = ("tests/codec/test_message.py", "tests/codec/test_format.py", "tests/attacks/test_container.py")
 _SCALE = ("tests/trainer/test_sensitivity_scale.py",)
+_DOWNLINK = ("tests/federation/client/test_downlink.py",)
 _SESSION = (
     "tests/federation/client/test_session.py",
     "tests/federation/client/test_session_sizes.py",
@@ -376,6 +377,43 @@ MUTANTS: list[tuple[str, tuple[str, ...], Changes]] = [
             ("None if self._is_refused(ref) else self._screen(", "self._screen("),
             ("        if control.clients != self._refused_by.clients:\n            return list(refs)\n", ""),
             ("precision_weights(weights, [entry.norm for entry in entries])", "weights"),
+        ],
+    ),
+    (
+        "federation/frames.py",
+        _DOWNLINK,
+        [
+            ("    if header != expected:\n", "    if False:\n"),
+            ("mean.add(update, weight, scale)", "mean.add(update, weight, 1.0)"),
+            ("mean.add(update, weight, scale)", "mean.add(update, 1.0, scale)"),
+            ("CodecContext(round=round))\n        mean.add", "CodecContext(round=0))\n        mean.add"),
+            ("if position != len(payload) or not 0 < mean.total_weight < math.inf:", "if False:"),
+            ("if len(payload) < position or not count:", "if False:"),
+            ("(0 <= weight < math.inf and 0 <= scale <= 1)", "True"),
+            ("schema.digest(vector) == record.adapter_digest", "True"),
+            ('spec.name}".encode()', '0}".encode()'),
+            ("elif not is_lora_b(spec.name) or", "elif"),
+        ],
+    ),
+    (
+        "federation/server/framing.py",
+        _DOWNLINK,
+        [
+            ("else self.adapter + change + residual", "else self.adapter + change"),
+            ("target - adapter, Frame", "target - start, Frame"),
+            ("joining + len(data) <= most", "True"),
+            ("size * (1 + last)", "size"),
+            ("if hashlib.sha256(data).hexdigest() != record.residual_sha256:", "if False:"),
+            ("of_a = b.reshape(-1, rank).square().sum(0)", "of_a = a.reshape(rank, -1).square().sum(1)"),
+        ],
+    ),
+    (
+        "federation/client/downlink.py",
+        _DOWNLINK,
+        [
+            ("            if not self._is(adapter, record):\n", "            if False:\n"),
+            ("return first.kind != KEYFRAME and first.round - 1 == held", "return first.round - 1 == held"),
+            ("self._record(0).adapter_bytes if self._initial is None else 0", "0"),
         ],
     ),
 ]
