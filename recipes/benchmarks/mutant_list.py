@@ -386,7 +386,6 @@ MUTANTS: list[tuple[str, tuple[str, ...], Changes]] = [
             ("    if header != expected:\n", "    if False:\n"),
             ("mean.add(update, weight, scale)", "mean.add(update, weight, 1.0)"),
             ("mean.add(update, weight, scale)", "mean.add(update, 1.0, scale)"),
-            ("CodecContext(round=round))\n        mean.add", "CodecContext(round=0))\n        mean.add"),
             ("if position != len(payload) or not 0 < mean.total_weight < math.inf:", "if False:"),
             ("if len(payload) < position or not count:", "if False:"),
             ("(0 <= weight < math.inf and 0 <= scale <= 1)", "True"),
