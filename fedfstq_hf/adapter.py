@@ -234,9 +234,7 @@ def _vocab_size(model: PeftModel) -> int:
 
 def _plain(value: Any) -> Any:
     """As it comes back from a JSON file; None for whatever is empty or off."""
-    if isinstance(value, set):
-        value = sorted(value)
-    return json.loads(json.dumps(value, default=str)) or None
+    return json.loads(json.dumps(sorted(value) if isinstance(value, set) else value, default=str)) or None
 
 
 def _shown(value: Any) -> str:
@@ -284,24 +282,30 @@ def base_fingerprint(model: PeftModel) -> dict[str, Any]:
     """
     config = model.get_base_model().config
     weight = _base_embeddings(model)
-    rows = torch.linspace(0, weight.shape[0] - 1, _PROBES).long()
-    columns = torch.linspace(0, weight.shape[1] - 1, _PROBES).long()
+    rows, columns = (torch.linspace(0, size - 1, _PROBES).long() for size in weight.shape)
     probe = weight[rows.to(weight.device), columns.to(weight.device)].float().cpu()
     return {
         "model_type": config.model_type,
         "hidden_size": int(weight.shape[1]),
-        "vocab_size": int(config.get_text_config().vocab_size),
-        "num_hidden_layers": int(config.get_text_config().num_hidden_layers),
+        **{name: getattr(config.get_text_config(), name, None) for name in ("vocab_size", "num_hidden_layers")},
         "embedding_probe": [float(f"{value:.6g}") for value in probe.tolist()],
         **_tensor_sums(model),
     }
 
 
 def _base_embeddings(model: PeftModel) -> Tensor:
-    module: Any = model.get_input_embeddings()  # which may be a copy of them that is trained, or a LoRA on them
+    """The base's input embeddings, or its largest tensor where it looks up no ids: shape (rows, columns)."""
+    module: Any = None
+    with contextlib.suppress(AttributeError, NotImplementedError):
+        module = model.get_input_embeddings()  # which may be a copy of them that is trained, or a LoRA on them
     while isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
         module = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module.original_module
-    return module.weight  # type: ignore[no-any-return]
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, Tensor) or weight.ndim != 2:
+        trained = _adapter_parameters(model)
+        weight = max((p for p in model.get_base_model().parameters() if id(p) not in trained), key=Tensor.numel)
+        weight = weight.reshape(-1, weight.shape[-1])
+    return weight
 
 
 def _tensor_sums(model: PeftModel) -> dict[str, list[float | None]]:
@@ -309,10 +313,9 @@ def _tensor_sums(model: PeftModel) -> dict[str, list[float | None]]:
 
     None for those of the layers where a quantisation holds them in another form.
     """
-    config, embedding = model.get_base_model().config, _base_embeddings(model)
-    trained = _adapter_parameters(model)
+    embedding, trained = _base_embeddings(model), _adapter_parameters(model)
     sizes, probes = [0.0] * _GROUPS, [0.0] * _GROUPS
-    whole = getattr(config, "quantization_config", None) is None
+    whole = getattr(model.get_base_model().config, "quantization_config", None) is None
     for name, tensor in model.get_base_model().named_parameters():
         if id(tensor) in trained:
             continue
@@ -325,11 +328,8 @@ def _tensor_sums(model: PeftModel) -> dict[str, list[float | None]]:
         places = torch.arange(values.numel())
         signs = ((places * 2654435761 >> 13) & 1) * 2 - 1
         # by the name, as a quantised base may lack the parameters of its layers
-        number, plain = (
-            zlib.crc32(name.replace(".base_layer", "").replace(".original_module", "").encode()),
-            tensor is embedding,
-        )
-        plain |= tensor.ndim < 2 and not name.endswith("bias")
+        number = zlib.crc32(name.replace(".base_layer", "").replace(".original_module", "").encode())
+        plain = tensor is embedding or (tensor.ndim < 2 and not name.endswith("bias"))
         group = number % _PLAIN if plain else _PLAIN + number % (_GROUPS - _PLAIN)
         sizes[group] += math.log2(max(size, 2.0**-40))
         probes[group] += float((values * signs).sum()) / max(size, 2.0**-40) / max(1, values.numel()) ** 0.5

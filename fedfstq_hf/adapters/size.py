@@ -10,7 +10,7 @@ from peft import PeftConfig, PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
-from torch import nn
+from torch import Tensor, nn
 
 from fedfstq_hf.errors import AdapterMismatchError
 
@@ -79,7 +79,7 @@ def _shapes(base: nn.Module) -> Iterator[tuple[str, Shape]]:
         weight = getattr(module, "weight", None)
         if isinstance(outputs, int) and isinstance(inputs, int):  # also where the weight is packed in four bits
             yield name, (outputs, inputs)
-        elif weight is not None and weight.dim() > 1:
+        elif isinstance(weight, Tensor) and weight.dim() > 1:
             yield name, (weight.shape[0], math.prod(weight.shape[1:]))
 
 

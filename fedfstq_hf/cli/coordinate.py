@@ -41,6 +41,7 @@ def init(
     adapter: Annotated[
         str | None, typer.Option(help="Start from this trained adapter, a folder or ORG/NAME, and its configuration.")
     ] = None,
+    base_model_name: Annotated[str | None, typer.Option(help="Hub id of a --model that is a folder here.")] = None,
     clients: Annotated[
         str | None, typer.Option(metavar="A,B,C", help="Clients that may take part; anybody who can write if left out.")
     ] = None,
@@ -105,13 +106,14 @@ def init(
     from fedfstq_hf.federation.founding import found_federation
     from fedfstq_hf.federation.keys import signer
     from fedfstq_hf.reporting.card.federation_card import card_maker
+    from fedfstq_hf.reporting.card.markup import is_path
     from fedfstq_hf.running.foundation import check_client_repos, found, make_spec
 
     check_client_repos(mailbox, () if layout == "shared" else names or ())
     loaded = loaded.for_method(method)
     sealing_key = None if seal_to is None else _public_key(seal_to)
     pair = None if key is None else _founder(key, sealing_key)
-    founding = found(loaded, loaded.seeds[0], adapter)
+    founding = found(loaded, loaded.seeds[0], adapter, base_model_name)
     usual = loaded.federation.clients_per_round if clients_per_round is None else clients_per_round
     count = min(usual, len(names) if names else usual) if min_clients is None else min_clients
     spec = make_spec(
@@ -133,6 +135,8 @@ def init(
         founder_key=None if pair is None else pair.verify_key,
         share_saliency=share_saliency,
     )
+    if is_path(spec.model):
+        typer.echo(f"Others are given the path {spec.model!r}: type --base-model-name ORG/NAME.", err=True)
     record = found_federation(
         box,
         spec,

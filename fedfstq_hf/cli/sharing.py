@@ -67,22 +67,19 @@ def compress(
     if dtype not in ("float32", "bfloat16"):
         raise ConfigError(f"--dtype is {dtype!r}; expected float32 or bfloat16.")
     quieten()
-    from fedfstq_hf.reporting.card.markup import hub_id
+    from fedfstq_hf.reporting.card.markup import is_path
     from fedfstq_hf.sharing.compress import compress_adapter
     from fedfstq_hf.sharing.hub import open_repo, publish
-    from fedfstq_hf.sharing.trained import load_task_base, read_config
+    from fedfstq_hf.sharing.trained import fit_vocabulary, load_task_base, read_config
 
     repo = None if push is None else open_repo(push)
     fields = read_config(adapter)
-    name = base_model or fields.get("base_model_name_or_path")
+    own = fields.get("base_model_name_or_path")
+    name = base_model or own
     if not name:
         raise ConfigError(f"The adapter in {adapter} names no base model; type --base-model NAME.")
-    if base_model_name is None and name != "demo" and hub_id(name) is None:
-        typer.echo(
-            f"The base model's name {name!r} is no id of the Hub, and stands in what others get: type "
-            "--base-model-name ORG/NAME.",
-            err=True,
-        )
+    if base_model_name is None and base_model is not None and not is_path(base_model) and (not own or is_path(own)):
+        base_model_name = base_model
     examples: dict[str, Any] = {}
     if data is None:
         base: Any = load_task_base(str(name), adapter, dtype)
@@ -96,7 +93,7 @@ def compress(
         from fedfstq_hf.workloads import DataConfig, load_workload
 
         base, tokenizer = load_base(str(name), dtype)
-
+        fit_vocabulary(base, adapter)
         kind = "demo" if data == "demo" else format
         workload = load_workload(
             DataConfig(path=data, format=kind, max_length=max_length), tokenizer, need_test=evaluation > 0

@@ -122,11 +122,12 @@ def check_client_repos(mailbox: str, names: Sequence[str]) -> None:
             ) from None
 
 
-def found(recipe: Recipe, seed: int, adapter: str | None = None) -> Founding:
+def found(recipe: Recipe, seed: int, adapter: str | None = None, base_name: str | None = None) -> Founding:
     """Load the recipe's base and give it an adapter: a new one, which is a function of the seed, or a trained one.
 
     Args:
         adapter: folder or Hub id of a trained one; its configuration takes the place of the recipe's.
+        base_name: by which others load the base; the recipe's model where None.
 
     Raises:
         ConfigError: there is no such adapter, or it is not one for this base.
@@ -147,7 +148,7 @@ def found(recipe: Recipe, seed: int, adapter: str | None = None) -> Founding:
     initial = drawn(view.schema, seed)
     if adapter is None and initial is not None and model.peft_config[view.name].init_lora_weights is True:
         view.write(initial)  # PEFT's own distribution, by a generator that clients have as well
-    model.peft_config[view.name].base_model_name_or_path = recipe.model
+    model.peft_config[view.name].base_model_name_or_path = base_name or recipe.model
     return Founding(model, tokenizer, view, adapter_file.dump(view.state()), config_json(model, view.name))
 
 
@@ -203,7 +204,7 @@ def make_spec(
     training = recipe.for_method(method).training
     return FederationSpec(
         name=recipe.name,
-        model=recipe.model,
+        model=str(founding.model.peft_config[founding.view.name].base_model_name_or_path),
         base_fingerprint={**base_fingerprint(founding.model), "tokenizer": tokenizer_fingerprint(founding.tokenizer)},
         schema=founding.view.schema.fingerprint,
         rounds=recipe.federation.rounds,

@@ -23,6 +23,8 @@ def render_card(
     *,
     codec: str,
     num_examples: int,
+    base_class: str = "",
+    num_labels: int | None = None,
 ) -> str:
     """The text of `README.md`.
 
@@ -32,10 +34,12 @@ def render_card(
         about: each optional: `name`, `repo_id`, `license`, `datasets`, `tags`. What the Hub would refuse is left out.
         codec: of the LoRA matrices.
         num_examples: calibration examples; 0 without calibration.
+        base_class: of the base model; it is named where the adapter's configuration says no task.
+        num_labels: classes of the head that the adapter brings along.
     """
     base = config.get("base_model_name_or_path")
     kind = config.get("task_type")
-    task, auto_class = TASKS.get(str(getattr(kind, "value", kind)), (None, "AutoModelForCausalLM"))
+    task, auto_class = TASKS.get(str(getattr(kind, "value", kind)), (None, base_class or "AutoModelForCausalLM"))
     repo_id = hub_id(about.get("repo_id"))
     license, license_name = license_id(about.get("license"))
     data = ModelCardData(
@@ -53,7 +57,7 @@ def render_card(
             template_path=str(template),
             title=one_line(about.get("name")) or (repo_id or "Compressed LoRA adapter").split("/")[-1],
             introduction=_introduction(made, code(base)),
-            loading=_loading(hub_id(base), auto_class, repo_id),
+            loading=_loading(hub_id(base), auto_class, repo_id, num_labels),
             loading_note=_loading_note(made, repo_id),
             quality=[
                 {"name": code(name), "before": f"{made.before[name]:.4f}", "after": f"{made.after[name]:.4f}"}
@@ -77,11 +81,12 @@ def _introduction(made: CompressedAdapter, base: str | None) -> str:
     )
 
 
-def _loading(base: str | None, auto_class: str, repo_id: str | None) -> str:
+def _loading(base: str | None, auto_class: str, repo_id: str | None, num_labels: int | None) -> str:
+    labels = "" if num_labels is None else f", num_labels={num_labels}"
     return (
         f"from transformers import {auto_class}\n"
         "from fedfstq_hf import load_compressed_adapter\n\n"
-        f'base = {auto_class}.from_pretrained("{base or "BASE-MODEL"}")\n'
+        f'base = {auto_class}.from_pretrained("{base or "BASE-MODEL"}"{labels})\n'
         f'model = load_compressed_adapter(base, "{repo_id or "FOLDER"}")'
     )
 

@@ -1,5 +1,8 @@
 """What matters to an adapter's own task, by a calibration set: Fisher information as weights, and predictions.
 
+A pair leaves freedom: B A = (B G^-1)(G A) for any invertible G. An error is counted where it acts, in the product:
+`scale * sum_oi output_o input_i (B~ A~ - B A)_oi^2`.
+
 The diagonal Fisher of a LoRA pair is (nearly) a product: of the squared gradient at each output and the squared
 activation at each input of its module. Its row and column sums give the two, with far less noise than single entries.
 
@@ -10,7 +13,9 @@ that follow their squares leave the rest of the task behind (measured: docs/shar
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,11 +25,45 @@ from torch.nn.functional import nll_loss
 from fedfstq_hf.errors import DataError, NonFiniteError
 from fedfstq_hf.running.evaluate import logits_at
 from fedfstq_hf.sensitivity import AdapterFisher
-from fedfstq_hf.sharing.trained import Pair, PairWeights, TrainedAdapter, differentiable, evaluating, matrices
+from fedfstq_hf.sharing.trained import Pair, TrainedAdapter
 from fedfstq_hf.workloads.examples import IGNORED_LABEL, collate
 
 _LONG_MEMORY = 0.9999  # all batches of a calibration set count alike
 _FLOOR = 1e-2  # weight of an input or output at least, as a share of the mean: a few batches do not prove it useless
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in evaluation mode, and afterwards in the mode that it was in."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+@contextmanager
+def differentiable(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Gradients of these parameters can be taken, whether or not they are trained."""
+    before = [p.requires_grad for p in parameters]
+    try:
+        for p in parameters:
+            p.requires_grad_(True)
+        with torch.enable_grad():
+            yield
+    finally:
+        for p, needed in zip(parameters, before, strict=True):
+            p.requires_grad_(needed)
+
+
+@dataclass(frozen=True)
+class PairWeights:
+    """What an error in a module's product costs: float64 output (out,), input (in,), mean 1 each, times `scale`."""
+
+    output: Tensor
+    input: Tensor
+    scale: float
 
 
 def adapter_fisher(
@@ -56,6 +95,18 @@ def adapter_fisher(
         raise DataError("The calibration set is empty; give some tens of examples of the adapter's task, or None.")
     parts = torch.split(fisher.vector().cpu(), [p.numel() for p in params])
     return {name: part.view(p.shape) for name, part, p in zip(names, parts, params, strict=True)}, examples
+
+
+def matrices(state: Mapping[str, Tensor], pair: Pair) -> tuple[Tensor, Tensor]:
+    """A (r, in) and B (out, r), float64 on the CPU."""
+    a, b = state[pair.a], state[pair.b]
+    return a.detach().double().cpu().reshape(len(a), -1), b.detach().double().cpu().reshape(len(b), -1)
+
+
+def even_weights(state: Mapping[str, Tensor], pair: Pair) -> PairWeights:
+    """Weights without calibration: every entry of the scaled product counts the same."""
+    a, b = matrices(state, pair)
+    return PairWeights(torch.ones(len(b)).double(), torch.ones(a.shape[1]).double(), pair.scaling**2)
 
 
 def pair_weights(state: Mapping[str, Tensor], fisher: Mapping[str, Tensor], pair: Pair) -> PairWeights:

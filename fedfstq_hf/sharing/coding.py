@@ -23,8 +23,8 @@ from fedfstq_hf.codec import Encoded, Schema, get_codec, message
 from fedfstq_hf.codec.uniform.quantizer import Fit, fit
 from fedfstq_hf.errors import AdapterMismatchError, BudgetError
 from fedfstq_hf.federation import adapter_file
-from fedfstq_hf.sharing.calibration import Imitation
-from fedfstq_hf.sharing.trained import Pair, PairWeights, balance, coordinate_weights, matrices, product_error
+from fedfstq_hf.sharing.calibration import Imitation, PairWeights, matrices
+from fedfstq_hf.sharing.trained import Pair
 
 DEFAULT_CODEC = "uniform"
 _SENDER = "shared"
@@ -271,3 +271,37 @@ def refine(coder: Coder, coded: Coded, imitation: Imitation, steps: int, batch_s
 
 def _zeros(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: torch.zeros_like(value) for name, value in values.items()}
+
+
+def balance(a: Tensor, b: Tensor, weights: PairWeights) -> tuple[Tensor, Tensor]:
+    """A and B of the same product whose components are orthogonal under the weights, the strongest first.
+
+    From the singular value decomposition of the weighted product, B D_out U S^1/2 and S^1/2 V^T. What carries little
+    then stands alone, and gets few bits or none.
+    """
+    root_out, root_in = weights.output.sqrt()[:, None], weights.input.sqrt()[:, None]
+    q_b, r_b = torch.linalg.qr(root_out * b)
+    q_a, r_a = torch.linalg.qr(root_in * a.T)
+    u, s, vt = torch.linalg.svd(r_b @ r_a.T)
+    rank = min(len(s), len(a))
+    new_b, new_a = torch.zeros_like(b), torch.zeros_like(a)
+    new_b[:, :rank] = (q_b @ u[:, :rank]) * s[:rank].sqrt() / root_out
+    new_a[:rank] = ((q_a @ vt.T[:, :rank]) * s[:rank].sqrt() / root_in).T
+    return new_a, new_b
+
+
+def coordinate_weights(a: Tensor, b: Tensor, weights: PairWeights) -> tuple[Tensor, Tensor]:
+    """What a small error in one coordinate of A (r, in) and of B (out, r) costs in the product."""
+    of_a = (b.square() * weights.output[:, None]).sum(dim=0)
+    of_b = (a.square() * weights.input).sum(dim=1)
+    scale = weights.scale
+    return scale * of_a[:, None] * weights.input[None, :], scale * weights.output[:, None] * of_b[None, :]
+
+
+def product_error(a: Tensor, b: Tensor, other_a: Tensor, other_b: Tensor, weights: PairWeights) -> float:
+    """Weighted squared difference of two products, without forming them."""
+    left = torch.cat([other_b, -b], dim=1)
+    right = torch.cat([other_a, a])
+    gram_left = left.T @ (weights.output[:, None] * left)
+    gram_right = (right * weights.input) @ right.T
+    return weights.scale * max(float((gram_left * gram_right).sum()), 0.0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -17,19 +18,25 @@ from fedfstq_hf.adapter import base_fingerprint
 from fedfstq_hf.codec import parse_budget
 from fedfstq_hf.errors import AdapterMismatchError, BudgetError, ConfigError
 from fedfstq_hf.federation import adapter_file
+from fedfstq_hf.reporting.card.markup import is_path
 from fedfstq_hf.running.evaluate import Evaluator
 from fedfstq_hf.sharing.adapter_card import render_card
-from fedfstq_hf.sharing.calibration import Imitation, adapter_fisher, pair_weights, predicts_tokens
+from fedfstq_hf.sharing.calibration import (
+    Imitation,
+    adapter_fisher,
+    evaluating,
+    even_weights,
+    pair_weights,
+    predicts_tokens,
+)
 from fedfstq_hf.sharing.coding import DEFAULT_CODEC, Coded, Coder, initial_state, refine
-from fedfstq_hf.sharing.packed import EXACT_FILE, FACTS_FILE, MESSAGE_FILE, CompressedAdapter, Facts
+from fedfstq_hf.sharing.packed import EXACT_FILE, FACTS_FILE, MESSAGE_FILE, CompressedAdapter, Facts, compact_config
 from fedfstq_hf.sharing.trained import (
     CONFIG_FILE,
     TrainedAdapter,
-    compact_config,
-    evaluating,
-    even_weights,
     load_task_base,
     load_trained,
+    num_labels,
     read_config,
     trained_adapter,
 )
@@ -39,7 +46,8 @@ Examples = Sequence[Mapping[str, Any]]
 """Rows with `input_ids` and `labels` (-100 where no loss is wanted), as lists or one-dimensional tensors."""
 
 _MAGNITUDE = ".lora_magnitude_vector"
-_TEXTS, _LENGTH = 8, 32  # by which the effect is measured
+_TEXTS, _LENGTH, _SAMPLES = 8, 32, 8000  # by which the effect is measured: rows, tokens, samples of sound
+_log = logging.getLogger(__name__)
 _DESTROYED = 1.05  # an adapter that is left out is off by 1
 _JUDGED = 64  # calibration examples by which one message is preferred to another
 _HALF = (2.0**-14, 65504.0)  # float16's normal range: within it, rounding is at most 2^-11 of a value
@@ -99,6 +107,13 @@ def compress_adapter(
     if init_seed is not None:
         references.append(initial_state(shapes, adapter.pairs, adapter.config, init_seed))
     named = {} if base_model_name is None else {"base_model_name_or_path": base_model_name}
+    base_name = (adapter.config | named)["base_model_name_or_path"]
+    if is_path(base_name):
+        _log.warning(
+            "The base model is named %r, a path of this machine, in what others get. Type --base-model-name ORG/NAME "
+            "(base_model_name=) for the name by which they load it.",
+            base_name,
+        )
     config = compact_config(adapter.config | named, packed=not include_plain)
     exact = _exact(adapter)
     exact_bytes = adapter_file.dump(exact) if exact else b""
@@ -171,7 +186,15 @@ def compress_adapter(
         before=before,
         after=after,
     )
-    card = render_card(made, adapter.config | named, about or {}, codec=codec, num_examples=num_examples)
+    card = render_card(
+        made,
+        adapter.config | named,
+        about or {},
+        codec=codec,
+        num_examples=num_examples,
+        base_class=type(adapter.model.get_base_model()).__name__,
+        num_labels=num_labels(adapter),
+    )
     return replace(made, card=card)
 
 
@@ -183,18 +206,10 @@ def effect_error(adapter: TrainedAdapter, state: Mapping[str, Tensor], examples:
     token ids drawn at random. It goes through the model, so that nothing that a codec takes for granted enters it.
 
     Returns:
-        None where the model takes no token ids, or the adapter changes nothing.
+        None where the adapter changes nothing, or the model does not take such inputs, which is logged.
     """
     model = adapter.model
-    config = model.get_base_model().config.get_text_config()
-    generator = torch.Generator().manual_seed(0)
-    if examples:
-        batches = [{"input_ids": torch.as_tensor(row["input_ids"])[None]} for row in examples[:_TEXTS]]
-    elif getattr(config, "vocab_size", None):
-        drawn = torch.randint(config.vocab_size, (_TEXTS, _LENGTH), generator=generator)
-        batches = [{"input_ids": row[None]} for row in drawn]
-    else:
-        return None
+    batches = _probes(adapter, examples)
     device = next(model.parameters()).device
 
     def outputs() -> list[Tensor]:
@@ -207,7 +222,8 @@ def effect_error(adapter: TrainedAdapter, state: Mapping[str, Tensor], examples:
     with evaluating(model):
         try:
             trained = outputs()
-        except (TypeError, ValueError, KeyError):  # a model of images or sound
+        except Exception as error:  # a model of other inputs: what it raises is its own
+            _log.warning("The model's outputs with and without compression are not compared: %s", error)
             return None
         with adapter.replaced(state):
             coded = outputs()
@@ -216,6 +232,28 @@ def effect_error(adapter: TrainedAdapter, state: Mapping[str, Tensor], examples:
     change = sum(float((a - b).square().sum()) for a, b in zip(trained, without, strict=True))
     off = sum(float((a - b).square().sum()) for a, b in zip(trained, coded, strict=True))
     return math.sqrt(off / change) if change else None
+
+
+def _probes(adapter: TrainedAdapter, examples: Examples | None) -> list[dict[str, Tensor]]:
+    """Inputs to compare outputs on, one row each: the examples' ids, or random ids, pixels or samples of sound."""
+    base: Any = adapter.model.get_base_model()
+    config, generator = base.config, torch.Generator().manual_seed(0)
+    if base.main_input_name == "pixel_values":
+        size = getattr(config, "image_size", 224)
+        height, width = (size, size) if isinstance(size, int) else size
+        shape = (_TEXTS, 1, getattr(config, "num_channels", 3), height, width)
+        return [{"pixel_values": image} for image in torch.randn(shape, generator=generator).to(base.dtype)]
+    if base.main_input_name == "input_values":
+        return [{"input_values": torch.randn(1, _SAMPLES, generator=generator).to(base.dtype)}]
+    if examples:
+        rows = [torch.as_tensor(row["input_ids"]) for row in examples[:_TEXTS]]
+    else:
+        rows = list(torch.randint(config.get_text_config().vocab_size, (_TEXTS, _LENGTH), generator=generator))
+        start = adapter.config.get("alora_invocation_tokens") or []  # an activated LoRA acts after these
+        for row in rows:
+            row[: len(start)] = torch.tensor(start[:_LENGTH], dtype=row.dtype)
+    decoded = {"decoder_input_ids"} if config.is_encoder_decoder else set()
+    return [dict.fromkeys({"input_ids"} | decoded, row[None]) for row in rows]
 
 
 def _check_refinement(steps: int, calibration: Examples | None, codec: str, adapter: TrainedAdapter) -> None:

@@ -11,6 +11,7 @@ import torch
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from peft import PeftModel, get_peft_model, set_peft_model_state_dict
+from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from fedfstq_hf.adapter import base_fingerprint, check_same_base
@@ -34,13 +35,22 @@ from fedfstq_hf.sharing.packed import (
     MESSAGE_FILE,
     CompressedAdapter,
     Facts,
+    as_lora,
     check_digest,
     read_file,
 )
-from fedfstq_hf.sharing.trained import CONFIG_FILE, WEIGHTS_FILE, TrainedAdapter, as_lora, skeleton, trained_adapter
+from fedfstq_hf.sharing.trained import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    TrainedAdapter,
+    labels_for,
+    skeleton,
+    trained_adapter,
+)
 from fedfstq_hf.text import printable
 
 _SCHEME = "hf://"
+_PROBE, _OLD_ROWS = "embedding_probe", 12  # of 16 rows, evenly apart
 _PATIENCE = 300.0
 _MAX_CARD_BYTES = 1 << 20
 _MESSAGE_ROOM = 4096  # beyond 4 bytes per parameter: the message's header
@@ -141,7 +151,8 @@ def expand_adapter(
     name = base_model or fields.get("base_model_name_or_path")
     if not name:
         raise ConfigError("The adapter names no base model; type --base-model NAME.")
-    state = {key: tensor.float() for key, tensor in _decode(skeleton(str(name), fields), facts, read).items()}
+    adapter = skeleton(str(name), fields, facts.num_params, facts.base.get("vocab_size"))
+    state = {key: tensor.float() for key, tensor in _decode(adapter, facts, read).items()}
     files = {CONFIG_FILE: config_bytes, WEIGHTS_FILE: dump(state)}
     if not create_folder(Path(folder), files):
         raise ConfigError(f"{folder} exists already and was left alone. Give another folder, or remove it first.")
@@ -243,7 +254,7 @@ def expand(base_model: nn.Module, facts: Facts, read: Read) -> PeftModel:
             f"The adapter does not fit this base model: {printable(error, 400)} {remedy}"
         ) from error
     try:
-        _check_base(base_fingerprint(model), facts.base, remedy)
+        _check_base(*_compared(model, facts.base), remedy)
         adapter = trained_adapter(model)
         state = _decode(adapter, facts, read)
         set_peft_model_state_dict(model, state, adapter_name=adapter.name)
@@ -257,9 +268,11 @@ def expand(base_model: nn.Module, facts: Facts, read: Read) -> PeftModel:
 
 def _decode(adapter: TrainedAdapter, facts: Facts, read: Read) -> dict[str, Tensor]:
     if facts.num_params != adapter.num_params:
+        labels = labels_for(adapter, facts.num_params)
+        advice = "load the base that it was made for" if labels is None else f"load the base with num_labels={labels}"
         raise AdapterMismatchError(
             f"The compressed adapter has {facts.num_params} parameters, its configuration makes {adapter.num_params} "
-            "on this base model; load the base that it was made for."
+            f"on this base model; {advice}."
         )
     data = read(MESSAGE_FILE, 4 * adapter.num_params + _MESSAGE_ROOM)
     check_digest(MESSAGE_FILE, data, facts.sha256[MESSAGE_FILE])
@@ -306,9 +319,24 @@ def _exact(adapter: TrainedAdapter, facts: Facts, read: Read) -> dict[str, Tenso
     return {name: state[first].to(expected[first].dtype) for name, first in beside.items()}
 
 
+def _compared(model: PeftModel, theirs: Mapping[str, Any]) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+    """Fingerprints of the base here and there, without what the adapter replaces.
+
+    Embeddings that it brings along whole may have new rows, the last ones, that started from random numbers here.
+    """
+    mine = base_fingerprint(model)
+    kept = [module.original_module for module in model.modules() if isinstance(module, ModulesToSaveWrapper)]
+    whole = any(isinstance(module, nn.Embedding) for module in kept)
+    if not whole or not isinstance(theirs.get(_PROBE), list):
+        return mine, theirs
+    return {**mine, _PROBE: mine[_PROBE][:_OLD_ROWS]}, {**theirs, _PROBE: theirs[_PROBE][:_OLD_ROWS]}
+
+
 def _check_base(mine: Mapping[str, Any], theirs: Mapping[str, Any], remedy: str) -> None:
     for key, expected in theirs.items():
-        if key != "embedding_probe" and mine.get(key) != expected:
+        if key == "vocab_size" and mine.get(key) != expected:
+            remedy += f" If its vocabulary was resized: base.resize_token_embeddings({printable(expected, 20)})."
+        if key != _PROBE and mine.get(key) != expected:
             raise AdapterMismatchError(
                 f"This adapter was made for another base model: {printable(key, 80)} is {expected!r:.80} there and "
                 f"{mine.get(key)!r:.80} here. {remedy}"

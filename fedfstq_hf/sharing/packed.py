@@ -17,13 +17,17 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fedfstq_hf.errors import ConfigError, MessageError
+from peft import LoraConfig
+
+from fedfstq_hf.adapters.allow_list import check_own
+from fedfstq_hf.errors import AdapterMismatchError, ConfigError, MessageError
 from fedfstq_hf.federation import storage
-from fedfstq_hf.sharing.trained import CONFIG_FILE, WEIGHTS_FILE
+from fedfstq_hf.sharing.trained import CONFIG_FILE, PACKED_KIND, WEIGHTS_FILE
 from fedfstq_hf.text import parse_object, read_in
 
 MESSAGE_FILE = "adapter_packed.safetensors"
@@ -36,6 +40,10 @@ ALLOWED = (MESSAGE_FILE, FACTS_FILE, CONFIG_FILE, EXACT_FILE, WEIGHTS_FILE, CARD
 FORMAT = 1
 MAX_JSON_BYTES = 1 << 18
 _HEX = re.compile(r"[0-9a-f]{64}")
+# Written even where they have their default: they decide what the adapter does, and a default may change.
+_ALWAYS = ("base_model_name_or_path", "lora_alpha", "peft_type", "r", "target_modules", "task_type")
+# Facts about where it was made, which PEFT fills in again.
+_NEVER = ("auto_mapping", "inference_mode", "peft_version")
 
 
 @dataclass(frozen=True)
@@ -175,3 +183,32 @@ def read_file(folder: Path, name: str, max_bytes: int) -> bytes:
     """
     expected = "the folder of a compressed adapter, as `fedfstq compress ADAPTER --out FOLDER` writes it"
     return read_in(folder, name, max_bytes, MessageError, expected)
+
+
+def compact_config(config: Mapping[str, Any], *, packed: bool = False) -> bytes:
+    """`adapter_config.json` with what differs from PEFT's defaults, in few bytes; PEFT reads it.
+
+    packed: there is no file beside it that PEFT could load. The kind is then none that PEFT knows, so that its error
+    names this package.
+
+    Raises:
+        AdapterMismatchError: a setting cannot be written as JSON, or nobody would believe it.
+    """
+    defaults = LoraConfig().to_dict()
+    kept = {
+        key: sorted(value) if isinstance(value, set) else value
+        for key, value in config.items()
+        if key not in _NEVER and (key in _ALWAYS or value != defaults.get(key))
+    }
+    kept["inference_mode"] = True
+    try:
+        data = (json.dumps(kept, sort_keys=True, separators=(",", ":")) + "\n").encode()
+    except TypeError as error:
+        raise AdapterMismatchError(f"The adapter's configuration cannot be written as JSON: {error}") from error
+    check_own(data)
+    return data.replace(b'"peft_type":"LORA"', f'"peft_type":"{PACKED_KIND}"'.encode()) if packed else data
+
+
+def as_lora(data: bytes) -> bytes:
+    """The configuration that was packed, as PEFT knows it."""
+    return data.replace(f'"peft_type":"{PACKED_KIND}"'.encode(), b'"peft_type":"LORA"')

@@ -1,42 +1,43 @@
-"""A trained LoRA adapter as sharing sees it: its tensors in a model, which form pairs, and its configuration.
-
-A pair leaves freedom: B A = (B G^-1)(G A) for any invertible G. An error is counted where it acts, in the product:
-`scale * sum_oi output_o input_i (B~ A~ - B A)_oi^2`, with the weights of inputs and outputs that a calibration set
-gives (calibration.py), or ones.
-"""
+"""A trained LoRA adapter as sharing sees it: its tensors in a model, which form pairs, and the plain form of it."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+import transformers
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors import safe_open
 from torch import Tensor, nn
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from fedfstq_hf.adapter import check_config
-from fedfstq_hf.adapters.allow_list import MAX_BYTES, check_own, parse
+from fedfstq_hf.adapters.allow_list import MAX_BYTES, parse
 from fedfstq_hf.adapters.size import make_config
 from fedfstq_hf.errors import AdapterMismatchError, ConfigError, NonFiniteError
 from fedfstq_hf.federation.adapter_file import MAX_HEADER, check_header
 from fedfstq_hf.reporting.card.markup import TASKS
-from fedfstq_hf.text import file_in, read_in
+from fedfstq_hf.text import file_in, parse_object, read_in
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 PACKED_KIND = "LORA, packed: use load_compressed_adapter of pip install fedfstq_hf"
 PICKLED_FILE = "adapter_model.bin"
-_HEADS = (".score.weight", ".classifier.weight", ".classifier.out_proj.weight", ".qa_outputs.weight")
+_PREFIX = "base_model.model."
+_HEADS = (".score", ".classifier", ".classifier.out_proj", ".classification_head.out_proj", ".qa_outputs")
+_OTHER_PRODUCTS = {
+    "target_parameters": "LoRA on parameters, such as experts that are held in one tensor",
+    "use_bdlora": "block-diagonal LoRA",
+    "layer_replication": "LoRA on replicated layers",
+}
+"""Settings with which a module's effect is not the product of two matrices A and B."""
+_APART = 0.01  # what embeddings may differ by, of their root mean square: rounding to bfloat16 is 0.004 of a value
 _EXPECTED = "the folder of a PEFT adapter, as model.save_pretrained(FOLDER) writes it"
-# Written even where they have their default: they decide what the adapter does, and a default may change.
-_ALWAYS = ("base_model_name_or_path", "lora_alpha", "peft_type", "r", "target_modules", "task_type")
-# Facts about where it was made, which PEFT fills in again.
-_NEVER = ("auto_mapping", "inference_mode", "peft_version")
 
 
 @dataclass(frozen=True)
@@ -89,31 +90,6 @@ class TrainedAdapter:
                 self.parameters[name].data = data
 
 
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in evaluation mode, and afterwards in the mode that it was in."""
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
-
-
-@contextmanager
-def differentiable(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
-    """Gradients of these parameters can be taken, whether or not they are trained."""
-    before = [p.requires_grad for p in parameters]
-    try:
-        for p in parameters:
-            p.requires_grad_(True)
-        with torch.enable_grad():
-            yield
-    finally:
-        for p, needed in zip(parameters, before, strict=True):
-            p.requires_grad_(needed)
-
-
 def trained_adapter(model: nn.Module) -> TrainedAdapter:
     """The active adapter of a PEFT model.
 
@@ -132,6 +108,11 @@ def trained_adapter(model: nn.Module) -> TrainedAdapter:
         )
     name: str = model.active_adapters[0]
     check_lora(model.peft_config[name].to_dict())
+    if not isinstance(model.get_base_model(), PreTrainedModel):
+        raise AdapterMismatchError(
+            f"The base is a {type(model.get_base_model()).__name__}; expected a model of transformers, by whose "
+            "configuration others recognise it."
+        )
     state = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
     by_storage = {p.data_ptr(): p for p in model.parameters() if p.numel()}
     parameters: dict[str, nn.Parameter] = {}
@@ -161,29 +142,37 @@ def _pairs(model: PeftModel, name: str, state: Mapping[str, Tensor]) -> list[Pai
     return pairs
 
 
-def skeleton(base_model: str, fields: Mapping[str, Any]) -> TrainedAdapter:
+def skeleton(
+    base_model: str, fields: Mapping[str, Any], num_params: int | None = None, vocab_size: object = None
+) -> TrainedAdapter:
     """An adapter of a configuration on a base without weights: names and shapes, for who wants no more.
 
     Args:
         base_model: Hub id or folder; its configuration alone is read.
         fields: of the adapter, believed ones.
+        num_params: of the adapter: tells how many classes the base's head has.
+        vocab_size: of the base that it was trained on, which may have been resized.
 
     Raises:
         ConfigError: the base's configuration cannot be read.
         AdapterMismatchError: the adapter does not fit it.
     """
-    import transformers
+    config = _base_config(base_model)
+    if type(vocab_size) is int and 0 < vocab_size < 1 << 31:
+        config.get_text_config().vocab_size = vocab_size
+    adapter = _on_meta(config, base_model, fields)
+    labels = None if num_params is None else labels_for(adapter, num_params)
+    if labels is None:
+        return adapter
+    config.num_labels = labels
+    return _on_meta(config, base_model, fields)
 
-    from fedfstq_hf.running.foundation import resolve_model
 
-    _, auto_class = TASKS.get(str(fields.get("task_type")), (None, "AutoModelForCausalLM"))
-    try:
-        config = transformers.AutoConfig.from_pretrained(resolve_model(base_model), trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"The configuration of {base_model!r} cannot be read: {error}") from error
+def _on_meta(config: PreTrainedConfig, base_model: str, fields: Mapping[str, Any]) -> TrainedAdapter:
+    make: Any = _model_class(fields, config)
     try:
         with torch.device("meta"):
-            base = getattr(transformers, auto_class).from_config(config, trust_remote_code=False)
+            base = make.from_config(config) if hasattr(make, "from_config") else make(config)
         adapter = make_config(base, dict(fields) | {"base_model_name_or_path": None}, inference_mode=True)
         model = get_peft_model(base, adapter)
     except Exception as error:  # PEFT raises what comes its way
@@ -198,38 +187,108 @@ def skeleton(base_model: str, fields: Mapping[str, Any]) -> TrainedAdapter:
     return TrainedAdapter(model, name, parameters, _pairs(model, name, state))
 
 
+def _base_config(name: str) -> PreTrainedConfig:
+    from fedfstq_hf.running.foundation import resolve_model
+
+    try:
+        config: PreTrainedConfig = AutoConfig.from_pretrained(resolve_model(name), trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"The configuration of {name!r} cannot be read: {error}\nGive a folder or a Hub id with --base-model."
+        ) from error
+    return config
+
+
+def _model_class(fields: Mapping[str, Any], config: PreTrainedConfig, named: object = None) -> type:
+    """The class by the adapter's task; without a task the class that is named, or that the base was saved as."""
+    task = fields.get("task_type")
+    for name in () if task else (named, *(config.architectures or ())):
+        found = getattr(transformers, str(name), None)
+        if isinstance(found, type) and issubclass(found, PreTrainedModel):
+            return found
+    return getattr(transformers, TASKS[str(task or "CAUSAL_LM")][1])  # type: ignore[no-any-return]
+
+
 def load_task_base(name: str, folder: Path, dtype: str = "float32") -> nn.Module:
     """The base model of the plain adapter in a folder, with the head that its task needs; no tokenizer.
+
+    Its vocabulary has as many tokens, and its head as many classes, as the adapter was trained with.
 
     Raises:
         ConfigError: it cannot be loaded.
         AdapterMismatchError: the folder holds no LoRA adapter.
     """
-    import transformers
-
     from fedfstq_hf.running.foundation import resolve_model
 
-    _, auto_class = TASKS.get(str(read_config(folder).get("task_type")), (None, "AutoModelForCausalLM"))
-    labels = _num_labels(folder)
+    fields, config = read_config(folder), _base_config(name)
+    data = json.loads(read_in(folder, CONFIG_FILE, MAX_BYTES, AdapterMismatchError, _EXPECTED))
+    mapping = data.get("auto_mapping")
+    named = mapping.get("base_model_class") if isinstance(mapping, dict) else None
+    heads = [shape for key, shape in tensor_shapes(folder).items() if _is_head(key)]
+    labels = {"num_labels": heads[0][0], "ignore_mismatched_sizes": True} if heads else {}
+    make: Any = _model_class(fields, config, named)
     try:
-        model: nn.Module = getattr(transformers, auto_class).from_pretrained(
-            resolve_model(name), dtype=getattr(torch, dtype), trust_remote_code=False, **labels
-        )
+        model: nn.Module = make.from_pretrained(resolve_model(name), dtype=getattr(torch, dtype), **labels)
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"The base model {name!r} cannot be loaded: {error}\nGive a folder or a Hub id with --base-model."
         ) from error
+    fit_vocabulary(model, folder)
     return model
 
 
-def _num_labels(folder: Path) -> dict[str, int]:
-    """How many classes the head has that an adapter brings along; nothing where it brings none."""
+def fit_vocabulary(base: Any, folder: Path) -> None:
+    """Give a base as many input embeddings as the plain adapter's file in a folder has, if it holds any."""
+    try:
+        embeddings = base.get_input_embeddings()
+    except NotImplementedError:
+        return
+    path = next((name for name, module in base.named_modules() if module is embeddings), "")
+    shape = tensor_shapes(folder).get(f"{_PREFIX}{path}.weight")
+    if shape is not None and isinstance(embeddings, nn.Embedding) and shape[0] != embeddings.num_embeddings:
+        base.resize_token_embeddings(shape[0])
+
+
+def tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Of the plain adapter's file in a folder; empty where there is none.
+
+    Raises:
+        AdapterMismatchError: it cannot be read.
+    """
     weights = file_in(folder, WEIGHTS_FILE, AdapterMismatchError)
-    if weights is None:
-        return {}
-    with safe_open(weights, "pt") as file:
-        heads = [name for name in file.keys() if name.endswith(_HEADS)]  # noqa: SIM118
-        return {"num_labels": int(file.get_slice(heads[0]).get_shape()[0])} if heads else {}
+    pickled = file_in(folder, PICKLED_FILE, AdapterMismatchError)
+    try:
+        if weights is not None:
+            with safe_open(weights, "pt") as file:
+                return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+        if pickled is not None:  # numbers alone are unpickled
+            state = torch.load(pickled, map_location="cpu", weights_only=True)
+            return {name: tuple(tensor.shape) for name, tensor in state.items()}
+    except Exception as error:  # safetensors and pickle have errors of many kinds
+        raise AdapterMismatchError(f"{weights or pickled} cannot be read: {error}") from error
+    return {}
+
+
+def _is_head(name: str) -> bool:
+    """Whether a tensor is the last weight of a classifier that an adapter brings along."""
+    return "lora_" not in name and name.removesuffix(".weight").endswith(_HEADS) and not name.endswith(".bias")
+
+
+def num_labels(adapter: TrainedAdapter) -> int | None:
+    """How many classes the head has that an adapter brings along; None where it brings none."""
+    heads = [p for name, p in adapter.parameters.items() if _is_head(name) and p.ndim == 2]
+    return len(heads[0]) if heads else None
+
+
+def labels_for(adapter: TrainedAdapter, num_params: int) -> int | None:
+    """How many classes make it an adapter of so many parameters; None where it is one, or no number does."""
+    heads = [name for name, p in adapter.parameters.items() if _is_head(name) and p.ndim == 2]
+    if not heads or adapter.num_params == num_params:
+        return None
+    stem, rows = heads[0].removesuffix("weight"), len(adapter.parameters[heads[0]])
+    each = sum(adapter.parameters[name].numel() for name in (heads[0], f"{stem}bias") if name in adapter.parameters)
+    more, rest = divmod((num_params - adapter.num_params) * rows, each)
+    return rows + more if rest == 0 and 0 < rows + more < 1 << 20 else None
 
 
 def load_trained(base: nn.Module, folder: Path) -> PeftModel:
@@ -246,11 +305,28 @@ def load_trained(base: nn.Module, folder: Path) -> PeftModel:
     elif file_in(folder, PICKLED_FILE, AdapterMismatchError) is None:  # PEFT unpickles numbers alone
         raise AdapterMismatchError(f"There is no {WEIGHTS_FILE} in {folder}; expected {_EXPECTED}.")
     config = make_config(base, fields, inference_mode=True)
+    known = base.state_dict()
+    before = {  # PEFT writes embeddings that the file holds into the base
+        name: known[own].clone()
+        for name in tensor_shapes(folder)
+        if (own := name.removeprefix(_PREFIX).replace(".base_layer.", ".")) in known
+    }
     try:
         model = PeftModel.from_pretrained(base, str(folder), config=config)
     except Exception as error:  # PEFT raises what comes its way
         raise AdapterMismatchError(f"The adapter in {folder} does not load on this base model: {error}") from error
     model.peft_config[model.active_adapter].init_lora_weights = fields.get("init_lora_weights", True)
+    mine = get_peft_model_state_dict(model, save_embedding_layers=False)
+    after = model.state_dict()
+    for name in sorted(set(before) - set(mine)):
+        old, new = before[name].float(), after.get(name, before[name]).float()
+        if old.shape != new.shape or float((new - old).abs().max()) > _APART * float(old.square().mean().sqrt()):
+            raise AdapterMismatchError(
+                f"The adapter's file holds {name} as a tensor of the base that is not this base's, and the compressed "
+                "form has no place for it. Give the base that the adapter was trained on (base_model=, with its "
+                "resized embeddings), or make new tokens part of the adapter (modules_to_save, trainable_token_indices)"
+                "."
+            )
     return model
 
 
@@ -260,8 +336,20 @@ def read_config(folder: Path) -> dict[str, Any]:
     Raises:
         AdapterMismatchError: there is none, it cannot be read, or is no LoRA adapter's.
     """
+    path = folder / CONFIG_FILE
+    others = [] if path.exists() else sorted(str(found.parent) for found in folder.glob(f"*/{CONFIG_FILE}"))
+    if others:
+        raise AdapterMismatchError(
+            f"There is no {CONFIG_FILE} in {folder}, but adapters in {', '.join(others[:4])}: give one of these."
+        )
     data = read_in(folder, CONFIG_FILE, MAX_BYTES, AdapterMismatchError, _EXPECTED)
-    return parse(data, str(folder / CONFIG_FILE), AdapterMismatchError, ("LORA",))
+    given = parse_object(data, str(path), max_bytes=MAX_BYTES, error=AdapterMismatchError)
+    if given.get("peft_type") == PACKED_KIND:
+        raise AdapterMismatchError(
+            f"{folder} holds a compressed adapter already; `fedfstq expand {folder} --out FOLDER` makes it a plain one."
+        )
+    _check_products(given)
+    return parse(data, str(path), AdapterMismatchError, ("LORA",))
 
 
 def check_lora(config: Mapping[str, Any]) -> None:
@@ -273,36 +361,17 @@ def check_lora(config: Mapping[str, Any]) -> None:
     kind = getattr(config.get("peft_type"), "value", config.get("peft_type"))
     if kind != "LORA":
         raise AdapterMismatchError(f"This adapter's peft_type is {kind!r}; only LORA can be compressed.")
+    _check_products(config)
     check_config(config)
 
 
-def compact_config(config: Mapping[str, Any], *, packed: bool = False) -> bytes:
-    """`adapter_config.json` with what differs from PEFT's defaults, in few bytes; PEFT reads it.
-
-    packed: there is no file beside it that PEFT could load. The kind is then none that PEFT knows, so that its error
-    names this package.
-
-    Raises:
-        AdapterMismatchError: a setting cannot be written as JSON, or nobody would believe it.
-    """
-    defaults = LoraConfig().to_dict()
-    kept = {
-        key: sorted(value) if isinstance(value, set) else value
-        for key, value in config.items()
-        if key not in _NEVER and (key in _ALWAYS or value != defaults.get(key))
-    }
-    kept["inference_mode"] = True
-    try:
-        data = (json.dumps(kept, sort_keys=True, separators=(",", ":")) + "\n").encode()
-    except TypeError as error:
-        raise AdapterMismatchError(f"The adapter's configuration cannot be written as JSON: {error}") from error
-    check_own(data)
-    return data.replace(b'"peft_type":"LORA"', f'"peft_type":"{PACKED_KIND}"'.encode()) if packed else data
-
-
-def as_lora(data: bytes) -> bytes:
-    """The configuration that was packed, as PEFT knows it."""
-    return data.replace(f'"peft_type":"{PACKED_KIND}"'.encode(), b'"peft_type":"LORA"')
+def _check_products(config: Mapping[str, Any]) -> None:
+    for name, what in _OTHER_PRODUCTS.items():
+        if config.get(name):
+            raise AdapterMismatchError(
+                f"The adapter sets {name}: {what}. Only LoRA whose effect on a module is the product of two matrices "
+                "can be compressed; share this one as it is (model.push_to_hub)."
+            )
 
 
 _SUFFIXES = {".lora_A.weight": ".lora_B.weight", ".lora_embedding_A": ".lora_embedding_B"}
@@ -318,15 +387,6 @@ class Pair:
     scaling: float = 1.0
 
 
-@dataclass(frozen=True)
-class PairWeights:
-    """What an error in a module's product costs: float64 output (out,), input (in,), mean 1 each, times `scale`."""
-
-    output: Tensor
-    input: Tensor
-    scale: float
-
-
 def find_pairs(state: Mapping[str, Tensor], scaling: Mapping[str, float]) -> list[Pair]:
     """The pairs that can be multiplied, sorted by module; scaling: module name in the state -> factor of B A."""
     pairs = []
@@ -338,49 +398,3 @@ def find_pairs(state: Mapping[str, Tensor], scaling: Mapping[str, float]) -> lis
                 if a.dim() >= 2 and b.dim() >= 2 and b.shape[1] == len(a) and b[0].numel() == len(a):
                     pairs.append(Pair(module, name, other, scaling.get(module, 1.0)))
     return pairs
-
-
-def matrices(state: Mapping[str, Tensor], pair: Pair) -> tuple[Tensor, Tensor]:
-    """A (r, in) and B (out, r), float64 on the CPU."""
-    a, b = state[pair.a], state[pair.b]
-    return a.detach().double().cpu().reshape(len(a), -1), b.detach().double().cpu().reshape(len(b), -1)
-
-
-def even_weights(state: Mapping[str, Tensor], pair: Pair) -> PairWeights:
-    """Weights without calibration: every entry of the scaled product counts the same."""
-    a, b = matrices(state, pair)
-    return PairWeights(torch.ones(len(b)).double(), torch.ones(a.shape[1]).double(), pair.scaling**2)
-
-
-def balance(a: Tensor, b: Tensor, weights: PairWeights) -> tuple[Tensor, Tensor]:
-    """A and B of the same product whose components are orthogonal under the weights, the strongest first.
-
-    From the singular value decomposition of the weighted product, B D_out U S^1/2 and S^1/2 V^T. What carries little
-    then stands alone, and gets few bits or none.
-    """
-    root_out, root_in = weights.output.sqrt()[:, None], weights.input.sqrt()[:, None]
-    q_b, r_b = torch.linalg.qr(root_out * b)
-    q_a, r_a = torch.linalg.qr(root_in * a.T)
-    u, s, vt = torch.linalg.svd(r_b @ r_a.T)
-    rank = min(len(s), len(a))
-    new_b, new_a = torch.zeros_like(b), torch.zeros_like(a)
-    new_b[:, :rank] = (q_b @ u[:, :rank]) * s[:rank].sqrt() / root_out
-    new_a[:rank] = ((q_a @ vt.T[:, :rank]) * s[:rank].sqrt() / root_in).T
-    return new_a, new_b
-
-
-def coordinate_weights(a: Tensor, b: Tensor, weights: PairWeights) -> tuple[Tensor, Tensor]:
-    """What a small error in one coordinate of A (r, in) and of B (out, r) costs in the product."""
-    of_a = (b.square() * weights.output[:, None]).sum(dim=0)
-    of_b = (a.square() * weights.input).sum(dim=1)
-    scale = weights.scale
-    return scale * of_a[:, None] * weights.input[None, :], scale * weights.output[:, None] * of_b[None, :]
-
-
-def product_error(a: Tensor, b: Tensor, other_a: Tensor, other_b: Tensor, weights: PairWeights) -> float:
-    """Weighted squared difference of two products, without forming them."""
-    left = torch.cat([other_b, -b], dim=1)
-    right = torch.cat([other_a, a])
-    gram_left = left.T @ (weights.output[:, None] * left)
-    gram_right = (right * weights.input) @ right.T
-    return weights.scale * max(float((gram_left * gram_right).sum()), 0.0)

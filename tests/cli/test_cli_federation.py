@@ -55,11 +55,14 @@ def send(launcher, file, box, round=0, owner=FIRST):
 def test_what_init_says_stands_in_the_spec(found):
     box, said = found(
         *("--clients", ",".join(CLIENTS), "--clients-per-round", "2", "--round-seconds", "60"),
-        *("--max-staleness", "2", "--clip", "4", "--signatures"),
+        *("--max-staleness", "2", "--clip", "4", "--signatures", "--base-model-name", "lab/base"),
     )
     assert "2 updates a round." in said
     assert f"Enrol each client's key: fedfstq enrol {box} {FIRST} --verify-key ed25519:..." in said
+    config = json.loads((box / "rounds/000000/adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "lab/base"
     expected = {
+        "model": "lab/base",
         "clients_per_round": 2,
         "min_clients": 2,
         "round_seconds": 60.0,

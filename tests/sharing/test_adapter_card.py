@@ -73,7 +73,14 @@ def test_how_it_was_made_is_told_as_it_was(made):
 
 @pytest.mark.parametrize(
     ("given", "expected"),
-    [("MIT", ("mit", None)), ("CC BY-NC 4.0", ("other", "cc-by-nc-4.0")), ("", (None, None)), ("?", ("other", None))],
+    [
+        ("MIT", ("mit", None)),
+        ("CC BY-NC 4.0", ("cc-by-nc-4.0", None)),
+        ("openrail++", ("openrail++", None)),
+        ("Ours 1", ("other", "ours-1")),
+        ("", (None, None)),
+        ("?", ("other", None)),
+    ],
 )
 def test_a_license_is_one_that_the_hub_takes(given, expected):
     assert license_id(given) == expected

@@ -3,16 +3,9 @@
 import pytest
 import torch
 
-from fedfstq_hf.sharing.trained import (
-    Pair,
-    PairWeights,
-    balance,
-    coordinate_weights,
-    even_weights,
-    find_pairs,
-    matrices,
-    product_error,
-)
+from fedfstq_hf.sharing.calibration import PairWeights, even_weights, matrices
+from fedfstq_hf.sharing.coding import balance, coordinate_weights, product_error
+from fedfstq_hf.sharing.trained import Pair, find_pairs
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from pathlib import Path
 
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
@@ -17,10 +18,10 @@ _LICENSES = {
     "cc-by-nd-4.0", "cc-by-sa-3.0", "cc-by-sa-4.0", "cc0-1.0", "cdla-permissive-1.0", "cdla-permissive-2.0",
     "cdla-sharing-1.0", "creativeml-openrail-m", "deepfloyd-if-license", "ecl-2.0", "epl-1.0", "epl-2.0",
     "etalab-2.0", "eupl-1.1", "eupl-1.2", "fair-noncommercial-research-license", "gemma", "gfdl", "gpl", "gpl-2.0",
-    "gpl-3.0", "h-research", "intel-research", "isc", "lgpl", "lgpl-2.1", "lgpl-3.0", "lgpl-lr", "llama2", "llama3",
-    "llama3.1", "llama3.2", "llama3.3", "llama4", "lppl-1.3c", "mit", "mpl-2.0", "ms-pl", "ncsa", "odbl", "odc-by",
-    "ofl-1.1", "openmdw-1.0", "openrail", "openrail++", "osl-3.0", "other", "pddl", "postgresql", "unknown",
-    "unlicense", "wtfpl", "zlib",
+    "gpl-3.0", "grok2-community", "h-research", "intel-research", "isc", "lgpl", "lgpl-2.1", "lgpl-3.0", "lgpl-lr",
+    "llama2", "llama3", "llama3.1", "llama3.2", "llama3.3", "llama4", "lppl-1.3c", "mit", "mpl-2.0", "ms-pl", "ncsa",
+    "odbl", "odc-by", "ofl-1.1", "openmdw-1.0", "openmdw-1.1", "openrail", "openrail++", "osl-3.0", "other", "pddl",
+    "postgresql", "unknown", "unlicense", "wtfpl", "zlib",
 }  # fmt: skip
 """Ids that the Hub takes as `license` (its documentation of repository licences)."""
 # PEFT's task type -> the Hub's task, transformers' class; an adapter without a task type is one for causal models here.
@@ -82,10 +83,18 @@ def hub_id(value: object) -> str | None:
     return value
 
 
+def is_path(value: object) -> bool:
+    """Whether a model's name says where it lies on this machine, which is of no use to others."""
+    if not isinstance(value, str) or value.lower() in _EMPTY | _NOT_ON_HUB:
+        return False
+    return hub_id(value) is None or Path(value).exists()
+
+
 def license_id(value: object) -> tuple[str | None, str | None]:
     """The Hub's `license`, and a `license_name` where the text is not an identifier such as `apache-2.0`."""
     given = texts(value)
     if not given:
         return None, None
     name = given[0].lower()
-    return (name, None) if name in _LICENSES else ("other", re.sub(r"[^a-z0-9.]+", "-", name).strip("-") or None)
+    named = re.sub(r"[^a-z0-9.+]+", "-", name).strip("-")
+    return (named, None) if named in _LICENSES else ("other", named or None)
