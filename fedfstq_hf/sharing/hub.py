@@ -146,8 +146,7 @@ def expand_adapter(
         FedFSTQError: as `load_compressed_adapter`, but that weights of the base are not looked at.
     """
     facts, read = _opened(repo_id_or_folder, revision, token, patience)
-    config_bytes = as_lora(read(CONFIG_FILE, allow_list.MAX_BYTES))
-    fields = allow_list.parse(config_bytes, CONFIG_FILE, MessageError, ("LORA",))
+    config_bytes, fields = _read_config(facts, read)
     name = base_model or fields.get("base_model_name_or_path")
     if not name:
         raise ConfigError("The adapter names no base model; type --base-model NAME.")
@@ -238,9 +237,7 @@ def expand(base_model: nn.Module, facts: Facts, read: Read) -> PeftModel:
     """
     if isinstance(base_model, PeftModel):
         raise AdapterMismatchError("The base model already has an adapter; give the plain base (model.unload()).")
-    config_bytes = read(CONFIG_FILE, allow_list.MAX_BYTES)
-    check_digest(CONFIG_FILE, config_bytes, facts.sha256[CONFIG_FILE])
-    fields = allow_list.parse(as_lora(config_bytes), CONFIG_FILE, MessageError, ("LORA",))
+    _, fields = _read_config(facts, read)
     remedy = f"Load {_base_name(fields)}."
     training = base_model.training
     try:
@@ -264,6 +261,13 @@ def expand(base_model: nn.Module, facts: Facts, read: Read) -> PeftModel:
         raise
     model.eval()
     return model
+
+
+def _read_config(facts: Facts, read: Read) -> tuple[bytes, dict[str, Any]]:
+    """The adapter's configuration, for PEFT, and its believed fields."""
+    data = read(CONFIG_FILE, allow_list.MAX_BYTES)
+    check_digest(CONFIG_FILE, data, facts.sha256[CONFIG_FILE])
+    return as_lora(data), allow_list.parse(as_lora(data), CONFIG_FILE, MessageError, ("LORA",))
 
 
 def _decode(adapter: TrainedAdapter, facts: Facts, read: Read) -> dict[str, Tensor]:

@@ -211,4 +211,4 @@ def compact_config(config: Mapping[str, Any], *, packed: bool = False) -> bytes:
 
 def as_lora(data: bytes) -> bytes:
     """The configuration that was packed, as PEFT knows it."""
-    return data.replace(f'"peft_type":"{PACKED_KIND}"'.encode(), b'"peft_type":"LORA"')
+    return data.replace(PACKED_KIND.encode(), b"LORA")

@@ -257,6 +257,9 @@ def tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     """
     weights = file_in(folder, WEIGHTS_FILE, AdapterMismatchError)
     pickled = file_in(folder, PICKLED_FILE, AdapterMismatchError)
+    if weights is not None:
+        with weights.open("rb") as start:
+            check_header(start.read(8), str(folder / WEIGHTS_FILE), MAX_HEADER, AdapterMismatchError)
     try:
         if weights is not None:
             with safe_open(weights, "pt") as file:
@@ -298,17 +301,14 @@ def load_trained(base: nn.Module, folder: Path) -> PeftModel:
         AdapterMismatchError: the folder lacks a file, holds no LoRA adapter, or not one for this base.
     """
     fields = read_config(folder)
-    weights = file_in(folder, WEIGHTS_FILE, AdapterMismatchError)
-    if weights is not None:
-        with weights.open("rb") as file:
-            check_header(file.read(8), str(folder / WEIGHTS_FILE), MAX_HEADER, AdapterMismatchError)
-    elif file_in(folder, PICKLED_FILE, AdapterMismatchError) is None:  # PEFT unpickles numbers alone
+    shapes = tensor_shapes(folder)
+    if not shapes:
         raise AdapterMismatchError(f"There is no {WEIGHTS_FILE} in {folder}; expected {_EXPECTED}.")
     config = make_config(base, fields, inference_mode=True)
     known = base.state_dict()
     before = {  # PEFT writes embeddings that the file holds into the base
         name: known[own].clone()
-        for name in tensor_shapes(folder)
+        for name in shapes
         if (own := name.removeprefix(_PREFIX).replace(".base_layer.", ".")) in known
     }
     try:

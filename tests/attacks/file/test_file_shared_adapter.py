@@ -6,8 +6,10 @@ import hashlib
 import json
 import os
 import struct
+from pathlib import Path
 
 import pytest
+import torch
 from peft import LoraConfig
 
 from fedfstq_hf import load_compressed_adapter
@@ -181,7 +183,8 @@ def test_a_trained_adapter_s_configuration_is_refused_before_it_is_loaded(adapte
     (adapter / CONFIG_FILE).write_text(json.dumps(fields))
     base = fresh_base()
     monkeypatch.setattr("peft.PeftModel.from_pretrained", lambda *_, **__: pytest.fail("PEFT was asked to load it"))
-    with pytest.raises(AdapterMismatchError, match=r"adapter_config\.json cannot be read: |asks for about"):
+    refused = r"adapter_config\.json cannot be read: |asks for about|The adapter sets layer_replication"
+    with pytest.raises(AdapterMismatchError, match=refused):
         compress_adapter(adapter, "12bpp", base_model=base)
 
 
@@ -189,6 +192,28 @@ def test_weights_of_empty_tensors_are_refused_unread(adapter):
     (adapter / WEIGHTS_FILE).write_bytes(struct.pack("<Q", 90_000_000) + b"{")
     with pytest.raises(AdapterMismatchError, match="90000000 bytes of names and shapes; expected at most 8388608"):
         compress_adapter(adapter, "12bpp", base_model=fresh_base())
+
+
+class Touch:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def test_a_pickled_adapter_runs_no_code(adapter, tmp_path):
+    (adapter / WEIGHTS_FILE).unlink()
+    torch.save({"base_model.model.a.lora_A.weight": Touch(tmp_path / "ran")}, adapter / "adapter_model.bin")
+    with pytest.raises(AdapterMismatchError, match=r"adapter_model\.bin cannot be read"):
+        compress_adapter(adapter, "12bpp", base_model=fresh_base())
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_forged_configuration_is_not_expanded_either(folder, tmp_path):
+    (folder / CONFIG_FILE).write_bytes((folder / CONFIG_FILE).read_bytes().replace(b'"r":4', b'"r":3'))
+    with pytest.raises(MessageError, match=r"adapter_config\.json has sha256"):
+        expanding.expand_adapter(folder, tmp_path / "plain", base_model="demo")
 
 
 def test_how_an_adapter_started_is_still_known(adapter):
@@ -201,7 +226,7 @@ def test_how_an_adapter_started_is_still_known(adapter):
 
 def test_nobody_shares_what_nobody_loads():
     model = trained()
-    model.peft_config["default"].target_parameters = ["q_proj.weight"]
+    model.peft_config["default"].megatron_config = {"a": 1}
     assert isinstance(model.peft_config["default"], LoraConfig)
-    with pytest.raises(AdapterMismatchError, match=r"Nobody else would load .*target_parameters is "):
+    with pytest.raises(AdapterMismatchError, match=r"Nobody else would load .*megatron_config is "):
         compress_adapter(model, "12bpp")
