@@ -302,7 +302,7 @@ def compact_config(config: Mapping[str, Any], *, packed: bool = False) -> bytes:
 
 def as_lora(data: bytes) -> bytes:
     """The configuration that was packed, as PEFT knows it."""
-    return data.replace(f'"peft_type":"{PACKED_KIND}"'.encode(), b'"peft_type":"LORA"')
+    return data.replace(PACKED_KIND.encode(), b"LORA")
 
 
 _SUFFIXES = {".lora_A.weight": ".lora_B.weight", ".lora_embedding_A": ".lora_embedding_B"}
