@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -227,7 +228,8 @@ def effect_error(adapter: TrainedAdapter, state: Mapping[str, Tensor], examples:
             return None
         with adapter.replaced(state):
             coded = outputs()
-        with model.disable_adapter():
+        with model.disable_adapter(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PEFT's, that biases which are trained stay
             without = outputs()
     change = sum(float((a - b).square().sum()) for a, b in zip(trained, without, strict=True))
     off = sum(float((a - b).square().sum()) for a, b in zip(trained, coded, strict=True))

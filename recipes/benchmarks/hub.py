@@ -117,7 +117,7 @@ def run_layout(layout: str, options: argparse.Namespace) -> dict[str, Any]:
             hub.close()
         expected = folder_adapter(spec, names, Path(folder) / "mailbox")
     per_client = [counts[name] / options.rounds for name in names]
-    accepted = [[update["client_id"] for update in record["accepted"]] for record in records]
+    accepted = [[update["client_id"] for update in record.get("accepted", ())] for record in records]
     return {
         "layout": layout,
         "clients": options.clients,
@@ -125,7 +125,7 @@ def run_layout(layout: str, options: argparse.Namespace) -> dict[str, Any]:
         "kills": json.loads(done.stdout),
         "seconds": round(seconds, 1),
         "counted_once": all(sorted(clients) == names for clients in accepted),
-        "refused_or_late": sum(len(record["refused"]) + len(record["late"]) for record in records),
+        "refused_or_late": sum(len(record.get("refused", ())) + len(record.get("late", ())) for record in records),
         "identical": hashlib.sha256(adapter).digest() == hashlib.sha256(expected).digest(),
         "requests_per_client_and_round": round(sum(per_client) / len(per_client), 1),
         "coordinator_requests_per_round": round(counts["owner"] / options.rounds, 1),

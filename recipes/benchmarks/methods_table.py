@@ -26,6 +26,8 @@ def table() -> str:
         if isinstance(row, Row):
             default = json.dumps(default_of(MethodSettings, item.name))
             lines.append(f"| `{item.name}` | `{default}` | {_values(row.range)} | {row}{_conditions(row)} |")
+        elif item.name == "downlink":
+            lines.append(f"| `downlink` | `null` | [`exact` or keyframes](downlink.md#settings) | {row} |")
         else:
             lines.append(f"| `{item.name}` | SGD, `lr` 1 | [below](#server-optimizers) | {row} |")
     local = ", ".join(f"`{item.name}`" for item in dataclasses.fields(LocalSwitches))

@@ -13,7 +13,11 @@ from fedfstq_hf.methods import LocalSwitches, MethodSettings, Row, ServerSetting
 from fedfstq_hf.ranges import Number, OneOf
 from fedfstq_hf.recipe.sections import RecipeMethod
 
-SWITCHES = {item.name: item.metadata["help"] for item in dataclasses.fields(MethodSettings) if item.name != "server"}
+SWITCHES = {
+    item.name: item.metadata["help"]
+    for item in dataclasses.fields(MethodSettings)
+    if isinstance(item.metadata["help"], Row)
+}
 ON = {
     "codec_options": {"bits": 0.5},
     "uplink_budget": "1kB",

@@ -58,7 +58,7 @@ def test_scaffold_pays_twice_in_both_directions(simulated):
         assert 1.8 * plain["uplink_bytes"] < scaffold["uplink_bytes"] < 2.1 * plain["uplink_bytes"]
     # the first round starts from zeros, which nobody needs to download
     first, *later = zip(by_method["fedavg"], by_method["scaffold"], strict=True)
-    assert first[0]["downlink_bytes"] == first[1]["downlink_bytes"]
+    assert abs(first[0]["downlink_bytes"] - first[1]["downlink_bytes"]) < 10  # "true" and "false" in their specs
     for plain, scaffold in later:
         box = simulated / "runs/scaffold/seed-3/mailbox/rounds"
         variate = (box / f"{plain['round'] - 1:06d}/control_variate.safetensors").stat().st_size

@@ -75,7 +75,7 @@ def test_a_federation_leaves_nothing_private_in_the_output_folder(tmp_path):
     with served(mailbox):
         make_trainer(tmp_path / "out", mailbox=mailbox).train()
     checkpoints = [f"checkpoints/checkpoint-{step}.safetensors" for step in (1, 2, 3, 4)]
-    assert states(tmp_path / "out.fedfstq") == [*checkpoints, "session.safetensors"]
+    assert states(tmp_path / "out.fedfstq") == [*checkpoints, "held.safetensors", "session.safetensors"]
     left = {path.name for path in (tmp_path / "out").rglob("*") if path.is_file()}
     assert not [name for name in left if "fedfstq" in name or "session" in name]
 

@@ -81,7 +81,7 @@ class Downlink:
         try:
             adapter = self._start(path.frames[0], held)
             for frame in path.frames:
-                data = self._read(frame.round, FRAME_FILE, frame.num_bytes)
+                data = self._read(frame.round, FRAME_FILE, min(frame.num_bytes, self._most_bytes))
                 adapter = frames.apply(data, frame, adapter, self._spec, self._schema)
             if not self._is(adapter, record):
                 raise MailboxError("they lead to another adapter")

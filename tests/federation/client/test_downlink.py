@@ -351,3 +351,17 @@ def test_errors_weigh_what_they_change_in_the_product():
     untrained = SCHEMA.unflatten(product_weights(SCHEMA, SCHEMA.flatten(state | {"layer.lora_B.weight": 0 * b})))
     assert float(untrained["layer.lora_A.weight"].max()) == 1 / 16
     assert not product_weights(SCHEMA, torch.zeros(SCHEMA.num_params)).sub(1).any()
+
+
+def test_no_more_is_read_of_a_frame_than_an_adapter_has(tmp_path, monkeypatch):
+    """Sizes in a record are a mailbox's own words."""
+    mailbox, coordinator, clients = run(tmp_path, until=2)
+    record = record_of(mailbox, 2)
+    frames_ = tuple(frame._replace(num_bytes=10**15) for frame in record.frames)
+    record = dataclasses.replace(record, adapter_bytes=10**18, frames=frames_)
+    asked, read = [], mailbox.read
+    monkeypatch.setattr(mailbox, "read", lambda *where, max_bytes: asked.append(max_bytes) or read(*where))
+    new = clients[0].participation.downlink
+    new._held = 1, SCHEMA.flatten(adapter_file.load(read(1, "adapter_model.safetensors")))
+    assert torch.equal(new.adapter(record), coordinator.adapter)
+    assert max(asked) <= adapter_file.most_bytes(SCHEMA)

@@ -31,6 +31,11 @@ from fedfstq_hf.sharing.hub import expand_adapter, load_compressed_adapter
 from fedfstq_hf.sharing.packed import EXACT_FILE, MESSAGE_FILE
 from fedfstq_hf.sharing.trained import trained_adapter
 
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings"),  # PEFT's, about what is tried here
+    pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`"),
+    pytest.mark.filterwarnings("ignore:Careful, disabling adapter layers"),
+]
 SIZES = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 IMAGES = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(3))
 SOUND = torch.randn(2, 700, generator=torch.Generator().manual_seed(4))
