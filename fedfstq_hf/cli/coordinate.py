@@ -220,8 +220,8 @@ def serve(
     from fedfstq_hf.text import printable
 
     coordinator = make_coordinator(mailbox, key_file=key, patience=patience, stays=not once)
-    typer.echo(describe_round(coordinator.record, coordinator.spec, coordinator.rules.rounds))
     try:
+        typer.echo(describe_round(coordinator.record, coordinator.spec, coordinator.rules.rounds))
         last = coordinator.serve(
             poll_seconds=poll_seconds,
             once=once,
