@@ -43,11 +43,14 @@ def test_no_path_of_the_founder_is_published(tmp_path, monkeypatch):
     recipe = Recipe.from_dict(make_recipe(tmp_path / "secret-project"))
     schema = types.SimpleNamespace(fingerprint="0" * 64, num_params=10)
     tokenizer = types.SimpleNamespace(get_vocab=dict)
-    founding = types.SimpleNamespace(model=None, view=types.SimpleNamespace(schema=schema), tokenizer=tokenizer)
+    config = types.SimpleNamespace(base_model_name_or_path="demo")
+    model = types.SimpleNamespace(peft_config={"default": config})
+    view = types.SimpleNamespace(schema=schema, name="default")
+    founding = types.SimpleNamespace(model=model, view=view, tokenizer=tokenizer)
     monkeypatch.setattr("fedfstq_hf.running.foundation.base_fingerprint", lambda model: {})
     spec = recipe_spec(recipe, "fstq", founding, seed=0, min_clients=1)
     assert spec.data == {"format": "jsonl", "max_length": 16}
-    assert b"secret-project" not in dataclasses.replace(spec, model="demo").to_json()
+    assert b"secret-project" not in spec.to_json()
 
 
 @pytest.mark.parametrize(
